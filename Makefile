@@ -1,0 +1,30 @@
+# One command sets everything up and runs the main job, one sets everything up and runs the tests.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+
+.PHONY: run test data lint setup clean
+
+run: data            ## prepare the data, train a few minutes on the CPU, pack, score the file
+	$(BIN)/python train_gpt.py $(ARGS)
+
+test: setup lint     ## everything that CI runs
+	$(BIN)/python -m pytest -q tests
+
+lint: setup
+	$(BIN)/ruff check .
+
+data: setup
+	$(BIN)/python data/prepare.py
+
+setup: $(VENV)/.ready
+
+# torch first: with it installed at the pinned version nothing else pulls another build.
+$(VENV)/.ready: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs data/packages
