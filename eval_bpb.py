@@ -393,8 +393,8 @@ def audit_model(model, tokens: np.ndarray, seq_len: int) -> dict:
         raise AuditError(f"probabilities sum to one only within {off:.3g}; logits are not finite or not logits")
     shuffled = ids.clone()
     shuffled[0, :-1] = ids[0, :-1][torch.randperm(length - 1, generator=generator).to(device)]
-    moved = (model.head(model.hidden(shuffled)[0, -1:]) - logits[-1:]).abs().max().item()
-    return {"lookahead": 0.0, "softmax_error": off, "uses_context": moved > 0.0}
+    uses_context = not torch.equal(model.head(model.hidden(shuffled)[0, -1:]), model.head(model.hidden(ids)[0, -1:]))
+    return {"softmax_error": off, "uses_context": uses_context}
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -59,6 +59,7 @@ MAX_DIMS, MAX_FORMATS, MAX_NAME, MAX_DEPTH = 8, 32, 256, 32
 # 4 MiB per stream. The writer obeys the same rule: it drops a candidate that compresses further than that.
 FREE_EXPANSION, MAX_EXPANSION = 4 << 20, 256
 
+
 class ArtifactError(ValueError):
     """An artifact that cannot be read or written. The message says what is wrong, where, and what to do."""
 
@@ -144,8 +145,8 @@ def check_name_and_shape(name, shape) -> None:
     ok = len(shape) <= MAX_DIMS and all(is_int(d, 0, MAX_NUMEL) for d in shape)
     if not ok or math.prod(max(d, 1) for d in shape) > MAX_NUMEL:
         raise ArtifactError(
-            f"tensor {name!a} has the shape {str(tuple(shape))[:80]}: it must have at most {MAX_DIMS} dimensions, whole "
-            f"and not negative, and {MAX_NUMEL} weights"
+            f"tensor {name!a} has the shape {str(tuple(shape))[:80]}: it must have at most {MAX_DIMS} dimensions, "
+            f"whole and not negative, and {MAX_NUMEL} weights"
         )
 
 
@@ -220,7 +221,7 @@ def unpack_base3(data, n: int) -> np.ndarray:
 
 
 def pack_bits(codes, bits: int) -> bytes:
-    """Codes in +-(2^(bits-1) - 1) as unsigned numbers, code + limit, of `bits` bits, lowest bit first, padded with 0."""
+    """Codes in +-(2^(bits-1) - 1) as unsigned numbers, code + limit, of `bits` bits, lowest bit first, 0-padded."""
     limit = 2 ** (bits - 1) - 1
     codes = flat_codes(codes, limit)
     parts = []
@@ -275,9 +276,9 @@ def unpack_planes(data, count: int, kind: str) -> np.ndarray:
 # Codecs: one table of ways to write a stream; the smallest wins and the file says which it was
 # ---------------------------------------------------------------------------------------------------------------
 
-# Above this many bytes lzma is left out and zstd runs at level 3: the thorough settings take about 0.25 s per MB and
-# candidate, and encoding must stay under a minute. 68M ternary weights are 13.6 MB and get every candidate.
-THOROUGH_BELOW = 24 << 20
+# Above this many bytes lzma is left out and zstd runs at level 3, because encoding must stay under a minute: on int6
+# codes the thorough candidates together took 4 s per million. 68M ternary weights are 13.6 MB and get all of them.
+THOROUGH_BELOW = 14 << 20
 
 
 def zstd_encode(data: bytes) -> bytes:
@@ -295,7 +296,7 @@ def zstd_decode(data, size: int) -> bytes:
     try:
         # A frame that declares its content size makes the library allocate it, whatever max_output_size says.
         if zstandard.get_frame_parameters(data, format=magicless).content_size != zstandard.CONTENTSIZE_UNKNOWN:
-            raise damaged(f"a zstd frame declares its own size")
+            raise damaged("a zstd frame declares its own size")
         window = 1 << min(max(size.bit_length(), 10), 27)
         return zstandard.ZstdDecompressor(format=magicless, max_window_size=window).decompress(
             data, max_output_size=size, allow_extra_data=False
@@ -316,7 +317,8 @@ def lzma_filters(size: int, literals: dict) -> list[dict]:
 
 
 def lzma_encode(data: bytes) -> bytes:
-    filters = (lzma_filters(len(data), literals) for literals in LITERALS)
+    # one setting for large streams, which are codes: a second pass would double the time for nothing
+    filters = [lzma_filters(len(data), literals) for literals in LITERALS[: 1 if len(data) > 2 << 20 else 2]]
     return min((lzma.compress(data, format=lzma.FORMAT_RAW, filters=f) for f in filters), key=len)
 
 
@@ -368,7 +370,8 @@ PLAIN = {
     "base3": Codec(("ternary",), lambda s, kind: pack_base3(s), lambda data, n, kind: unpack_base3(data, n),
                    lambda n, kind: -(-n // 5)),
     "bits": Codec(INTS, lambda s, kind: pack_bits(s, int(kind[3:])),
-                  lambda data, n, kind: unpack_bits(data, n, int(kind[3:])), lambda n, kind: -(-n * int(kind[3:]) // 8)),
+                  lambda data, n, kind: unpack_bits(data, n, int(kind[3:])),
+                  lambda n, kind: -(-n * int(kind[3:]) // 8)),
     "raw": Codec((*INTS, *FLOATS), pack_raw, unpack_raw, raw_size),
     "planes": Codec(FLOATS, pack_planes, unpack_planes, raw_size),
 }  # fmt: skip
@@ -485,7 +488,7 @@ def encode_artifact(tensors: dict[str, StoredTensor], meta: dict) -> bytes:
     text = canonical_json({"formats": format_list, "meta": meta, "streams": table, "tensors": rows})
     if len(text) > MAX_HEADER or len(format_list) > MAX_FORMATS:
         raise ArtifactError(
-            f"{len(text)} bytes of header, {len(format_list)} formats: at most {MAX_HEADER} and {MAX_FORMATS}; shorten meta"
+            f"header of {len(text)} bytes, {len(format_list)} formats: at most {MAX_HEADER}, {MAX_FORMATS}; cut meta"
         )
     deflate = zlib.compressobj(9, zlib.DEFLATED, -15, 9)
     header = deflate.compress(text) + deflate.flush()
@@ -501,7 +504,7 @@ def read_header_json(data: memoryview) -> tuple[dict, int]:
     _, version, size, text_size = PREAMBLE.unpack_from(data)
     (crc,) = struct.unpack_from("<I", data, PREAMBLE.size)
     if version != VERSION:
-        raise ArtifactError(f"version {version} at offset 4, but this is the pack.py of {VERSION}; use that which wrote it")
+        raise ArtifactError(f"version {version} at offset 4: this pack.py reads {VERSION}; use the one that wrote it")
     end = HEADER_AT + size
     if end > len(data):
         raise damaged(f"truncated: the header ends at offset {end}, the file at {len(data)}")
@@ -571,7 +574,7 @@ def parse_header(data) -> Header:
             raise damaged(f"{where}: {str(row)[:80]!a} is not [codec, bytes, crc32]")
         codec, size, crc = row
         if codec not in CODECS or kind not in CODECS[codec].kinds:
-            raise ArtifactError(f"{where}: codec {codec[:40]!a} is not one for {kind}; use the pack.py that wrote the file")
+            raise ArtifactError(f"{where}: codec {codec[:40]!a} is not one for {kind}; use the pack.py that wrote it")
         if offset + size > len(data):
             raise damaged(f"{where} ends at offset {offset + size}, the file at {len(data)}")
         if expands_too_far(count, kind, size):
@@ -645,8 +648,11 @@ def read_bytes(path: str | Path) -> bytes:
         if info.st_size > MAX_FILE:
             raise ArtifactError(f"{path}: {info.st_size} bytes are not an artifact; at most {MAX_FILE} are read")
         return Path(path).read_bytes()
-    except OSError as e:
-        raise ArtifactError(f"cannot read {path}: {e.strerror or e}; check the path and its permissions") from None
+    except ArtifactError:
+        raise
+    except (OSError, ValueError) as e:  # ValueError: a zero byte in the path
+        why = getattr(e, "strerror", None) or e
+        raise ArtifactError(f"cannot read {path}: {why}; check the path and its permissions") from None
 
 
 def with_path(path: str | Path, function: Callable, data: bytes):

@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from eval_bpb import (
+from eval_bpb import (  # noqa: E402
     SHARD_HEADER_INTS,
     SHARD_MAGIC,
     SHARD_VERSION,
@@ -95,7 +95,7 @@ def package_files(package: str) -> tuple[list[Path], dict]:
     return files, {"name": package, "version": pin["version"], "files": len(files), "sha256": found}
 
 
-def pack(blocks: Iterable[str], heading: str = "") -> Iterator[str]:
+def grouped(blocks: Iterable[str], heading: str = "") -> Iterator[str]:
     """Join consecutive blocks into documents of one to two DOCUMENT_BYTES, each under the heading."""
     held, size = [], 0
 
@@ -121,7 +121,7 @@ def dictionary_documents(files: list[Path]) -> Iterator[str]:
     """Consecutive entries of one letter: `headword, pos definition "example"`, senses numbered."""
     for path in files:
         words = json.loads(path.read_text(encoding="utf-8"))
-        yield from pack(map(dictionary_entry, words.values()))
+        yield from grouped(map(dictionary_entry, words.values()))
 
 
 def dictionary_entry(word: dict) -> str:
@@ -231,7 +231,7 @@ def service_documents(files: list[Path], dropped: Counter) -> Iterator[str]:
 
     for path in files:
         service = json.loads(gzip.decompress(path.read_bytes()))
-        yield from pack(blocks(service), heading=service["metadata"]["serviceFullName"])
+        yield from grouped(blocks(service), heading=service["metadata"]["serviceFullName"])
 
 
 def package_documents(files: dict[str, list[Path]], dropped: Counter, max_bytes: int) -> Iterator[str]:
@@ -593,12 +593,12 @@ def build_fineweb(folder: Path, settings: dict, hub: Path | None) -> dict:
     tokenizer = load_tokenizer(path)
     counter, splits = ByteCounter(tokenizer), {}
     for split, number in (("val", val_shards), ("train", settings["train_shards"])):
-        shards = []
+        shards, last = [], BOS  # a document may run on into the next shard
         for name in (f"fineweb_{split}_{index:06d}.bin" for index in range(number)):
             tokens = read_shard(get(f"datasets/{dataset}/{name}", name))
             if len(tokens) and int(tokens.max()) >= tokenizer.get_piece_size():
                 raise DataError(f"{name}: holds token {tokens.max()}, the tokenizer has {tokenizer.get_piece_size()}")
-            size, last = 0, BOS
+            size = 0
             for part in np.array_split(tokens.astype(np.int64), 1 + len(tokens) // 10_000_000):
                 size += int(counter.count(np.concatenate([[last], part[:-1]]), part).sum())
                 last = part[-1] if len(part) else last

@@ -1,0 +1,181 @@
+"""The program as a user runs it: whole runs at preset tiny, killed, interrupted, on two ranks, compiled."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import time
+
+import pytest
+import torch
+
+import pack
+from conftest import metrics, run, start, tiny_args
+from eval_bpb import load_artifact, read_shard
+from train_gpt import load_checkpoint
+
+
+def wait_for_step(folder, step: int, process) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise AssertionError(process.stdout.read() + process.stderr.read())
+        if (folder / "metrics.jsonl").exists() and any(r["step"] >= step for r in metrics(folder, "train")):
+            return
+        time.sleep(0.02)
+    raise AssertionError("the run did not get there")
+
+
+def test_a_run_ends_with_the_final_block(tiny_run):
+    folder, done = tiny_run
+    out = done.stdout
+    assert "roundtrip gap             0.00000000   (logits identical bit for bit)" in out
+    for phase in ("load", "compile", "train", "pack", "score"):
+        assert re.search(rf"^\[{phase}\] \d+\.\d s", out, re.M), phase
+    assert re.search(r"bytes .* FITS, margin [\d,]+$", out, re.M)
+    final = metrics(folder, "final")[0]
+    assert final["roundtrip_gap"] == 0.0 and final["logits_identical"] is True
+    assert final["bytes_model"] == (folder / "model.tern").stat().st_size
+    assert final["memory"]["val_loss"] == final["score"]["chunked"]["val_loss"]
+    first, last = metrics(folder, "train")[0], metrics(folder, "train")[-1]
+    assert last["step"] == 30 and last["loss"] < first["loss"] - 0.3
+
+
+def test_the_fields_log_grammar_and_the_header(tiny_run):
+    folder, _ = tiny_run
+    text = (folder / "log.txt").read_text()
+    assert re.search(r"^step:30/30 train_loss:\d+\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms", text, re.M)
+    assert re.search(r"^final_ternary_roundtrip_exact val_loss:\d+\.\d{8} val_bpb:\d+\.\d{8}$", text, re.M)
+    assert re.search(r"^final_sliding_window_exact val_loss:\d+\.\d{8} val_bpb:\d+\.\d{8}$", text, re.M)
+    assert "def newton_schulz" in text  # the log holds its source
+    header = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
+    assert header["type"] == "header" and header["schema"] == 1
+    assert {"settings", "machine", "source_sha256", "data", "data_sha256", "origin"} <= header.keys()
+    assert header["source_sha256"].keys() == {"train_gpt.py", "pack.py", "eval_bpb.py"}
+
+
+def test_the_same_seed_gives_the_same_bytes(tiny_run, data_dir, tmp_path):
+    done = run(*tiny_args(data_dir, tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "tiny_seed1337/model.tern").read_bytes() == (tiny_run[0] / "model.tern").read_bytes()
+
+
+def test_verify_against_the_checkpoint(tiny_run, tmp_path, capsys):
+    folder, _ = tiny_run
+    assert pack.main(["verify", str(folder / "model.tern"), "--against", str(folder)]) == 0
+    tensors, meta = pack.read_artifact(folder / "model.tern")
+    tensors["blocks.1.mlp.fc.weight"].codes[3, 4] = (tensors["blocks.1.mlp.fc.weight"].codes[3, 4] + 2) % 3 - 1
+    pack.write_artifact(tmp_path / "other.tern", tensors, meta)
+    assert pack.main(["verify", str(tmp_path / "other.tern"), "--against", str(folder)]) == 1
+    assert "blocks.1.mlp.fc.weight" in capsys.readouterr().err
+
+
+def test_sigkill_and_resume_give_the_same_artifact(tiny_run, data_dir, tmp_path):
+    process = start(*tiny_args(data_dir, tmp_path))
+    wait_for_step(tmp_path / "tiny_seed1337", 10, process)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "tiny_seed1337/checkpoint.safetensors").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (tmp_path / "tiny_seed1337/model.tern").exists(), "killed too late to test anything"
+
+    refused = run(*tiny_args(data_dir, tmp_path))
+    assert refused.returncode == 1 and "--resume auto" in refused.stderr  # an unfinished run is not thrown away
+    other = run(*tiny_args(data_dir, tmp_path, "--resume", "auto", "--matrix-lr", "0.5"))
+    assert other.returncode == 1 and "matrix_lr=0.04 (now 0.5)" in other.stderr
+    done = run(*tiny_args(data_dir, tmp_path, "--resume", "auto"))
+    assert done.returncode == 0, done.stderr
+    assert metrics(tmp_path / "tiny_seed1337", "header")[1]["resumed_at"] in (10, 20)
+    assert (tmp_path / "tiny_seed1337/model.tern").read_bytes() == (tiny_run[0] / "model.tern").read_bytes()
+    mine, _ = load_checkpoint(tmp_path / "tiny_seed1337")
+    theirs, _ = load_checkpoint(tiny_run[0])
+    assert mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_step_and_saves(tiny_run, data_dir, tmp_path, signum):
+    process = start(*tiny_args(data_dir, tmp_path, "--checkpoint-every", 0, "--train-log-every", 1))
+    wait_for_step(tmp_path / "tiny_seed1337", 3, process)
+    process.send_signal(signum)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signum, out + err
+    assert "--resume auto" in out
+    _, state = load_checkpoint(tmp_path / "tiny_seed1337")
+    assert 3 <= state["step"] < 30 and not state["finished"]
+    done = run(*tiny_args(data_dir, tmp_path, "--resume", "auto", "--checkpoint-every", 0, "--train-log-every", 1))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "tiny_seed1337/model.tern").read_bytes() == (tiny_run[0] / "model.tern").read_bytes()
+
+
+def test_two_ranks_are_identical_replicas_with_the_loss_curve_of_one(tiny_run, data_dir, tmp_path):
+    done = run(*tiny_args(data_dir, tmp_path), ranks=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 ranks hold identical latents and codes" in done.stdout
+    assert "roundtrip gap             0.00000000" in done.stdout
+    one = [r["loss"] for r in metrics(tiny_run[0], "train")]
+    two = [r["loss"] for r in metrics(tmp_path / "tiny_seed1337", "train")]
+    assert len(one) == len(two) and one[0] == pytest.approx(two[0], abs=2e-4)
+    assert one == pytest.approx(two, abs=0.06)  # bf16 gradients, summed in another order, flip a few codes
+
+
+def test_a_nan_stops_the_run_and_keeps_the_last_good_checkpoint(data_dir, tmp_path):
+    done = run(*tiny_args(data_dir, tmp_path, "--matrix-lr", "1e38", "--lr-warmup-steps", 10**9, "--checkpoint-every", 1))
+    assert done.returncode == 1
+    assert re.search(r"error: step \d+: the (weights|gradient) of [\w.]+ is not finite", done.stderr), done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "tiny_seed1337/model.tern").exists()
+
+
+def test_the_wallclock_cap_is_kept(data_dir, tmp_path):
+    done = run(*tiny_args(data_dir, tmp_path, "--iterations", 10**6, "--max-wallclock-seconds", 2, "--eval-stride", 0,
+                          "--val-loss-every", 20))  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "tiny_seed1337"
+    assert 1.0 < metrics(folder, "final")[0]["seconds"]["train"] <= 2.2
+    assert "stopping_early: wallclock_cap" in done.stdout and metrics(folder, "val")
+    assert metrics(folder, "train")[-1]["lr_scale"] < 0.2  # the warmdown follows the clock
+
+
+def test_ramps_run(data_dir, tmp_path):
+    done = run(*tiny_args(data_dir, tmp_path, "--seq-ramp-start", 16, "--batch-ramp-start", 512, "--micro-batch-tokens",
+                          256, "--iterations", 12, "--train-log-every", 1, "--eval-stride", 0))  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    steps = metrics(tmp_path / "tiny_seed1337", "train")
+    assert steps[0]["seq_len"] == 16 and steps[-1]["seq_len"] == 64
+    assert steps[0]["tokens"] == 512 and steps[-1]["tokens"] == 1024
+
+
+def test_errors_of_a_user_are_one_line(data_dir, tmp_path):
+    for argv, status, message in [
+        (["--preset", "tiny", "--data-path", tmp_path / "none"], 1, "python data/prepare.py"),
+        (["--preset", "tiny", "--data-path", data_dir], 1, "vocab_size"),
+        (["--preset", "tiny", "--seed", "x"], 2, "seed"),
+        (["--preset", "tiny", "--no-such"], 2, "--no-such"),
+    ]:
+        done = run(*argv, "--out-dir", tmp_path)
+        assert done.returncode in (status, 2) and message in done.stderr and "Traceback" not in done.stderr
+        assert not (tmp_path / "tiny_seed1337/model.tern").exists()
+
+
+def test_logits_are_bit_identical_compiled_and_eager(data_dir, tmp_path):
+    """Train compiled, in this process; then compare the trained model with the one from the file, both ways."""
+    import train_gpt
+
+    argv = tiny_args(data_dir, tmp_path, "--compile", 1, "--warmup-steps", 1, "--iterations", 6, "--eval-stride", 0)
+    preset, config, origin, notices = train_gpt.resolve_settings(argv, {})
+    trainer = train_gpt.Trainer(preset, config, rank=0, world=1, local_rank=0)
+    trainer.set_up()
+    trainer.preflight(origin, notices)
+    trainer.warm_up()
+    trainer.train()
+    assert trainer.finish() and trainer.compiled is not trainer.model
+    trainer.log.close()
+    loaded = load_artifact(trainer.folder / "model.tern")
+    ids = torch.from_numpy(read_shard(next(data_dir.glob("*_val_*.bin")))[:512].astype("int64")).view(8, 64)
+    with torch.inference_mode():
+        eager = [m.head(m.hidden(ids)) for m in (trainer.model, loaded)]
+        compiled = [torch.compile(lambda x, m=m: m.head(m.hidden(x)), fullgraph=True)(ids)
+                    for m in (trainer.model, loaded)]  # fmt: skip
+    assert torch.equal(*eager) and torch.equal(*compiled)
+    assert not torch.equal(eager[0], torch.zeros_like(eager[0]))

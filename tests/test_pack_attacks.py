@@ -1,0 +1,594 @@
+"""Files that lie. Each test is named after its attack; every forged file has correct checksums, so that the rule
+itself must refuse it. Whatever the file, reading ends in tensors or in an ArtifactError, quickly and in little memory.
+"""
+
+from __future__ import annotations
+
+import json
+import lzma
+import os
+import random
+import struct
+import time
+import tracemalloc
+import zlib
+
+import numpy as np
+import pytest
+import zstandard
+
+import pack
+from pack import ArtifactError, StoredTensor
+
+TERNARY = {"group_size": 0, "kind": "ternary", "scale": "bf16"}
+BF16, FP32, INT3 = {"kind": "bf16"}, {"kind": "fp32"}, {"bits": 3, "group_size": 0, "kind": "int", "scale": "bf16"}
+SCALE = b"\x80\x3f"
+
+
+def forge(
+    header, streams: bytes = b"", *, magic=b"TRNY", version=1, text_size=None, size=None, crc=None, deflated=None
+):
+    """A file around any header (a JSON value or the exact text), with a correct checksum unless told otherwise."""
+    text = header if isinstance(header, bytes) else json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
+    if deflated is None:
+        compressor = zlib.compressobj(9, zlib.DEFLATED, -15)
+        deflated = compressor.compress(text) + compressor.flush()
+    preamble = struct.pack(
+        "<4sBII", magic, version, len(deflated) if size is None else size, len(text) if text_size is None else text_size
+    )
+    crc = zlib.crc32(preamble + deflated) if crc is None else crc
+    return preamble + struct.pack("<I", crc) + deflated + streams
+
+
+def header_of(streams, *, formats=None, tensors=None, meta=None, **more) -> dict:
+    """A header of one ternary tensor w [5], or of what is given. streams: [codec, bytes] pairs."""
+    table = [[codec, len(data), zlib.crc32(data)] for codec, data in streams]
+    tensors = [["w", [5], 0]] if tensors is None else tensors
+    return {
+        "formats": [TERNARY] if formats is None else formats,
+        "meta": meta or {},
+        "streams": table,
+        "tensors": tensors,
+    } | more
+
+
+def build(streams, **parts) -> bytes:
+    """A forged file whose stream table and checksums fit its streams."""
+    return forge(header_of(streams, **parts), b"".join(data for _, data in streams))
+
+
+GOOD = [("base3", bytes([75])), ("raw", SCALE)]
+
+
+def refused(data: bytes, message: str, seconds: float = 1.0, megabytes: float = 8.0) -> None:
+    """Both readers refuse data, with this message, in time and memory that do not depend on what it declares."""
+    tracemalloc.start()
+    start = time.perf_counter()
+    try:
+        with pytest.raises(ArtifactError, match=message) as caught:
+            pack.decode_artifact(data)
+        assert time.perf_counter() - start < seconds
+        assert tracemalloc.get_traced_memory()[1] < megabytes * 2**20 + 4 * len(data)
+    finally:
+        tracemalloc.stop()
+    assert len(str(caught.value)) < 500 and "\n" not in str(caught.value)
+
+
+def sample() -> bytes:
+    rng = np.random.default_rng(0)
+    ternary = TERNARY | {"group_size": 16}
+    tensors = {
+        "a": StoredTensor(
+            (9, 33), ternary, rng.integers(-1, 2, (9, 33)).astype(np.int8), np.full((9, 3), 0x3F80, np.uint16)
+        ),
+        "b": StoredTensor(
+            (7, 5), INT3, rng.integers(-3, 4, (7, 5)).astype(np.int8), np.full((1, 1), 0x3F80, np.uint16)
+        ),
+        "c": StoredTensor((64,), BF16, np.full(64, 0x3F80, np.uint16), None),
+        "d": StoredTensor((3,), FP32, rng.integers(0, 2**32, 3).astype(np.uint32), None),
+    }
+    return pack.encode_artifact(tensors, {"config": {"layers": 2}})
+
+
+def test_the_forger_can_make_a_good_file():
+    """Otherwise every refusal below could be for another reason."""
+    tensors, _ = pack.decode_artifact(build(GOOD))
+    assert tensors["w"].codes.tolist() == [-1, 0, 1, 1, -1]
+    again = pack.parse_header(sample())
+    assert pack.decode_artifact(sample())[0].keys() == {"a", "b", "c", "d"} and len(again.streams) == 6
+
+
+# Damage -------------------------------------------------------------------------------------------------------
+
+
+def test_truncated_at_every_byte():
+    data = sample()
+    for end in range(len(data)):
+        with pytest.raises(ArtifactError):
+            pack.decode_artifact(data[:end])
+
+
+def test_every_bit_flipped():
+    data = sample()
+    for bit in range(8 * len(data)):
+        flipped = bytearray(data)
+        flipped[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(ArtifactError):
+            pack.decode_artifact(bytes(flipped))
+
+
+def test_200_random_corruptions():
+    data, rng = sample(), random.Random(0)
+    truth, meta = pack.decode_artifact(data)
+    for _ in range(200):
+        bad = bytearray(data)
+        for _ in range(rng.randint(1, 8)):
+            at = rng.randrange(len(bad))
+            action = rng.randrange(3)
+            if action == 0:
+                bad[at] = rng.randrange(256)
+            elif action == 1:
+                del bad[at : at + rng.randint(1, 9)]
+            else:
+                bad[at:at] = rng.randbytes(rng.randint(1, 9))
+        try:
+            tensors, found = pack.decode_artifact(bytes(bad))
+        except ArtifactError:
+            continue
+        assert pack.first_difference(tensors, truth) is None and found == meta
+
+
+def test_200_corruptions_under_correct_checksums():
+    """A forger repairs the checksums: any answer but an ArtifactError or tensors of the declared shapes is a bug."""
+    data, rng = sample(), random.Random(1)
+    clean = pack.parse_header(data)
+    header = json.loads(zlib.decompress(data[17 : clean.header_bytes], -15))
+    accepted = 0
+    for _ in range(200):
+        body = bytearray(data[clean.header_bytes :])
+        for _ in range(rng.randint(1, 3)):
+            body[rng.randrange(len(body))] = rng.randrange(256)
+        start = 0
+        for row in header["streams"]:
+            row[2] = zlib.crc32(bytes(body[start : start + row[1]]))
+            start += row[1]
+        try:
+            tensors, _ = pack.decode_artifact(forge(header, bytes(body)))
+        except ArtifactError:
+            continue
+        accepted += 1
+        for name, t in tensors.items():
+            pack.check_tensor(name, t)
+    assert 0 < accepted < 200, "some changes make another valid model, others must be refused"
+
+
+def test_200_random_headers_under_correct_checksums():
+    """Header text mutated at random."""
+    data, rng = sample(), random.Random(2)
+    clean = pack.parse_header(data)
+    text = zlib.decompress(data[17 : clean.header_bytes], -15)
+    tokens = [
+        b"[",
+        b"]",
+        b"{",
+        b"}",
+        b"-1",
+        b"1e999",
+        b"NaN",
+        b"null",
+        b"true",
+        b'""',
+        b"99999999999999999999",
+        b",",
+        b"0",
+    ]
+    for _ in range(200):
+        at = rng.randrange(len(text))
+        bad = text[:at] + rng.choice(tokens) + text[at + rng.randrange(3) :]
+        try:
+            tensors, _ = pack.decode_artifact(forge(bad, data[clean.header_bytes :]))
+        except ArtifactError:
+            continue
+        for name, t in tensors.items():
+            pack.check_tensor(name, t)
+
+
+@pytest.mark.parametrize("n", [0, 1, 16, 17, 100])
+def test_random_bytes_of_any_length(n):
+    refused(random.Random(n).randbytes(n), "not an artifact")
+    refused((b"TRNY\x01" + bytes(n))[:n], "not an artifact|header")
+
+
+# Preamble -----------------------------------------------------------------------------------------------------
+
+
+def test_wrong_magic():
+    refused(forge(header_of(GOOD), bytes([75]) + SCALE, magic=b"PK\x03\x04"), "not an artifact")
+
+
+@pytest.mark.parametrize("version", [0, 2, 255])
+def test_wrong_version(version):
+    refused(forge(header_of(GOOD), bytes([75]) + SCALE, version=version), f"version {version} .* reads 1")
+
+
+def test_wrong_header_checksum():
+    refused(forge(header_of(GOOD), bytes([75]) + SCALE, crc=0), "header checksum")
+
+
+def test_header_longer_than_the_file():
+    refused(forge(header_of(GOOD), bytes([75]) + SCALE, size=2**32 - 1), "truncated")
+
+
+@pytest.mark.parametrize("text_size", [0, pack.MAX_HEADER + 1, 2**32 - 1])
+def test_declared_header_size_out_of_bounds(text_size):
+    refused(forge(header_of(GOOD), bytes([75]) + SCALE, text_size=text_size), "header of")
+
+
+@pytest.mark.parametrize("off", [-1, 1])
+def test_declared_header_size_not_exact(off):
+    text = json.dumps(header_of(GOOD), sort_keys=True, separators=(",", ":")).encode()
+    refused(forge(text, bytes([75]) + SCALE, text_size=len(text) + off), "inflate to exactly")
+
+
+def test_deflate_bomb():
+    compressor = zlib.compressobj(9, zlib.DEFLATED, -15)
+    bomb = compressor.compress(b" " * (64 << 20)) + compressor.flush()
+    refused(forge(b" " * 64, deflated=bomb), "inflate to exactly")
+    refused(forge(b" " * pack.MAX_HEADER, deflated=bomb), "inflate to exactly")
+
+
+def test_bytes_hidden_after_the_deflate_stream():
+    compressor = zlib.compressobj(9, zlib.DEFLATED, -15)
+    text = json.dumps(header_of(GOOD), sort_keys=True, separators=(",", ":")).encode()
+    deflated = compressor.compress(text) + compressor.flush() + b"hidden"
+    refused(forge(text, bytes([75]) + SCALE, deflated=deflated), "inflate to exactly")
+
+
+def test_truncated_deflate_stream():
+    compressor = zlib.compressobj(9, zlib.DEFLATED, -15)
+    text = json.dumps(header_of(GOOD), sort_keys=True, separators=(",", ":")).encode()
+    deflated = compressor.compress(text) + compressor.flush(zlib.Z_SYNC_FLUSH)  # all the text, but no end marker
+    refused(forge(text, bytes([75]) + SCALE, deflated=deflated), "inflate to exactly")
+
+
+# JSON ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("brackets", [b"[", b'{"a":'])
+def test_json_bomb_of_nesting(brackets):
+    refused(forge(brackets * (pack.MAX_HEADER // len(brackets))), "bad header", megabytes=32)
+
+
+def test_deep_nesting_that_the_parser_survives():
+    deep = 1
+    for _ in range(pack.MAX_DEPTH + 1):
+        deep = [deep]
+    refused(build(GOOD, meta={"a": deep}), "nesting")
+
+
+@pytest.mark.parametrize("number", [b"NaN", b"Infinity", b"-Infinity", b"1e999", b"-1e999"])
+def test_numbers_that_are_not_finite(number):
+    text = json.dumps(header_of(GOOD, meta={"a": 7}), sort_keys=True, separators=(",", ":")).encode()
+    refused(forge(text.replace(b'{"a":7}', b'{"a":%s}' % number), bytes([75]) + SCALE), "finite")
+
+
+@pytest.mark.parametrize("number", [b"9" * 5000, b"18446744073709551616"])
+def test_huge_integers(number):
+    text = json.dumps(header_of(GOOD, meta={"a": 7}), sort_keys=True, separators=(",", ":")).encode()
+    refused(forge(text.replace(b'{"a":7}', b'{"a":%s}' % number), bytes([75]) + SCALE), "bad header")
+
+
+def test_duplicate_json_keys():
+    text = json.dumps(header_of(GOOD), sort_keys=True, separators=(",", ":")).encode()
+    refused(forge(text.replace(b'"meta":{}', b'"meta":{"a":1,"a":2}'), bytes([75]) + SCALE), "twice")
+    refused(forge(text.replace(b'"meta":{}', b'"meta":{},"meta":{}'), bytes([75]) + SCALE), "twice")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b'"meta"', b' "meta"'),
+        (b'"meta"', b'"m\\u0065ta"'),
+        (b'"a":7', b'"a":7.50'),
+        (b'"a":7', b'"a":-0'),
+        (b'"a":7', b'"a":1E2'),
+    ],
+)
+def test_header_with_two_spellings(old, new):
+    text = json.dumps(header_of(GOOD, meta={"a": 7}), sort_keys=True, separators=(",", ":")).encode()
+    assert old in text
+    refused(forge(text.replace(old, new), bytes([75]) + SCALE), "canonical")
+
+
+@pytest.mark.parametrize("text", [b"", b"7", b"[]", b"null", b"{}", b"{", b"\xff\xfe", b'"\xc3\xa9"', b"{}{}"])
+def test_header_that_is_no_header(text):
+    refused(forge(text), "header")
+
+
+@pytest.mark.parametrize("field", ["formats", "meta", "streams", "tensors"])
+@pytest.mark.parametrize("value", [None, 1, "x", True])
+def test_field_missing_extra_or_of_another_type(field, value):
+    header = header_of(GOOD)
+    refused(forge(header | {field: value}, bytes([75]) + SCALE), "fields")
+    refused(forge({k: v for k, v in header.items() if k != field}, bytes([75]) + SCALE), "fields")
+    refused(forge(header | {"more": []}, bytes([75]) + SCALE), "fields")
+
+
+# Formats and tensors ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "fmt",
+    [7, None, {}, [], {"kind": 1}, {"kind": ["ternary"]}, {"kind": "int9"}, {"kind": "ternary"},
+     TERNARY | {"group_size": -1}, TERNARY | {"group_size": 1.0}, TERNARY | {"group_size": True},
+     TERNARY | {"scale": "fp8"}, TERNARY | {"scale": []},
+     INT3 | {"bits": 1}, INT3 | {"bits": 9}, INT3 | {"bits": "3"}],
+)  # fmt: skip
+def test_unknown_format(fmt):
+    refused(build(GOOD, formats=[fmt]), "format .* is not known")
+
+
+def test_duplicate_formats():
+    tensors = [["v", [5], 0], ["w", [5], 1]]
+    refused(build(GOOD * 2, formats=[TERNARY, TERNARY], tensors=tensors), "format twice")
+
+
+def test_too_many_formats():
+    formats = [TERNARY | {"n": n} for n in range(pack.MAX_FORMATS + 1)]
+    refused(
+        build(GOOD * len(formats), formats=formats, tensors=[[f"w{n}", [5], n] for n in range(len(formats))]),
+        "more than",
+    )
+
+
+def test_unused_format():
+    refused(build(GOOD, formats=[TERNARY, BF16]), "not used")
+
+
+@pytest.mark.parametrize("index", [-1, 1, True, 0.0, "0", None])
+def test_format_index_out_of_order_or_range(index):
+    refused(build(GOOD, tensors=[["w", [5], index]]), "order of first use")
+
+
+def test_formats_in_another_order_than_that_of_their_first_use():
+    streams, tensors = [("raw", SCALE), *GOOD], [["w", [5], 1], ["v", [1], 0]]
+    assert pack.decode_artifact(build(streams, formats=[BF16, TERNARY], tensors=tensors[::-1]))
+    refused(build(streams, formats=[BF16, TERNARY], tensors=tensors), "order of first use")
+
+
+def test_duplicate_names():
+    refused(build(GOOD, tensors=[["w", [2], 0], ["w", [3], 0]]), "'w' occurs twice")
+
+
+@pytest.mark.parametrize("name", ["", "x" * 257, "a\x1b[31m", "a\n", "\ud800", 5, None, ["w"]])
+def test_bad_names(name):
+    refused(build(GOOD, tensors=[[name, [5], 0]]), "name")
+
+
+@pytest.mark.parametrize(
+    "shape", [[-5], [-1, -5], [True, 5], [5.0], ["5"], [None], [[5]], [1] * 9, [2**41], [2**40, 2], [2**41, 0]]
+)
+def test_bad_shapes(shape):
+    refused(build(GOOD, tensors=[["w", shape, 0]]), "shape")
+
+
+@pytest.mark.parametrize("row", [[], ["w", [5]], ["w", [5], 0, 0], ["w", 5, 0], "w50", None, {"name": "w"}])
+def test_bad_tensor_entries(row):
+    refused(build(GOOD, tensors=[row]), "tensor entry")
+
+
+# Stream table -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [0, 4, 6, 10, 1000, 2**20])
+def test_count_that_does_not_match_the_shape(count):
+    if count == 4:  # one byte as well, but then its last digit is padding
+        return refused(build([("base3", bytes([242])), ("raw", SCALE)], tensors=[["w", [4], 0]]), "padding")
+    refused(build(GOOD, tensors=[["w", [count], 0]]), "base3 of")
+
+
+def test_scales_that_do_not_match_the_shape():
+    refused(build([GOOD[0], ("raw", SCALE * 2)]), "raw of 1 u16 symbols takes exactly 2 bytes, not 4")
+
+
+@pytest.mark.parametrize("fmt", [TERNARY, TERNARY | {"group_size": 1}, INT3, BF16, FP32])
+@pytest.mark.parametrize("count", [2**24, 2**40])
+def test_oversized_count(fmt, count):
+    """2^40 weights in a hundred bytes: refused at once and without memory, whatever the codec."""
+    for codec in pack.CODECS:
+        streams = [(codec, b"\0" * 20)] + ([("raw", SCALE)] if "scale" in fmt else [])
+        refused(
+            build(streams, formats=[fmt], tensors=[["w", [count], 0]]), "symbols from 20 bytes are more|is not one for"
+        )
+
+
+def test_oversized_sum_of_counts():
+    rows = [[f"w{i}", [2**22], 0] for i in range(1000)]
+    refused(build(GOOD, tensors=rows), "more than any model needs")
+
+
+def test_overlapping_streams():
+    """Offsets are derived from sizes, so an overlap can only be declared as sizes beyond the file's end."""
+    header = header_of(GOOD)
+    header["streams"][0][1] = header["streams"][1][1] = 3
+    refused(forge(header, bytes([75]) + SCALE), "ends at offset")
+
+
+def test_gap_between_streams():
+    refused(forge(header_of(GOOD), bytes([75]) + b"gap" + SCALE), "after the last stream")
+
+
+def test_trailing_bytes():
+    refused(build(GOOD) + b"\0", "1 bytes after the last stream")
+    refused(sample() + b"more", "4 bytes after the last stream")
+
+
+@pytest.mark.parametrize("size", [-1, 2**63 - 1, True, 1.0, "1", None])
+def test_bad_stream_sizes(size):
+    header = header_of(GOOD)
+    header["streams"][0][1] = size
+    refused(forge(header, bytes([75]) + SCALE), "is not \\[codec, bytes, crc32\\]")
+
+
+@pytest.mark.parametrize("streams", [GOOD[:1], GOOD + GOOD[1:], []])
+def test_missing_and_extra_streams(streams):
+    refused(build(streams), "streams, but the formats call for 2")
+
+
+@pytest.mark.parametrize("codec", ["", "planes", "raw", "bits", "pickle", "base3+zstd+zstd", "__class__"])
+def test_unknown_codec_or_one_of_another_kind(codec):
+    refused(build([(codec, bytes([75])), GOOD[1]]), "codec")
+
+
+def test_wrong_stream_checksum():
+    for n in (0, 1):
+        header = header_of(GOOD)
+        header["streams"][n][2] ^= 1
+        refused(forge(header, bytes([75]) + SCALE), f"stream {n} .*checksum")
+
+
+def test_streams_swapped():
+    header = header_of([("base3", bytes([75])), ("base3", bytes([76]))], formats=[TERNARY])
+    refused(forge(header, bytes([76, 75])), "codec 'base3' is not one for u16")
+
+
+# Symbols ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("byte", [243, 255])
+def test_code_outside_base3(byte):
+    """243 would be a sixth digit; no byte can spell a code of 3."""
+    refused(build([("base3", bytes([byte])), GOOD[1]]), f"base3 byte 0 is {byte}")
+    with pytest.raises(ArtifactError, match="above 242"):
+        pack.unpack_base3(bytes([75, byte, 75]), 15)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+def test_base3_padding_that_is_not_zero(n):
+    assert pack.unpack_base3(bytes([3**n - 1]), n).tolist() == [1] * n
+    with pytest.raises(ArtifactError, match="padding"):
+        pack.unpack_base3(bytes([3**n]), n)
+
+
+@pytest.mark.parametrize("data", [b"", bytes(2), bytes(3)])
+def test_base3_of_another_length(data):
+    with pytest.raises(ArtifactError, match="exactly 1 bytes"):
+        pack.unpack_base3(data, 5)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_int_code_outside_its_range(bits):
+    """All ones would be limit + 1: two's complement's lonely negative, which a symmetric format does not have."""
+    limit = 2 ** (bits - 1) - 1
+    n = 8  # so that there are no padding bits
+    with pytest.raises(ArtifactError, match=f"outside -{limit}"):
+        pack.unpack_bits(bytes([255] * bits), n, bits)
+    with pytest.raises(ArtifactError):
+        pack.unpack_raw(bytes([limit + 1]), 1, f"int{bits}")
+    with pytest.raises(ArtifactError):
+        pack.unpack_raw(struct.pack("b", -limit - 1), 1, f"int{bits}")
+
+
+def test_bits_padding_that_is_not_zero():
+    with pytest.raises(ArtifactError, match="padding"):
+        pack.unpack_bits(bytes([0b01000000]), 2, 3)
+
+
+@pytest.mark.parametrize("n", [0, 1, 7])
+def test_bits_of_another_length(n):
+    with pytest.raises(ArtifactError, match="exactly"):
+        pack.unpack_bits(bytes(-(-n * 3 // 8) + 1), n, 3)
+
+
+# Compressors --------------------------------------------------------------------------------------------------
+
+
+def raw_lzma(data: bytes) -> bytes:
+    return lzma.compress(data, format=lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2, "preset": 9}])
+
+
+@pytest.mark.parametrize("codec", ["raw+zstd", "raw+lzma"])
+def test_decompression_bomb(codec):
+    """A stream expands to what the shapes call for, no more and no less, and never beyond the limit on expansion."""
+    bomb = {"raw+zstd": pack.zstd_encode, "raw+lzma": raw_lzma}[codec](bytes(64 << 20))
+    assert len(bomb) < 20_000
+    refused(build([(codec, bomb)], formats=[BF16], tensors=[["w", [1000], 0]]), "zstd|lzma")
+    refused(build([(codec, bomb)], formats=[BF16], tensors=[["w", [32 << 20], 0]]), "more than any model needs")
+
+
+@pytest.mark.parametrize("compress", [pack.zstd_encode, pack.lzma_encode], ids=["zstd", "lzma"])
+def test_compressed_stream_one_byte_short_or_long_or_followed_by_more(compress):
+    codec = f"raw+{compress.__name__[:4]}"
+    data = compress(bytes(range(200)))
+
+    def file(data: bytes, count: int) -> bytes:
+        return build([(codec, data)], formats=[BF16], tensors=[["w", [count], 0]])
+
+    assert pack.decode_artifact(file(data, 100))
+    for bad in (file(data, 99), file(data, 101), file(data + b"\0", 100), file(data + data, 100), file(data[:-1], 100)):
+        refused(bad, codec[4:])
+    refused(file(b"", 100), codec[4:])
+    refused(file(data, 0), "empty stream is compressed")
+
+
+def test_zstd_frame_that_declares_a_huge_content():
+    frame = zstandard.ZstdCompressionParameters.from_level(
+        3, format=zstandard.FORMAT_ZSTD1_MAGICLESS, write_content_size=True
+    )
+    data = zstandard.ZstdCompressor(compression_params=frame).compress(bytes(100))
+    refused(build([("raw+zstd", data)], formats=[BF16], tensors=[["w", [50], 0]]), "declares its own size")
+    huge = b"\xe0" + struct.pack("<Q", 2**46) + b"\x01\x00\x00"  # single segment, 8-byte content size
+    refused(build([("raw+zstd", huge)], formats=[BF16], tensors=[["w", [50], 0]]), "zstd")
+
+
+def test_zstd_frame_that_wants_a_huge_window():
+    frame = zstandard.ZstdCompressionParameters.from_level(
+        3, format=zstandard.FORMAT_ZSTD1_MAGICLESS, write_content_size=False, window_log=27
+    )
+    data = zstandard.ZstdCompressor(compression_params=frame).compressobj()
+    data = data.compress(bytes(100)) + data.flush()
+    refused(build([("raw+zstd", data)], formats=[BF16], tensors=[["w", [50], 0]]), "zstd")
+
+
+# Things that are no files -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", [pack.read_artifact, pack.read_header, pack.verify])
+def test_paths_that_are_no_artifact(tmp_path, command):
+    (tmp_path / "empty").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for name, message in {"none": "cannot read", "": "not a file", "empty": "not an artifact", "link": "cannot read",
+                          "a\0b": "cannot read", "x" * 300: "cannot read"}.items():  # fmt: skip
+        with pytest.raises(ArtifactError, match=message):
+            command(str(tmp_path / name))
+
+
+def test_named_pipe_does_not_hang(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ArtifactError, match="not a file"):
+        pack.read_artifact(tmp_path / "pipe")
+
+
+def test_file_without_permission(tmp_path, monkeypatch):
+    path = tmp_path / "model.bin"
+    path.write_bytes(sample())
+
+    def refuse(self):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(pack.Path, "read_bytes", refuse)  # chmod does not stop root
+    with pytest.raises(ArtifactError, match="Permission denied; check"):
+        pack.read_artifact(path)
+
+
+def test_sparse_file_of_a_terabyte(tmp_path):
+    with open(tmp_path / "sparse", "wb") as f:
+        f.truncate(2**40)
+    with pytest.raises(ArtifactError, match="at most"):
+        pack.read_artifact(tmp_path / "sparse")
+
+
+def test_error_names_the_file(tmp_path):
+    (tmp_path / "model.bin").write_bytes(sample()[:-1])
+    with pytest.raises(ArtifactError, match="model.bin: stream 5"):
+        pack.read_artifact(tmp_path / "model.bin")
