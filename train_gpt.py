@@ -50,6 +50,7 @@ from eval_bpb import (
     DataFolder,
     evaluate,
     folder_identity,
+    keep_freed_memory,
     load_artifact,
     open_data,
     read_shard,
@@ -190,7 +191,8 @@ class Config:
 
 
 CPU_TRACK = dict(
-    cap_bytes=128_000, cap_counts_code=False, embed_format="ternary", train_batch_tokens=16384, train_seq_len=512,
+    cap_bytes=128_000, cap_counts_code=False, embed_format="ternary", mlp_hidden=236, train_seq_len=256,
+    train_batch_tokens=8192, val_batch_size=8192,
 )  # fmt: skip
 PR367 = dict(  # run_8xh100.sh and train_bitnet.py of PR 367
     num_layers=12, model_dim=768, num_heads=12, num_kv_heads=6, mlp_mult=3, mlp_hidden=2496, train_seq_len=2048,
@@ -1392,7 +1394,9 @@ def main(argv: list[str] | None = None) -> int:
         trainer = Trainer(preset, config, rank, world, local_rank)
         if trainer.device.type == "cuda":
             torch.cuda.set_device(trainer.device)
-        else:  # the same seed must give the same bytes; costs nothing on a CPU
+        else:
+            keep_freed_memory()
+            # The same seed must give the same bytes; on a CPU this costs nothing.
             torch.use_deterministic_algorithms(True)
             torch.utils.deterministic.fill_uninitialized_memory = False
         if world > 1:
