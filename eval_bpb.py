@@ -462,7 +462,7 @@ def score_file(args: argparse.Namespace, device: torch.device) -> dict:
         "stride": args.stride,
         "chunked": asdict(chunked),
         "sliding": asdict(sliding) if sliding else None,
-    }  # fmt: skip
+    }
 
 
 def report(result: dict) -> str:
@@ -476,18 +476,18 @@ def report(result: dict) -> str:
     if m["not_ternary_matrices"]:
         names = ", ".join(m["not_ternary_matrices"][:4])
         lines.append(f"WARNING     {len(m['not_ternary_matrices'])} matrices are not ternary "
-                     f"({len(m['unquantized_matrices'])} of them unquantized): {names}")  # fmt: skip
+                     f"({len(m['unquantized_matrices'])} of them unquantized): {names}")
     for name, d in result["data"]["shards"].items():
         lines.append(f"byte audit  {name}: {d['documents']:,} documents, {d['tokens']:,} tokens, {d['bytes']:,} bytes "
-                     "= UTF-8 length of the decoded text")  # fmt: skip
+                     "= UTF-8 length of the decoded text")
     lines.append(f"checks      no look-ahead; softmax sums to one within {c['softmax_error']:.1e}; "
-                 + ("context is used" if c["uses_context"] else "WARNING: THE MODEL IGNORES ITS CONTEXT"))  # fmt: skip
+                 + ("context is used" if c["uses_context"] else "WARNING: THE MODEL IGNORES ITS CONTEXT"))
     for name in ("chunked", "sliding"):
         if s := result[name]:
             at = f"stride {result['stride'] if name == 'sliding' else result['seq_len']}"
             lines.append(f"{name:<11} val_loss:{s['val_loss']:.8f} val_bpb:{s['val_bpb']:.8f}  {at}, "
                          f"window {result['seq_len']}, {s['tokens']:,} tokens, {s['bytes']:,} bytes, "
-                         f"{s['seconds']:.1f} s")  # fmt: skip
+                         f"{s['seconds']:.1f} s")
     return "\n".join(lines)
 
 

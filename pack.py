@@ -287,7 +287,7 @@ def zstd_encode(data: bytes) -> bytes:
     params = zstandard.ZstdCompressionParameters.from_level(
         level, source_size=len(data), format=zstandard.FORMAT_ZSTD1_MAGICLESS,
         write_content_size=False, write_checksum=False, write_dict_id=False, threads=0,
-    )  # fmt: skip
+    )
     return zstandard.ZstdCompressor(compression_params=params).compress(data)
 
 
@@ -374,7 +374,7 @@ PLAIN = {
                   lambda n, kind: -(-n * int(kind[3:]) // 8)),
     "raw": Codec((*INTS, *FLOATS), pack_raw, unpack_raw, raw_size),
     "planes": Codec(FLOATS, pack_planes, unpack_planes, raw_size),
-}  # fmt: skip
+}
 COMPRESSORS = {"zstd": (zstd_encode, zstd_decode), "lzma": (lzma_encode, lzma_decode)}
 # planes alone are as long as raw, so they are no codec
 CODECS = {name: codec for name, codec in PLAIN.items() if name != "planes"} | {
@@ -570,7 +570,7 @@ def parse_header(data) -> Header:
     for row, ((index, role), (kind, count)) in zip(header["streams"], expected.items(), strict=True):
         where = f"stream {len(streams)} ({role} of format {index})"
         if not (isinstance(row, list) and len(row) == 3 and isinstance(row[0], str)
-                and is_int(row[1], 0, MAX_FILE) and is_int(row[2], 0, 2**32 - 1)):  # fmt: skip
+                and is_int(row[1], 0, MAX_FILE) and is_int(row[2], 0, 2**32 - 1)):
             raise damaged(f"{where}: {str(row)[:80]!a} is not [codec, bytes, crc32]")
         codec, size, crc = row
         if codec not in CODECS or kind not in CODECS[codec].kinds:
@@ -739,12 +739,12 @@ def describe(data: bytes) -> dict:
         n = t.codes.size
         rows.append({"tensor": name, "shape": list(shape), "format": format_label(format), "weights": n, "bytes": share,
                      "bits_per_weight": 8 * share / n if n else 0.0,
-                     "zero_frac": float((values == 0).mean()) if n else 0.0})  # fmt: skip
+                     "zero_frac": float((values == 0).mean()) if n else 0.0})
     weights = sum(row["weights"] for row in rows)
     table = [asdict(s) | {"format": format_label(header.formats[s.format])} for s in header.streams]
     return {"bytes": len(data), "header_bytes": header.header_bytes, "weights": weights,
             "bits_per_parameter": 8 * len(data) / weights if weights else 0.0, "tensors": rows, "streams": table,
-            "formats": header.formats, "meta": meta}  # fmt: skip
+            "formats": header.formats, "meta": meta}
 
 
 def inspect_text(d: dict) -> str:
@@ -757,7 +757,7 @@ def inspect_text(d: dict) -> str:
     lines = [line("tensor", "shape", "format", "weights", "bytes", "bits/weight", "zeros")]
     for r in d["tensors"]:
         lines.append(line(r["tensor"], "x".join(map(str, r["shape"])) or "scalar", r["format"], f"{r['weights']:,}",
-                          f"{r['bytes']:,}", f"{r['bits_per_weight']:.4f}", f"{r['zero_frac']:.4f}"))  # fmt: skip
+                          f"{r['bytes']:,}", f"{r['bits_per_weight']:.4f}", f"{r['zero_frac']:.4f}"))
     lines.append(line("(header)", "", "", "", f"{d['header_bytes']:,}", "", ""))
     lines.append(line("total", "", "", f"{d['weights']:,}", f"{d['bytes']:,}", f"{d['bits_per_parameter']:.4f}", ""))
     lines += ["", f"{'stream':<8}{'format':<18}{'codec':<14}{'symbols':>12}{'bytes':>12}{'bits/symbol':>13}"]

@@ -155,16 +155,16 @@ class Config:
         for name in ("iterations", "warmup_steps", "lr_warmup_steps", "warmdown_iters", "seq_ramp_start", "group_size",
                      "batch_ramp_start", "train_log_every", "val_loss_every", "checkpoint_every", "eval_stride",
                      "threads", "max_wallclock_seconds", "mlp_hidden", "muon_wd", "grad_clip_norm", "threshold",
-                     "muon_momentum_warmup_steps"):  # fmt: skip
+                     "muon_momentum_warmup_steps"):
             need(getattr(self, name) >= 0, name, "must not be negative")
         for name in ("train_batch_tokens", "micro_batch_tokens", "train_seq_len", "vocab_size", "num_layers",
                      "model_dim", "num_heads", "num_kv_heads", "val_batch_size", "eval_batch_seqs", "cap_bytes",
-                     "muon_backend_steps"):  # fmt: skip
+                     "muon_backend_steps"):
             need(getattr(self, name) >= 1, name, "must be at least 1")
         for name in ("logit_softcap", "rope_base", "adam_eps", "tied_embed_init_std"):
             need(getattr(self, name) > 0, name, "must be positive")
         for name in ("warmdown_frac", "seq_ramp_frac", "batch_ramp_frac", "muon_momentum", "muon_momentum_warmup_start",
-                     "beta1", "beta2"):  # fmt: skip
+                     "beta1", "beta2"):
             need(0 <= getattr(self, name) <= 1, name, "must be between 0 and 1")
         need(self.num_layers >= 2, "num_layers", "must be at least 2: one half feeds skips to the other")
         need(self.mlp_hidden > 0 or self.mlp_mult > 0, "mlp_mult", "must be at least 1, or set mlp_hidden")
@@ -175,12 +175,12 @@ class Config:
         need(self.resume in ("auto", "never"), "resume", "must be auto or never")
         need(self.device in ("auto", "cpu", "cuda"), "device", "must be auto, cpu or cuda")
         need(self.train_batch_tokens % self.train_seq_len == 0, "train_batch_tokens",
-             f"must be a multiple of train_seq_len={self.train_seq_len}")  # fmt: skip
+             f"must be a multiple of train_seq_len={self.train_seq_len}")
         need(self.eval_stride <= self.train_seq_len, "eval_stride", f"must be at most {self.train_seq_len=}")
         need(self.seq_ramp_start <= self.train_seq_len, "seq_ramp_start", f"must be at most {self.train_seq_len=}")
         ramp = self.train_seq_len // max(self.seq_ramp_start, 1)
         need(not self.seq_ramp_start or self.seq_ramp_start * ramp == self.train_seq_len and ramp & (ramp - 1) == 0,
-             "seq_ramp_start", f"must be {self.train_seq_len=} over a power of two")  # fmt: skip
+             "seq_ramp_start", f"must be {self.train_seq_len=} over a power of two")
         need(self.iterations > 0 or self.max_wallclock_seconds > 0, "iterations", "must be positive without a cap")
         for name in ("matrix_format", "embed_format", "vector_format"):
             make_format(self, name)
@@ -193,7 +193,7 @@ class Config:
 CPU_TRACK = dict(
     cap_bytes=128_000, cap_counts_code=False, embed_format="ternary", mlp_hidden=236, train_seq_len=256,
     train_batch_tokens=8192, val_batch_size=8192,
-)  # fmt: skip
+)
 PR367 = dict(  # run_8xh100.sh and train_bitnet.py of PR 367
     num_layers=12, model_dim=768, num_heads=12, num_kv_heads=6, mlp_mult=3, mlp_hidden=2496, train_seq_len=2048,
     train_batch_tokens=524_288, val_loss_every=500, val_batch_size=524_288, train_log_every=50, warmup_steps=20,
@@ -201,7 +201,7 @@ PR367 = dict(  # run_8xh100.sh and train_bitnet.py of PR 367
     muon_momentum_warmup_start=0.92, muon_momentum_warmup_steps=1500, rope_base=200_000.0, group_size=64,
     scale_dtype="fp16", data_path="data/datasets/fineweb10B_sp1024",
     tokenizer_path="data/tokenizers/fineweb_1024_bpe.model",
-)  # fmt: skip
+)
 PRESETS: dict[str, dict] = {
     "cpu": CPU_TRACK | dict(max_wallclock_seconds=180.0),
     "tiny": dict(
@@ -219,7 +219,7 @@ PRESETS: dict[str, dict] = {
         muon_momentum_warmup_steps=500, rope_base=10_000.0, val_loss_every=0,
         data_path="data/fineweb_sp8192", tokenizer_path="",
     ),
-}  # fmt: skip
+}
 
 # PR 367's variables for techniques that this trainer does not have: the values under which nothing is lost, and why.
 # A value outside them is an error; one inside that asks for something anyway is answered with a printed notice.
@@ -258,7 +258,7 @@ def resolve_settings(argv: list[str], env: Mapping[str, str]) -> tuple[str, Conf
         text = f"{f.metadata['why']} (default: {shown})".replace("%", "%%")
         p.add_argument("--" + f.name.replace("_", "-"), metavar=kinds[f.name].__name__.upper(), help=text)
     dashed = [a.partition("=")[0].replace("_", "-") + a[len(a.partition("=")[0]) :] if a.startswith("--") else a
-              for a in argv]  # fmt: skip
+              for a in argv]
     args = vars(p.parse_args(dashed))
     preset = args.pop("preset") or env.get("PRESET") or ("pr367" if torch.cuda.is_available() else "cpu")
     if preset not in PRESETS:
@@ -573,7 +573,7 @@ class GPT(nn.Module):
 
 # What a model is rebuilt from, and so what an artifact's configuration holds; the rest of a run is in its log.
 MODEL_SETTINGS = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "mlp_hidden",
-                  "rope_base", "logit_softcap", "train_seq_len")  # fmt: skip
+                  "rope_base", "logit_softcap", "train_seq_len")
 
 
 def model_from_stored(tensors: dict[str, pack.StoredTensor], meta: dict) -> GPT:
@@ -750,7 +750,7 @@ class Optimizer:
             moments = self.adam.state[bank.latent] or {
                 "exp_avg": torch.zeros_like(bank.latent), "exp_avg_sq": torch.zeros_like(bank.latent),
                 "step": torch.zeros((), device=bank.latent.device),
-            }  # fmt: skip
+            }
             for key in ("exp_avg", "exp_avg_sq"):
                 out |= {f"{key}/{n}": x for n, x in zip(bank.names, moments[key], strict=True)}
             out[f"adam_step/{bank.names[0]}"] = moments["step"]
@@ -765,7 +765,7 @@ class Optimizer:
         for name, x in expected.items():
             if x.shape != state[name].shape or x.dtype != state[name].dtype:
                 raise ValueError(f"tensor {name} is {state[name].dtype} {tuple(state[name].shape)}, not {x.dtype} "
-                                 f"{tuple(x.shape)}")  # fmt: skip
+                                 f"{tuple(x.shape)}")
         for bank in self.latents.banks:
             bank.latent.copy_(torch.stack([state[f"latent/{n}"] for n in bank.names]))
         for bank, buffer in zip(self.muon, self.momentum, strict=True):
@@ -808,7 +808,7 @@ class TokenLoader:
                 self.open_shard, self.tokens = shard, read_shard(self.shards[shard])
                 if self.tokens.size and int(self.tokens.max()) >= self.vocab_size:
                     raise DataError(f"{self.shards[shard]}: token {self.tokens.max()} with vocab_size="
-                                    f"{self.vocab_size}; the shard is of another tokenizer")  # fmt: skip
+                                    f"{self.vocab_size}; the shard is of another tokenizer")
             offset = at - (int(self.ends[shard - 1]) if shard else 0)
             piece = self.tokens[offset : offset + count - filled]
             out[filled : filled + piece.size] = piece
@@ -863,7 +863,7 @@ def micro_batch_tokens(config: Config, world: int) -> int:
         )
     if c.batch_ramp_start % (world * tokens) or c.batch_ramp_start > c.train_batch_tokens:
         raise ConfigError(f"batch_ramp_start={c.batch_ramp_start}: must be a multiple of the {world * tokens} tokens "
-                          "of one micro-batch on every process, and at most train_batch_tokens")  # fmt: skip
+                          "of one micro-batch on every process, and at most train_batch_tokens")
     return tokens
 
 
@@ -880,7 +880,7 @@ class CheckpointError(ValueError):
 # (data_path may, because the data's identity is compared.)
 FREE_SETTINGS = {"run_id", "out_dir", "resume", "threads", "device", "compile", "data_path", "tokenizer_path",
                  "warmup_steps", "train_log_every", "checkpoint_every", "eval_stride", "eval_batch_seqs",
-                 "val_batch_size", "cap_bytes", "cap_counts_code"}  # fmt: skip
+                 "val_batch_size", "cap_bytes", "cap_counts_code"}
 
 
 def save_checkpoint(path: Path, tensors: dict[str, Tensor], state: dict) -> None:
@@ -977,7 +977,7 @@ def machine() -> dict:
         "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
         "platform": f"{platform.system()} {platform.machine()}", "cpu": torch.backends.cpu.get_cpu_capability(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), "gpu": gpu,
-    }  # fmt: skip
+    }
 
 
 def predicted_bytes(latents: Latents) -> dict[str, tuple[int, int]]:
@@ -1044,7 +1044,7 @@ class Trainer:
         self.counter = ByteCounter(self.data.tokenizer)
         if self.counter.vocab_size != c.vocab_size:
             raise ConfigError(f"vocab_size={c.vocab_size}: the tokenizer {self.data.tokenizer} has "
-                              f"{self.counter.vocab_size}")  # fmt: skip
+                              f"{self.counter.vocab_size}")
         self.val_tokens = np.concatenate([read_shard(p) for p in self.data.val])
         self.loader = TokenLoader(self.data.train, c.vocab_size)
         torch.manual_seed(c.seed)
@@ -1073,10 +1073,10 @@ class Trainer:
         if self.rank == 0 and not self.step:
             for path in pack.code_files():  # a log reproduces its run
                 log.line(f"{'=' * 40} {path.name}\n{path.read_text()}", console=False)
-        log.record("header", schema=METRICS_SCHEMA, preset=self.preset, settings=asdict(c), origin=origin,
+        log.record("header", schema=METRICS_SCHEMA, preset=self.preset, argv=sys.argv[1:], settings=asdict(c), origin=origin,
                    machine=machine(), world_size=self.world, source_sha256=source_hashes(),
                    source=folder_identity(source_hashes()), data_sha256=self.data.hashes, data=self.data.identity,
-                   parameters=parameters, resumed_at=self.step)  # fmt: skip
+                   parameters=parameters, resumed_at=self.step)
         log.line(f"{'=' * 20} {c.run_id} (preset {self.preset}) {'=' * 20}")
         log.line(f"machine     {json.dumps(machine(), sort_keys=True)}", console=False)
         for name, value in asdict(c).items():
@@ -1086,18 +1086,18 @@ class Trainer:
         for notice in notices:
             log.line(f"notice      {notice}")
         log.line(f"device      {self.device} ({why}) x {self.world} process(es), {torch.get_num_threads()} thread(s) "
-                 "each; bf16 params and activations, fp32 latents, gradient sums, optimizer state and losses")  # fmt: skip
+                 "each; bf16 params and activations, fp32 latents, gradient sums, optimizer state and losses")
         log.line(f"data        {c.data_path}: {int(self.loader.ends[-1]):,} training tokens, {self.val_tokens.size:,} "
-                 f"validation tokens, identity {self.data.identity[:16]}")  # fmt: skip
+                 f"validation tokens, identity {self.data.identity[:16]}")
         log.line(f"model       {c.num_layers} layers x {c.model_dim}, {c.num_heads} heads, {c.num_kv_heads} kv, "
-                 f"mlp {c.hidden_dim}, vocab {c.vocab_size}: {parameters:,} parameters")  # fmt: skip
+                 f"mlp {c.hidden_dim}, vocab {c.vocab_size}: {parameters:,} parameters")
         for name, (count, size) in sizes.items():
             log.line(f"              {name}: {count:,} parameters, {size:,} bytes")
         log.line(f"bytes       {total:,} predicted for the model before compression, {code:,} of code"
                  f"{'' if c.cap_counts_code else ' (not counted)'}; cap {c.cap_bytes:,}: "
-                 f"{'fits' if counted <= c.cap_bytes else 'OVER'} by {abs(c.cap_bytes - counted):,}")  # fmt: skip
+                 f"{'fits' if counted <= c.cap_bytes else 'OVER'} by {abs(c.cap_bytes - counted):,}")
         log.line(f"step        {c.train_batch_tokens:,} tokens = {self.world} process(es) x {accum} micro-batch(es) x "
-                 f"{self.micro_tokens // c.train_seq_len} sequences of {c.train_seq_len}")  # fmt: skip
+                 f"{self.micro_tokens // c.train_seq_len} sequences of {c.train_seq_len}")
         if self.step:
             log.line(f"resume      at step {self.step}, {self.elapsed:.1f} s of training done")
         self.phase("load")
@@ -1120,7 +1120,7 @@ class Trainer:
             "schema": METRICS_SCHEMA, "step": self.step, "position": self.loader.position, "elapsed": self.elapsed,
             "tokens_seen": self.tokens_seen, "finished": finished, "config": asdict(self.config),
             "data": self.data.identity, "source": folder_identity(source_hashes()),
-        }  # fmt: skip
+        }
         save_checkpoint(self.checkpoint_path, self.optimizer.state() | rng, state)
 
     def restore(self, tensors: dict[str, Tensor], state: dict) -> None:
@@ -1165,7 +1165,7 @@ class Trainer:
         """Compile and prime every shape that the schedule will use. Nothing is updated, so there is nothing to undo."""
         began, c = time.perf_counter(), self.config
         if c.compile and self.device.type == "cpu" and not (os.environ.get("CXX") or shutil.which("g++")
-                                                            or shutil.which("clang++")):  # fmt: skip
+                                                            or shutil.which("clang++")):
             self.log.line("notice      no C++ compiler found, so torch.compile is off; training will be slower")
         elif c.compile:
             self.compiled = torch.compile(self.model, dynamic=False, fullgraph=True)
@@ -1213,7 +1213,7 @@ class Trainer:
             if signum and not done:
                 self.save()
                 raise Interrupted(signum, f"stopped by signal {signum} after step {self.step}, checkpoint in "
-                                  f"{self.checkpoint_path}: the same command with --resume auto continues")  # fmt: skip
+                                  f"{self.checkpoint_path}: the same command with --resume auto continues")
             if done:
                 break
             plan = schedule(c, self.step, progress)
@@ -1222,9 +1222,9 @@ class Trainer:
             if not math.isfinite(loss) or not bool(torch.isfinite(self.latents.flat_grad.sum())):
                 bad = self.latents.first_non_finite()
                 kept = f"{self.checkpoint_path} is the last good checkpoint" if self.checkpoint_path.exists() else (
-                    "no checkpoint was written yet")  # fmt: skip
+                    "no checkpoint was written yet")
                 raise TrainingError(f"step {self.step + 1}: {bad} is not finite (loss {loss}); {kept}; lower the "
-                                    "learning rates or check the data")  # fmt: skip
+                                    "learning rates or check the data")
             self.optimizer.step(plan.lr_scale, plan.momentum)
             self.step += 1
             logged = self.step <= 10 or (c.train_log_every > 0 and self.step % c.train_log_every == 0)
@@ -1237,32 +1237,32 @@ class Trainer:
             step_seconds, self.elapsed = now - self.elapsed, now
             average = (now - before) / (self.step - first)
             left = min(cap - now if cap else math.inf,
-                       (c.iterations - self.step) * average if c.iterations else math.inf)  # fmt: skip
+                       (c.iterations - self.step) * average if c.iterations else math.inf)
             rate = tokens / step_seconds
             if logged:
                 log.line(f"step:{self.step}/{c.iterations} train_loss:{loss:.4f} train_time:{1000 * now:.0f}ms "
                          f"step_avg:{1000 * now / self.step:.2f}ms tok/s:{rate:.0f} zero_frac:{zero_frac:.4f} "
                          f"churn:{churn:.5f} lr_scale:{plan.lr_scale:.3f} left:{clock(left)}",
-                         console=not sys.stdout.isatty())  # fmt: skip
+                         console=not sys.stdout.isatty())
                 log.record("train", step=self.step, loss=loss, elapsed=now, step_seconds=step_seconds, tokens=tokens,
                            tokens_seen=self.tokens_seen, zero_frac=None if math.isnan(zero_frac) else zero_frac,
                            churn=None if math.isnan(churn) else churn, lr_scale=plan.lr_scale,
-                           momentum=plan.momentum, seq_len=plan.seq_len)  # fmt: skip
+                           momentum=plan.momentum, seq_len=plan.seq_len)
                 self.shown = f"zero_frac {zero_frac:.3f}  churn {churn:.4f}"
             filled = int(24 * max(progress, self.step / c.iterations if c.iterations else 0))
             log.bar(f"[{'#' * filled:<24}] step {self.step}  loss {loss:.4f}  {1000 * step_seconds:.0f} ms/step  "
-                    f"{rate:,.0f} tok/s  {getattr(self, 'shown', '')}  {clock(left)} left")  # fmt: skip
+                    f"{rate:,.0f} tok/s  {getattr(self, 'shown', '')}  {clock(left)} left")
             if c.val_loss_every > 0 and self.step % c.val_loss_every == 0:
                 score = self.validate(max(c.val_batch_size // c.train_seq_len, 1))
                 log.line(f"step:{self.step}/{c.iterations} val_loss:{score.val_loss:.4f} val_bpb:{score.val_bpb:.4f} "
-                         f"train_time:{1000 * now:.0f}ms step_avg:{1000 * now / self.step:.2f}ms")  # fmt: skip
+                         f"train_time:{1000 * now:.0f}ms step_avg:{1000 * now / self.step:.2f}ms")
                 log.record("val", step=self.step, elapsed=now, **asdict(score))
             if c.checkpoint_every and self.step % c.checkpoint_every == 0:
                 self.save()
         self.seconds["train"] = self.elapsed
         if cap and self.step < c.iterations:
             log.line(f"stopping_early: wallclock_cap train_time:{1000 * self.elapsed:.0f}ms "
-                     f"step:{self.step}/{c.iterations}")  # fmt: skip
+                     f"step:{self.step}/{c.iterations}")
         self.save(finished=True)
         self.phase("train", f", {self.step:,} steps, {self.tokens_seen:,} tokens")
         self.check_replicas()
@@ -1321,10 +1321,10 @@ class Trainer:
         chunked, sliding = scored["chunked"], scored["sliding"]
         gap = chunked["val_bpb"] - memory.val_bpb
         for name, s, extra in (("final_ternary_roundtrip", chunked, ""),
-                               ("final_sliding_window", sliding, f" stride:{c.eval_stride}")):  # fmt: skip
+                               ("final_sliding_window", sliding, f" stride:{c.eval_stride}")):
             if s:
                 log.line(f"{name} val_loss:{s['val_loss']:.4f} val_bpb:{s['val_bpb']:.4f}{extra} "
-                         f"eval_time:{1000 * s['seconds']:.0f}ms")  # fmt: skip
+                         f"eval_time:{1000 * s['seconds']:.0f}ms")
                 log.line(f"{name}_exact val_loss:{s['val_loss']:.8f} val_bpb:{s['val_bpb']:.8f}")
         parts = " + ".join(f"{n} {self.seconds[n]:.1f}" for n in ("load", "compile", "train", "pack", "score"))
         log.line(f"{'=' * 20} result {'=' * 20}")
@@ -1334,16 +1334,16 @@ class Trainer:
         log.line(f"roundtrip gap             {gap + 0.0:.8f}   (logits {verdict})")
         if sliding:
             log.line(f"sliding val_bpb           {sliding['val_bpb']:.8f}   (stride {c.eval_stride}, window "
-                     f"{c.train_seq_len}, {sliding['tokens']:,} tokens, {sliding['bytes']:,} bytes)")  # fmt: skip
+                     f"{c.train_seq_len}, {sliding['tokens']:,} tokens, {sliding['bytes']:,} bytes)")
         log.line(f"bytes                     model {size.bytes_model:,} + code {size.bytes_code:,}"
                  f"{'' if c.cap_counts_code else ' (not counted)'} -> total {size.total:,} of {c.cap_bytes:,}: "
-                 f"{'FITS' if size.fits else 'OVER'}, margin {size.margin:,}")  # fmt: skip
+                 f"{'FITS' if size.fits else 'OVER'}, margin {size.margin:,}")
         log.line(f"seconds                   {parts} = {sum(self.seconds.values()):.1f}")
         log.line(f"artifact                  {artifact}  sha256 {sha256_file(artifact)[:16]}")
         log.record("final", step=self.step, tokens_seen=self.tokens_seen, memory=asdict(memory), score=scored,
                    roundtrip_gap=gap, logits_identical=same, seconds=self.seconds, bytes_model=size.bytes_model,
                    bytes_code=size.bytes_code, bytes_total=size.total, cap=c.cap_bytes, fits=size.fits,
-                   artifact_sha256=sha256_file(artifact), replica_sha256=self.replica_sha256)  # fmt: skip
+                   artifact_sha256=sha256_file(artifact), replica_sha256=self.replica_sha256)
         return same and gap == 0.0
 
     @torch.inference_mode()
@@ -1360,10 +1360,10 @@ class Trainer:
         c, out = self.config, self.folder / "score.json"
         local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         launch = [sys.executable] if local == 1 else [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={local}"]  # fmt: skip
+            sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={local}"]
         command = [*launch, str(Path(__file__).resolve().with_name("eval_bpb.py")), str(artifact), "--data",
                    c.data_path, "--stride", str(c.eval_stride), "--batch-seqs", str(c.eval_batch_seqs), "--json",
-                   str(out)] + (["--tokenizer-path", c.tokenizer_path] if c.tokenizer_path else [])  # fmt: skip
+                   str(out)] + (["--tokenizer-path", c.tokenizer_path] if c.tokenizer_path else [])
         hidden = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK"}
         env = {k: v for k, v in os.environ.items() if k not in hidden and not k.startswith("TORCHELASTIC_")}
         env["OMP_NUM_THREADS"] = str(torch.get_num_threads())

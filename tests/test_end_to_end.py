@@ -121,7 +121,8 @@ def test_two_ranks_are_identical_replicas_with_the_loss_curve_of_one(tiny_run, d
 
 
 def test_a_nan_stops_the_run_and_keeps_the_last_good_checkpoint(data_dir, tmp_path):
-    done = run(*tiny_args(data_dir, tmp_path, "--matrix-lr", "1e38", "--lr-warmup-steps", 10**9, "--checkpoint-every", 1))
+    diverge = ["--matrix-lr", "1e38", "--lr-warmup-steps", 10**9, "--checkpoint-every", 1]
+    done = run(*tiny_args(data_dir, tmp_path, *diverge))
     assert done.returncode == 1
     assert re.search(r"error: step \d+: the (weights|gradient) of [\w.]+ is not finite", done.stderr), done.stderr
     assert "Traceback" not in done.stderr and not (tmp_path / "tiny_seed1337/model.tern").exists()
@@ -129,7 +130,7 @@ def test_a_nan_stops_the_run_and_keeps_the_last_good_checkpoint(data_dir, tmp_pa
 
 def test_the_wallclock_cap_is_kept(data_dir, tmp_path):
     done = run(*tiny_args(data_dir, tmp_path, "--iterations", 10**6, "--max-wallclock-seconds", 2, "--eval-stride", 0,
-                          "--val-loss-every", 20))  # fmt: skip
+                          "--val-loss-every", 20))
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "tiny_seed1337"
     assert 1.0 < metrics(folder, "final")[0]["seconds"]["train"] <= 2.2
@@ -139,7 +140,7 @@ def test_the_wallclock_cap_is_kept(data_dir, tmp_path):
 
 def test_ramps_run(data_dir, tmp_path):
     done = run(*tiny_args(data_dir, tmp_path, "--seq-ramp-start", 16, "--batch-ramp-start", 512, "--micro-batch-tokens",
-                          256, "--iterations", 12, "--train-log-every", 1, "--eval-stride", 0))  # fmt: skip
+                          256, "--iterations", 12, "--train-log-every", 1, "--eval-stride", 0))
     assert done.returncode == 0, done.stderr
     steps = metrics(tmp_path / "tiny_seed1337", "train")
     assert steps[0]["seq_len"] == 16 and steps[-1]["seq_len"] == 64
@@ -176,6 +177,6 @@ def test_logits_are_bit_identical_compiled_and_eager(data_dir, tmp_path):
     with torch.inference_mode():
         eager = [m.head(m.hidden(ids)) for m in (trainer.model, loaded)]
         compiled = [torch.compile(lambda x, m=m: m.head(m.hidden(x)), fullgraph=True)(ids)
-                    for m in (trainer.model, loaded)]  # fmt: skip
+                    for m in (trainer.model, loaded)]
     assert torch.equal(*eager) and torch.equal(*compiled)
     assert not torch.equal(eager[0], torch.zeros_like(eager[0]))

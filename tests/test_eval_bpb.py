@@ -32,8 +32,9 @@ from eval_bpb import (
 )
 
 OFFICIAL = sorted((ROOT.parent / "shared" / "data" / "tokenizers").glob("fineweb_*_bpe.model"))
-NASTY = ["Hello world", "line\nnext\n\n para", "漢字 and 中文", "😀 emoji 👩‍👩‍👧 end", "\x00\x01 ctl \x7f\t tab", "a  b   c ",
-         "é ñ ü — “quotes”", "x" * 300, "𝔘𝔫𝔦", "1,234.5 % €", " lead", "trail ", "ſ ﬁ ½", "\u200b\u00a0nbsp", "🇩🇪"]  # fmt: skip
+NASTY = ["Hello world", "line\nnext\n\n para", "漢字 and 中文", "😀 emoji 👩‍👩‍👧 end", "\x00\x01 ctl \x7f\t tab",
+         "a  b   c ",
+         "é ñ ü — “quotes”", "x" * 300, "𝔘𝔫𝔦", "1,234.5 % €", " lead", "trail ", "ſ ﬁ ½", "\u200b\u00a0nbsp", "🇩🇪"]
 
 
 # -- bytes -------------------------------------------------------------------------------------------------------
@@ -44,12 +45,12 @@ NASTY = ["Hello world", "line\nnext\n\n para", "漢字 and 中文", "😀 emoji 
 def test_official_tokenizer_counts_equal_decoded_bytes(path):
     sp = spm.SentencePieceProcessor(model_file=str(path))
     counter, rng = ByteCounter(sp), random.Random(0)
-    if not any(sp.is_byte(i) for i in range(sp.vocab_size())):  # no byte fallback: such text cannot be scored, and is not
+    if not any(sp.is_byte(i) for i in range(sp.vocab_size())):  # without byte fallback such text must not be scored
         with pytest.raises(AuditError, match="byte audit failed"):
             audit_bytes({"x": np.array([sp.bos_id()] + sp.encode("漢字"), dtype=np.uint16)}, counter)
         return
     texts = NASTY + ["".join(chr(rng.choice([rng.randrange(32, 127), rng.randrange(1, 0x800), rng.randrange(0x3000,
-             0xD7FF), rng.randrange(0x1F300, 0x1FAFF), 10, 32, 32])) for _ in range(60)) for _ in range(300)]  # fmt: skip
+             0xD7FF), rng.randrange(0x1F300, 0x1FAFF), 10, 32, 32])) for _ in range(60)) for _ in range(300)]
     stream = []
     for text in texts:
         ids = sp.encode(text)
@@ -102,7 +103,7 @@ def test_counting_rule_by_hand():
     counter = ByteCounter(FakePieces())
     #        prev, id -> bytes
     cases = [(1, 3, 3), (4, 3, 4), (1, 2, 0), (4, 2, 1), (4, 4, 2), (1, 5, 1), (4, 5, 2), (4, 6, 2), (4, 7, 1),
-             (7, 3, 4), (0, 3, 3), (4, 1, 0), (4, 0, 0), (4, 8, 3)]  # fmt: skip
+             (7, 3, 4), (0, 3, 3), (4, 1, 0), (4, 0, 0), (4, 8, 3)]
     assert counter.count([c[0] for c in cases], [c[1] for c in cases]).tolist() == [c[2] for c in cases]
     with pytest.raises(DataError, match="not its shards"):
         counter.count([1], [9])
@@ -131,11 +132,12 @@ def test_manifest_states_the_audited_bytes(data_dir):
 # -- shards ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("damage", ["truncated", "longer", "magic", "version", "empty", "header only", "missing", "folder"])
+@pytest.mark.parametrize("damage", ["truncated", "longer", "magic", "version", "empty", "header only", "missing",
+                                    "folder"])
 def test_bad_shards_are_one_clear_error(data_dir, tmp_path, damage):
     good, path = next(data_dir.glob("*_val_*.bin")).read_bytes(), tmp_path / "x_val_0.bin"
     bad = {"truncated": good[:-1], "longer": good + b"\0\0", "magic": b"\0" + good[1:], "empty": b"",
-           "version": good[:4] + b"\2" + good[5:], "header only": good[:500]}  # fmt: skip
+           "version": good[:4] + b"\2" + good[5:], "header only": good[:500]}
     if damage == "folder":
         path.mkdir()
     elif damage != "missing":
@@ -169,7 +171,7 @@ def test_a_changed_shard_does_not_pass_its_manifest(data_dir, tmp_path):
     (4, 4, 1, [(0, 4, 0)]),
     (1, 1, 1, [(0, 1, 0)]),
     (0, 4, 2, []),
-])  # fmt: skip
+])
 def test_gold_windows(n, length, stride, expected):
     assert list(sliding_windows(n, length, stride)) == expected
 
@@ -319,7 +321,7 @@ def test_command_scores_a_file_and_says_what_is_wrong(tiny_run, data_dir, tmp_pa
     broken = tmp_path / "broken.tern"
     broken.write_bytes(artifact.read_bytes()[:-7])
     for argv in ([broken, "--data", data_dir], [artifact, "--data", tmp_path / "no"],
-                 [artifact, "--data", data_dir, "--stride", 9999]):  # fmt: skip
+                 [artifact, "--data", data_dir, "--stride", 9999]):
         done = run(*argv, program="eval_bpb.py")
         assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
         assert "val_bpb" not in done.stdout

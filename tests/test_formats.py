@@ -15,7 +15,8 @@ from train_gpt import Config, ConfigError, Float, Int, Ternary, from_pack, to_pa
 
 W = torch.tensor([[0.8, -0.5, 1.2], [-1.5, 0.4, -0.9], [1.3, -0.7, 0.2]])
 CODES = [[1, -1, 1], [-1, 0, -1], [1, -1, 0]]
-ALL_FORMATS = [Ternary(), Ternary(4, scale="fp16"), Ternary(0), Int(8), Int(4, 5), Int(2, 0), Float("bf16"), Float("fp16")]
+ALL_FORMATS = [Ternary(), Ternary(4, scale="fp16"), Ternary(0), Int(8), Int(4, 5), Int(2, 0), Float("bf16"),
+               Float("fp16")]
 
 
 def test_hand_golden_as_one_group():
@@ -61,7 +62,8 @@ def test_ternary_is_the_reference_for_any_shape(rows, cols, group, threshold, se
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.floats(1e-12, 1e12), st.integers(0, 2**31), st.sampled_from([1, 8, 128, 0]), st.sampled_from(["bf16", "fp16"]))
+@given(st.floats(1e-12, 1e12), st.integers(0, 2**31), st.sampled_from([1, 8, 128, 0]),
+       st.sampled_from(["bf16", "fp16"]))
 def test_codes_ignore_scale_and_follow_sign(c, seed, group, scale):
     w = torch.randn(7, 50, generator=torch.Generator().manual_seed(seed))
     fmt = Ternary(group, scale=scale)

@@ -323,7 +323,7 @@ def test_field_missing_extra_or_of_another_type(field, value):
      TERNARY | {"group_size": -1}, TERNARY | {"group_size": 1.0}, TERNARY | {"group_size": True},
      TERNARY | {"scale": "fp8"}, TERNARY | {"scale": []},
      INT3 | {"bits": 1}, INT3 | {"bits": 9}, INT3 | {"bits": "3"}],
-)  # fmt: skip
+)
 def test_unknown_format(fmt):
     refused(build(GOOD, formats=[fmt]), "format .* is not known")
 
@@ -558,7 +558,7 @@ def test_paths_that_are_no_artifact(tmp_path, command):
     (tmp_path / "empty").touch()
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     for name, message in {"none": "cannot read", "": "not a file", "empty": "not an artifact", "link": "cannot read",
-                          "a\0b": "cannot read", "x" * 300: "cannot read"}.items():  # fmt: skip
+                          "a\0b": "cannot read", "x" * 300: "cannot read"}.items():
         with pytest.raises(ArtifactError, match=message):
             command(str(tmp_path / name))
 
