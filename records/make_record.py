@@ -101,7 +101,8 @@ def write_record(folder: Path, runs: list[tuple[int, Path, list[str]]], args: ar
         shutil.copyfile(path, folder / path.name)
     bpb = [r["val_bpb"] for r in rows]
     submission = {
-        "track": args.track, "date": args.date, "name": args.name, "author": args.author, "github_id": args.github_id,
+        "track": args.track, "date": args.date, "name": args.name, "author": args.author,
+        "github_id": args.github_id,
         "blurb": args.blurb, "val_loss": statistics.mean(r["val_loss"] for r in rows),
         "val_bpb": statistics.mean(bpb), "val_bpb_std": statistics.stdev(bpb) if len(bpb) > 1 else None,
         "bytes_total": max(r["bytes_model"] + (r["bytes_code"] if args.count_code else 0) for r in rows),
@@ -129,7 +130,7 @@ def readme(s: dict, folder: Path, args: argparse.Namespace) -> str:
 
 Written by `records/make_record.py`; every number comes from the logs beside this page.
 
-| seed | sliding val_bpb | chunked val_bpb | roundtrip gap | model bytes | steps | tokens | train s | score s | zero_frac |
+| seed | sliding val_bpb | chunked val_bpb | gap | model bytes | steps | tokens | train s | score s | zero_frac |
 |---|---|---|---|---|---|---|---|---|---|
 {table}
 

@@ -287,7 +287,8 @@ def test_the_file_proves_what_is_ternary(tiny_run):
         audit_ternary(tensors | {name: lying})
 
 
-@pytest.mark.parametrize("change", ["missing", "extra", "shape", "config", "layers", "types", "format"])
+@pytest.mark.parametrize("change", ["missing", "extra", "shape", "config", "layers", "types", "format", "huge",
+                                    "window"])
 def test_artifacts_that_are_not_the_model_are_one_clear_error(tiny_run, tmp_path, change):
     tensors, meta = pack.read_artifact(tiny_run[0] / "model.tern")
     config = dict(meta["config"])
@@ -302,7 +303,8 @@ def test_artifacts_that_are_not_the_model_are_one_clear_error(tiny_run, tmp_path
         tensors["blocks.0.attn_scale"] = pack.StoredTensor(
             vector.shape, {"kind": "fp32"}, vector.codes.astype(np.uint32), None)
     else:
-        config |= {"config": {"model_dim": 48}, "layers": {"num_layers": 10**9}, "types": {"num_layers": "2"}}[change]
+        config |= {"config": {"model_dim": 48}, "layers": {"num_layers": 1000}, "types": {"num_layers": "2"},
+                   "huge": {"model_dim": 2**40}, "window": {"train_seq_len": 10**12}}[change]
     pack.write_artifact(tmp_path / "bad.tern", tensors, {"config": config})
     with pytest.raises(pack.ArtifactError, match="bad.tern"):
         load_artifact(tmp_path / "bad.tern")

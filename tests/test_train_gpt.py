@@ -90,6 +90,10 @@ def test_unknown_flags_are_errors(argv, capsys):
     (["--num-heads", "3"], {}, "num_heads=3"),
     (["--num-kv-heads", "0"], {}, "num_kv_heads=0"),
     (["--num-layers", "1"], {}, "num_layers=1"),
+    (["--beta2", "1"], {}, "beta2=1.0"),
+    (["--scalar-lr", "-1"], {}, "scalar_lr=-1.0"),
+    (["--seed", "99999999999999999999"], {}, "seed"),
+    (["--compile", "2"], {}, "compile='2'"),
     (["--train-batch-tokens", "1000"], {}, "train_batch_tokens"),
     (["--eval-stride", "4096"], {}, "eval_stride"),
     (["--seq-ramp-start", "5"], {}, "seq_ramp_start"),
@@ -124,6 +128,7 @@ def test_warmdown_iters_is_pr367s_formula_on_the_clock():
         step_ms, remaining = elapsed / step, 50.0 - elapsed
         expected = min(1.0, remaining / (30 * step_ms))  # lr_mul of train_bitnet.py
         assert schedule(c, step, elapsed / 50.0).lr_scale == pytest.approx(expected)
+    assert schedule(c, 0, 0.001).lr_scale == 1.0  # the clock runs before the first step has ended
 
 
 def test_momentum_and_ramps():
@@ -167,6 +172,13 @@ def test_loader_refuses_tokens_of_another_vocabulary(tmp_path):
     shard = write_shard(tmp_path / "x_train_0.bin", [1, 2, 700])
     with pytest.raises(DataError, match="token 700 with vocab_size=512"):
         TokenLoader((shard,), 512)
+
+
+def test_loader_checks_every_shard_before_the_first_step(tmp_path):
+    good, bad = write_shard(tmp_path / "x_train_0.bin", range(50)), write_shard(tmp_path / "x_train_1.bin", range(50))
+    bad.write_bytes(bad.read_bytes()[:-2])
+    with pytest.raises(DataError, match="x_train_1.bin.*truncated"):
+        TokenLoader((good, bad), 512)
 
 
 def test_a_validation_shard_is_refused_under_any_name(data_dir, tmp_path):
@@ -401,10 +413,11 @@ def test_a_bad_checkpoint_is_one_clear_error(tmp_path, damage):
 
 def test_non_finite_tensors_are_named():
     torch.manual_seed(0)
-    latents = Latents(GPT(TINY), TINY)
-    assert latents.first_non_finite() is None
+    model = GPT(TINY)
+    latents, order = Latents(model, TINY), [n for n, _ in model.named_parameters()]
+    assert latents.first_non_finite(order) is None
     bank = next(b for b in latents.banks if "blocks.1.mlp.fc.weight" in b.names)
     bank.grad[bank.names.index("blocks.1.mlp.fc.weight")][0, 0] = math.inf
-    assert latents.first_non_finite() == "the gradient of blocks.1.mlp.fc.weight"
+    assert latents.first_non_finite(order) == "the gradient of blocks.1.mlp.fc.weight"
     bank.latent[bank.names.index("blocks.1.mlp.fc.weight")][3, 3] = math.nan
-    assert latents.first_non_finite() == "the weights of blocks.1.mlp.fc.weight"
+    assert latents.first_non_finite(order) == "the weights of blocks.1.mlp.fc.weight"
