@@ -1,6 +1,7 @@
 """Score an artifact in bits per byte, from the file on disk, and audit every byte of the score.
 
     python eval_bpb.py ARTIFACT --data DIR [--stride S] [--json OUT]
+    python eval_bpb.py ARTIFACT --data DIR --sample "Once upon"               # see what it says
     torchrun --standalone --nproc_per_node=N eval_bpb.py ARTIFACT --data DIR     # windows shared by N processes
 
 bpb = (sum of the scored tokens' negative log-likelihoods in nats / ln 2) / (UTF-8 bytes of the same tokens).
@@ -126,7 +127,10 @@ def open_data(path: str | Path, tokenizer_path: str | Path = "", need_train: boo
         raise DataError(f"{tokenizer}: no tokenizer; give one with --tokenizer-path, or run: python data/prepare.py")
 
     hashes = {p.name: sha256_file(p) for p in (*train, *val, tokenizer)}
-    for name, sha in read_manifest(path).items():
+    manifest = read_manifest(path)
+    if stray := [p for p in (*train, *val) if manifest and p.name not in manifest]:
+        raise DataError(f"{stray[0]}: not in the folder's manifest.json, so nobody knows what it holds; remove it")
+    for name, sha in manifest.items():
         if name in hashes and hashes[name] != sha:
             raise DataError(
                 f"{path / name}: sha256 {hashes[name]} is not the manifest's {sha}; the file was changed or damaged: "
@@ -403,6 +407,18 @@ def audit_model(model, tokens: np.ndarray, seq_len: int) -> dict:
     return {"softmax_error": off, "uses_context": uses_context}
 
 
+@torch.inference_mode()
+def sample(model, tokenizer: spm.SentencePieceProcessor, prompt: str, count: int, seed: int = 0) -> str:
+    """The prompt, continued by count tokens drawn at temperature 1; the same seed gives the same text."""
+    generator, device = torch.Generator().manual_seed(seed), next(model.parameters()).device
+    ids = [tokenizer.bos_id(), *tokenizer.encode(prompt)]
+    for _ in range(count):
+        window = torch.tensor([ids[-model.config.train_seq_len :]], device=device)
+        probabilities = model.head(model.hidden(window)[0, -1]).softmax(-1)
+        ids.append(int(torch.multinomial(probabilities.cpu(), 1, generator=generator)))
+    return tokenizer.decode(ids)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Command
 # ---------------------------------------------------------------------------------------------------------------
@@ -430,6 +446,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--seq-len", type=int, default=0, help="window length in tokens; 0: the model's training length")
     p.add_argument("--batch-seqs", type=int, default=32, help="windows per batch")
     p.add_argument("--json", default="", help="write the result to this file as well")
+    p.add_argument("--sample", metavar="PROMPT", help="do not score: continue this text by 200 tokens")
     return p.parse_args(argv)
 
 
@@ -511,6 +528,12 @@ def main(argv: list[str] | None = None) -> int:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     rank = dist.get_rank() if world > 1 else 0
     try:
+        if args.sample is not None:
+            tokenizer = open_data(args.data, args.tokenizer_path, need_train=False).tokenizer
+            model = load_artifact(args.artifact, device)
+            if rank == 0:
+                print(sample(model, open_tokenizer(tokenizer), args.sample, 200))
+            return 0
         result = score_file(args, device)
         if rank == 0:
             print(report(result), flush=True)

@@ -50,14 +50,14 @@ HEADER_AT = PREAMBLE.size + 4
 DEFAULT_CAP = 16_000_000  # the official track: decimal megabytes, code plus model
 
 # Limits on what a reader accepts. Each is far above an honest model and far below what hurts a machine.
-MAX_FILE = 1 << 32
-MAX_HEADER = 1 << 20
+MAX_FILE = 1 << 28  # 16 times the official cap
+MAX_HEADER = 1 << 18  # thousands of tensors
 MAX_NUMEL = 1 << 40  # of one tensor, zero dimensions counted as one: keeps every product of sizes exact and small
 MAX_DIMS, MAX_FORMATS, MAX_NAME, MAX_DEPTH = 8, 32, 256, 32
-# A stream may decode to 4 MiB plus 256 times its bytes in the file. zstd and lzma can expand 10,000 times, a trained
-# model never does: 256 is a ternary weight in 1/32 bit. So a file of n bytes costs a reader at most 256 n plus
-# 4 MiB per stream. The writer obeys the same rule: it drops a candidate that compresses further than that.
-FREE_EXPANSION, MAX_EXPANSION = 4 << 20, 256
+# A stream may decode to 4 MiB plus 64 times its bytes in the file. zstd and lzma can expand 10,000 times, a trained
+# model never does: 64 is a ternary weight in 1/8 bit. So a file of n bytes decodes to at most 64 n plus 4 MiB per
+# stream. The writer obeys the same rule: it drops a candidate that compresses further than that.
+FREE_EXPANSION, MAX_EXPANSION = 4 << 20, 64
 
 
 class ArtifactError(ValueError):
@@ -159,7 +159,7 @@ def check_json(value, where: str, depth: int = 0) -> None:
     else:
         children = value if isinstance(value, list | tuple) else ()
         ok = ok and (value is None or isinstance(value, str | bool | list | tuple) or is_int(value, -(2**63), 2**63 - 1)
-                     or (isinstance(value, float) and math.isfinite(value)))  # fmt: skip # JSON's 1e999 is infinity
+                     or (isinstance(value, float) and math.isfinite(value)))  # JSON's 1e999 is infinity
     if not ok:
         raise ArtifactError(
             f"{where} holds {str(value)[:40] if depth <= MAX_DEPTH else 'too deep a nesting'!a}: it must be JSON of "
@@ -508,10 +508,10 @@ def read_header_json(data: memoryview) -> tuple[dict, int]:
     end = HEADER_AT + size
     if end > len(data):
         raise damaged(f"truncated: the header ends at offset {end}, the file at {len(data)}")
+    if not 0 < text_size <= MAX_HEADER or size > text_size + 1024:  # before any work on it; deflate never adds more
+        raise damaged(f"header of {text_size} bytes in {size} declared at offset 5, at most {MAX_HEADER} are allowed")
     if zlib.crc32(data[HEADER_AT:end], zlib.crc32(data[: PREAMBLE.size])) != crc:
         raise damaged(f"header checksum at offset {PREAMBLE.size} does not match")
-    if not 0 < text_size <= MAX_HEADER:
-        raise damaged(f"header of {text_size} bytes declared at offset 9, at most {MAX_HEADER} are allowed")
 
     def unique(pairs: list) -> dict:
         if len(dict(pairs)) != len(pairs):
@@ -623,8 +623,8 @@ def write_atomic(path: str | Path, data: bytes) -> int:
     Raises ArtifactError and leaves no temporary file behind if that fails.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
         try:
             with open(temporary, "xb") as f:
                 f.write(data)
@@ -660,6 +660,8 @@ def with_path(path: str | Path, function: Callable, data: bytes):
         return function(data)
     except ArtifactError as e:
         raise ArtifactError(f"{path}: {e}") from None
+    except MemoryError:
+        raise ArtifactError(f"{path}: needs more memory than there is; use a larger machine") from None
 
 
 def write_artifact(path: str | Path, tensors: dict[str, StoredTensor], meta: dict) -> int:
@@ -764,6 +766,7 @@ def inspect_text(d: dict) -> str:
     for s in d["streams"]:
         bits = 8 * s["bytes"] / s["count"] if s["count"] else 0.0
         lines.append(f"{s['role']:<8}{s['format']:<18}{s['codec']:<14}{s['count']:>12,}{s['bytes']:>12,}{bits:>13.4f}")
+    lines += ["", "A stream that tensors share is split among them by their number of weights."]
     return "\n".join(lines)
 
 
@@ -812,12 +815,9 @@ def verify(path: str | Path, against: str | None = None) -> list[str]:
     for name, t in tensors.items():
         check_values(name, t)
     lines = [f"sound: {len(data):,} bytes, {len(tensors)} tensors, every checksum, code and scale"]
-    if encode_artifact(tensors, meta) != data:
-        raise ArtifactError(
-            f"{path}: packing its tensors again gives other bytes: it was altered, or written with another version of "
-            "pack.py, zstandard or liblzma; pack it again with this one"
-        )
-    lines.append("canonical: packing its tensors again gives the same bytes")
+    same = encode_artifact(tensors, meta) == data
+    lines.append("canonical: packing its tensors again gives the same bytes" if same else
+                 "not canonical here: packing its tensors again gives other bytes (another zlib, liblzma or zstandard)")
     if against is not None:
         from train_gpt import stored_from_checkpoint  # needs torch, and only the trainer knows its checkpoints
 

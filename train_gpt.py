@@ -955,9 +955,9 @@ def clock(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
-def source_hashes() -> dict[str, str]:
-    """sha256 of each of the program's own files."""
-    return {p.name: sha256_file(p) for p in pack.code_files()}
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def machine() -> dict:
@@ -965,7 +965,7 @@ def machine() -> dict:
     return {
         "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
         "platform": f"{platform.system()} {platform.machine()}", "cpu": torch.backends.cpu.get_cpu_capability(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), "gpu": gpu,
+        "cores": cores(), "gpu": gpu,
     }
 
 
@@ -1024,6 +1024,9 @@ class Trainer:
         self.log: Log | None = None
         self.step, self.elapsed, self.step_seconds, self.tokens_seen, self.finished = 0, 0.0, 0.0, 0, False
         self.folder, self.shown = Path(config.out_dir) / config.run_id, ""
+        # The program as it is now: an edit while it runs must not get into the log of what ran.
+        self.sources = {p.name: p.read_bytes() for p in pack.code_files()}
+        self.source_sha256 = {name: hashlib.sha256(code).hexdigest() for name, code in self.sources.items()}
         self.source_changed = False  # since the checkpoint that this run resumes
 
     # -- set up ---------------------------------------------------------------------------------------------------
@@ -1074,16 +1077,16 @@ class Trainer:
         c, log = self.config, self.log
         sizes = predicted_bytes(self.latents)
         parameters, total = (sum(column) for column in zip(*sizes.values(), strict=True))
-        code = sum(p.stat().st_size for p in pack.code_files())
+        code = sum(map(len, self.sources.values()))
         counted = total + (code if c.cap_counts_code else 0)
         why = "asked for" if c.device != "auto" else "no CUDA device found" if self.device.type == "cpu" else "found"
         accum = c.train_batch_tokens // (self.world * self.micro_tokens)
         if not self.step or self.source_changed:  # a log reproduces its run
-            for path in pack.code_files():
-                log.line(f"{'=' * 40} {path.name}\n{path.read_text()}", console=False)
+            for name, text in self.sources.items():
+                log.line(f"{'=' * 40} {name}\n{text.decode()}", console=False)
         log.record("header", schema=METRICS_SCHEMA, preset=self.preset, argv=sys.argv[1:], settings=asdict(c),
-                   origin=origin, machine=machine(), world_size=self.world, source_sha256=source_hashes(),
-                   source=folder_identity(source_hashes()), data_sha256=self.data.hashes, data=self.data.identity,
+                   origin=origin, machine=machine(), world_size=self.world, source_sha256=self.source_sha256,
+                   source=folder_identity(self.source_sha256), data_sha256=self.data.hashes, data=self.data.identity,
                    parameters=parameters, resumed_at=self.step)
         log.line(f"{'=' * 20} {c.run_id} (preset {self.preset}) {'=' * 20}")
         log.line(f"machine     {json.dumps(machine(), sort_keys=True)}", console=False)
@@ -1128,12 +1131,13 @@ class Trainer:
                 rng["rng/cuda"] = torch.cuda.get_rng_state(self.device)
             state = {name: getattr(self, name) for name in RUN_STATE} | {
                 "schema": METRICS_SCHEMA, "position": self.loader.position, "config": asdict(self.config),
-                "data": self.data.identity, "source": folder_identity(source_hashes()),
+                "data": self.data.identity, "source": folder_identity(self.source_sha256),
             }
             save_checkpoint(self.checkpoint_path, self.optimizer.state() | rng, state)
 
     def restore(self, tensors: dict[str, Tensor], state: dict) -> None:
-        mine, theirs = asdict(self.config), state.get("config", {})
+        mine, theirs = asdict(self.config), state.get("config")
+        theirs = theirs if isinstance(theirs, dict) else {}
         differ = [n for n in mine if n not in FREE_SETTINGS and mine[n] != theirs.get(n)]
         if differ:
             raise CheckpointError(
@@ -1143,7 +1147,7 @@ class Trainer:
             )
         if state.get("data") != self.data.identity:
             raise CheckpointError(f"{self.checkpoint_path}: made from other data than {self.config.data_path}")
-        self.source_changed = state.get("source") != folder_identity(source_hashes())
+        self.source_changed = state.get("source") != folder_identity(self.source_sha256)
         rng = {n: tensors.pop(n) for n in list(tensors) if n.startswith("rng/")}
         try:
             self.optimizer.load_state(tensors)
@@ -1212,7 +1216,7 @@ class Trainer:
         """Train to the wallclock cap or the number of iterations, whichever comes first."""
         c, log, cap = self.config, self.log, self.config.max_wallclock_seconds
         self.synchronize()
-        began, first = time.perf_counter() - self.elapsed, self.step
+        began = time.perf_counter() - self.elapsed
         while not self.finished:
             self.elapsed = time.perf_counter() - began
             progress = max(self.step / c.iterations if c.iterations else 0.0, self.elapsed / cap if cap else 0.0)
@@ -1242,7 +1246,7 @@ class Trainer:
             self.tokens_seen += tokens
             now = time.perf_counter() - began
             self.step_seconds, self.elapsed = now - self.elapsed, now
-            self.report_step(plan, loss, tokens, zero_frac, churn, logged, now / max(self.step - first, 1), progress)
+            self.report_step(plan, loss, tokens, zero_frac, churn, logged, progress)
             if c.val_loss_every > 0 and self.step % c.val_loss_every == 0:
                 score = self.validate(max(c.val_batch_size // (self.world * c.train_seq_len), 1))
                 log.line(f"step:{self.step}/{c.iterations} val_loss:{score.val_loss:.4f} val_bpb:{score.val_bpb:.4f} "
@@ -1260,11 +1264,11 @@ class Trainer:
         self.phase("train", f", {self.step:,} steps, {self.tokens_seen:,} tokens")
 
     def report_step(self, plan: StepPlan, loss: float, tokens: int, zero_frac: float, churn: float, logged: bool,
-                    average: float, progress: float) -> None:
+                    progress: float) -> None:
         """The log line, the record and the bar of the step that just ended."""
         c, now, rate = self.config, self.elapsed, tokens / self.step_seconds
         left = min(c.max_wallclock_seconds - now if c.max_wallclock_seconds else math.inf,
-                   (c.iterations - self.step) * average if c.iterations else math.inf)
+                   (c.iterations - self.step) * now / self.step if c.iterations else math.inf)
         if logged:
             self.log.line(
                 f"step:{self.step}/{c.iterations} train_loss:{loss:.4f} train_time:{1000 * now:.0f}ms "
@@ -1290,7 +1294,7 @@ class Trainer:
 
         hooks = [m.register_forward_hook(look(n)) for n, m in self.model.named_modules()]
         weights = self.latents.first_non_finite(self.order) or ""
-        if "weights" not in weights:  # gradients are all bad after a bad activation: look for that first, eagerly
+        if not weights.startswith("the weights"):  # a bad activation makes all gradients bad: look for it, eagerly
             ids, targets = self.loader.batch(1, seq_len, 0, self.rank, self.world)
             self.model(ids.to(self.device), targets.to(self.device))
         for hook in hooks:
@@ -1432,8 +1436,7 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         preset, config, origin, notices = resolve_settings(sys.argv[1:] if argv is None else argv, os.environ)
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(config.threads or max(1, cores // local_world))
+        torch.set_num_threads(config.threads or max(1, cores() // local_world))
         trainer = Trainer(preset, config, rank, world, local_rank)
         if trainer.device.type == "cuda":
             if local_rank >= torch.cuda.device_count():

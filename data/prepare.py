@@ -12,10 +12,12 @@ bytes; a folder that is complete and unchanged is left alone. data/README.md sta
 import argparse
 import gzip
 import hashlib
+import html
 import importlib.metadata
 import io
 import json
 import os
+import platform
 import re
 import shutil
 import sys
@@ -23,7 +25,6 @@ import zlib
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +69,9 @@ PACKAGES = {
         "sha256": "fa909c801a7c640f3efbfbe7931d9e368deb7b73392f57d9bbb4c9aca9e7dcad",
     },
 }
+
+# What `python data/prepare.py` gives; records quote it.
+PACKAGED_IDENTITY = "a64b2457d3a352d02f4c3e848cef361513740be1a5d2ed1224b2e1a594a1b9d8"
 
 HUB_REPO = "willdepueoai/parameter-golf"
 HUB_ROOT = "datasets"  # the repository nests datasets/datasets/<name> and datasets/tokenizers
@@ -146,42 +150,31 @@ def tidy(text: str) -> str:
     return " ".join(re.sub(r"<--.*?-->|\{\d+\}|1913 Webster\]?", "", text, flags=re.DOTALL).split())
 
 
-class PlainText(HTMLParser):
+# Tags as they occur in the documentation strings. html.parser would do, but its patch releases read stray "<" and
+# unfinished tags in different ways, and the corpus has to be the same everywhere.
+TAG = re.compile(r"<(/?)([A-Za-z][^\s<>/]*)[^<>]*>")
+BLOCKS = frozenset({"p", "ul", "ol", "dl", "dt", "dd", "note", "important", "h1", "h2", "h3", "pre", "br", "tr",
+                    "table", "fullname"})
+INLINE = frozenset({"a", "b", "code", "em", "emphasis", "filename", "function", "i", "link", "replaceable", "strong",
+                    "td", "text", "th", "u", "ulink", "xhtml", "zonbook"})
+
+
+def plain_lines(fragment: str) -> list[str]:
     """The lines of an HTML fragment: a block element starts a line, a list item starts with `- `."""
-
-    BLOCKS = frozenset({"p", "ul", "ol", "dl", "dt", "dd", "note", "important", "h1", "h2", "h3", "pre", "br", "tr",
-                        "table", "fullname"})
-    INLINE = frozenset({"a", "b", "code", "em", "emphasis", "filename", "function", "i", "link", "replaceable",
-                        "strong", "td", "text", "th", "u", "ulink", "xhtml", "zonbook"})
-
-    def __init__(self) -> None:
-        super().__init__(convert_charrefs=True)
-        self.parts: list[str] = []
-
-    def handle_starttag(self, tag, attrs):
+    def mark(match: re.Match) -> str:
+        tag = match[2].lower()
         if tag == "li":
-            self.parts.append("\n- ")
-        elif tag in self.BLOCKS:
-            self.parts.append("\n")
-        elif tag not in self.INLINE:
-            self.parts.append(self.get_starttag_text())  # a placeholder such as <region>, part of the text
+            return "\n" if match[1] else "\n- "
+        if tag in BLOCKS:
+            return "\n"
+        return "" if match[1] or tag in INLINE else match[0]  # a placeholder such as <region> is part of the text
 
-    def handle_endtag(self, tag):
-        if tag == "li" or tag in self.BLOCKS:
-            self.parts.append("\n")
-
-    def handle_data(self, data):
-        self.parts.append(data.replace("\n", " "))
-
-    @classmethod
-    def lines(cls, fragment: str) -> list[str]:
-        parser = cls()
-        parser.feed(fragment)
-        parser.close()
-        # `<li> <p>text` opens two lines; the bullet belongs to the text.
-        text = re.sub(r"\n- \s*", "\n- ", "".join(parser.parts))
-        lines = (" ".join(line.split()) for line in text.split("\n"))
-        return [line for line in lines if line and line != "-"]
+    text = re.sub(r"<!--.*?-->|<!\[CDATA\[.*?\]\]>", "", fragment.replace("\n", " "), flags=re.DOTALL)
+    text = html.unescape(TAG.sub(mark, text))
+    # `<li> <p>text` opens two lines; the bullet belongs to the text.
+    text = re.sub(r"\n- \s*", "\n- ", text)
+    lines = (" ".join(line.split()) for line in text.split("\n"))
+    return [line for line in lines if line and line != "-"]
 
 
 def service_documents(files: list[Path], dropped: Counter) -> Iterator[str]:
@@ -200,7 +193,7 @@ def service_documents(files: list[Path], dropped: Counter) -> Iterator[str]:
             return []
         seen_texts.add(fragment)
         kept = []
-        for line in PlainText.lines(fragment):
+        for line in plain_lines(fragment):
             if line in seen_lines:
                 dropped["repeated_lines"] += 1
             else:
@@ -308,7 +301,7 @@ def text_documents(paths: list[Path]) -> Iterator[str]:
                 record = json.loads(decoded(line, path, number))
                 text = record["text"]
                 text.encode("utf-8")  # JSON can spell half a surrogate pair, UTF-8 cannot
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 if isinstance(error, DataError):
                     raise
                 raise DataError(f'{path}:{number}: not a JSON object with a "text" string ({error!r})') from None
@@ -359,6 +352,7 @@ class Spool:
 def shingles(text: str, length: int) -> np.ndarray:
     """Hashes of every run of `length` lower-cased words."""
     words = np.array([zlib.crc32(word.encode()) for word in re.findall(r"\w+", text.lower())], dtype=np.uint64)
+    length = max(1, min(length, len(words)))  # a text shorter than a run is one run
     count = max(0, len(words) - length + 1)
     total = np.zeros(count, dtype=np.uint64)
     for offset in range(length if count else 0):
@@ -370,16 +364,20 @@ class Overlap:
     """Tells which training documents repeat the validation documents."""
 
     def __init__(self, documents: Iterable[str]) -> None:
-        short, long = [], []
+        none = np.empty(0, dtype=np.uint64)
+        short, long, brief = [none], [none], [none]
         for document in documents:
             short.append(shingles(document, SHINGLE_WORDS))
             long.append(shingles(document, RUN_WORDS))
-        self.short = np.unique(np.concatenate([np.empty(0, dtype=np.uint64), *short]))
-        self.long = np.unique(np.concatenate([np.empty(0, dtype=np.uint64), *long]))
+            if len(re.findall(r"\w+", document)) < RUN_WORDS:  # too short for a run: any shingle of it counts
+                brief.append(short[-1])
+        self.short, self.long, self.brief = (np.unique(np.concatenate(runs)) for runs in (short, long, brief))
 
     def near(self, document: str) -> bool:
-        """True for a run of RUN_WORDS in common, or for a large share of the shingles."""
+        """True for a run of RUN_WORDS in common, a large share of the shingles, or one of a brief document's."""
         found = shingles(document, SHINGLE_WORDS)
+        if np.isin(found, self.brief, assume_unique=True).any():
+            return True
         common = np.isin(found, self.short, assume_unique=True).sum()
         if common == 0:
             return False
@@ -584,7 +582,9 @@ def build_fineweb(folder: Path, settings: dict, hub: Path | None) -> dict:
         available, val_shards = (int(datasets[dataset]["stats"][key]) for key in ("files_train", "files_val"))
         tokenizers = {entry["name"]: entry for entry in listing["tokenizers"]}
         model = tokenizers[datasets[dataset]["tokenizer_name"]]["model_path"]
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
         raise DataError(f"{HUB_REPO}: {HUB_ROOT}/manifest.json is not laid out as expected ({error!r})") from None
     if not 0 < settings["train_shards"] <= available:
         raise DataError(f"{dataset} has 1 to {available} training shards; --train-shards is {settings['train_shards']}")
@@ -599,7 +599,7 @@ def build_fineweb(folder: Path, settings: dict, hub: Path | None) -> dict:
             if len(tokens) and int(tokens.max()) >= tokenizer.get_piece_size():
                 raise DataError(f"{name}: holds token {tokens.max()}, the tokenizer has {tokenizer.get_piece_size()}")
             size = 0
-            for part in np.array_split(tokens.astype(np.int64), 1 + len(tokens) // 10_000_000):
+            for part in np.array_split(tokens, 1 + len(tokens) // 10_000_000):
                 size += int(counter.count(np.concatenate([[last], part[:-1]]), part).sum())
                 last = part[-1] if len(part) else last
             shards.append({"file": name, "sha256": sha256_file(folder / name),
@@ -630,14 +630,24 @@ def up_to_date(out: Path, request: dict) -> bool:
             if sha256_file(out / name) != expected:
                 print(f"{out / name} was changed since it was written; building again")
                 return False
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
     return True
 
 
+def is_ours(out: Path) -> bool:
+    """Whether out is a folder that may be replaced: an empty one, or one with a manifest of this program."""
+    if not out.is_dir():
+        return False
+    try:
+        return {"format", "identity", "splits"} <= json.loads((out / "manifest.json").read_text("utf-8")).keys()
+    except (OSError, ValueError, AttributeError):
+        return not any(out.iterdir())
+
+
 def replace_folder(partial: Path, out: Path) -> None:
     """Put a complete folder in place of an older one; a stop between the two renames leaves none at `out`."""
-    old = out.with_name(out.name + ".old")
+    old = out.with_name(f".{out.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if out.exists():
         out.rename(old)
@@ -645,17 +655,26 @@ def replace_folder(partial: Path, out: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+# Option -> the sources that it has a meaning for.
+OPTION_OWNERS = {"input": "text", "tokenizer": "text packages", "hub": "fineweb", "variant": "fineweb",
+                 "train_shards": "fineweb", "revision": "fineweb", "vocab_size": "text packages",
+                 "val_fraction": "text packages", "shard_tokens": "text packages", "max_bytes": "text packages"}
+
+
 def prepare(args: argparse.Namespace) -> dict:
     """Bring the output folder up to date and return its manifest."""
     name, dropped = args.source, Counter()
     out = args.out or ROOT / "data" / (f"fineweb_{args.variant}" if name == "fineweb" else name)
-    for option, owners in (("input", "text"), ("tokenizer", "text packages"), ("hub", "fineweb")):
-        if getattr(args, option) and name not in owners:
-            raise DataError(f"--{option} has no meaning for --source {name}")
+    defaults = parser()
+    given = [option for option in OPTION_OWNERS if getattr(args, option) != defaults.get_default(option)]
+    for option in given:
+        if name not in OPTION_OWNERS[option]:
+            raise DataError(f"--{option.replace('_', '-')} has no meaning for --source {name}")
     if not 0 < args.val_fraction < 1 or args.shard_tokens < 1 or args.max_bytes < 0:
         raise DataError("--val-fraction must lie between 0 and 1, --shard-tokens be 1 or more, --max-bytes 0 or more")
-    if out.exists() and not (out / "manifest.json").is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise DataError(f"{out} exists and holds no manifest.json, so it is not replaced; remove it or change --out")
+    if out.exists() and not is_ours(out):
+        raise DataError(f"{out} exists and is not a folder of this program, so it is not replaced; remove it or "
+                        "change --out")
 
     settings = {"vocab_size": args.vocab_size, "val_fraction": args.val_fraction, "shard_tokens": args.shard_tokens,
                 "max_bytes": args.max_bytes, "document_bytes": DOCUMENT_BYTES, "split_bytes": SPLIT_BYTES,
@@ -688,7 +707,7 @@ def prepare(args: argparse.Namespace) -> dict:
         return json.loads((out / "manifest.json").read_text(encoding="utf-8"))
 
     print(f"building {out}")
-    partial = out.with_name(out.name + ".partial")
+    partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
@@ -696,7 +715,8 @@ def prepare(args: argparse.Namespace) -> dict:
             built = build_fineweb(partial, settings, args.hub)
         else:
             built = build(partial, name, documents, settings, dropped, args.tokenizer)
-        versions = {"numpy": np.__version__, "sentencepiece": sentencepiece.__version__}
+        versions = {"numpy": np.__version__, "python": platform.python_version(),
+                    "sentencepiece": sentencepiece.__version__}
         manifest = request | built | {"versions": versions}
         manifest["identity"] = folder_identity(file_hashes(manifest))
         text = json.dumps(manifest, indent=2, sort_keys=True) + "\n"
@@ -707,6 +727,9 @@ def prepare(args: argparse.Namespace) -> dict:
     for split, total in manifest["splits"].items():
         print(f"{split}: {total['documents']:,} documents, {total['tokens']:,} tokens, {total['bytes']:,} bytes, "
               f"{total['bytes'] / total['tokens']:.3f} bytes per token, {len(total['shards'])} shards")
+    if name == "packages" and not given and manifest["identity"] != PACKAGED_IDENTITY:
+        print(f"WARNING: the packaged corpus should have the identity {PACKAGED_IDENTITY}; this Python or its packages "
+              "read the sources differently, so scores on it do not compare with the records")
     print(f"dropped: {manifest['dropped']}\nwrote {out}, identity {manifest['identity']}")
     return manifest
 
@@ -736,9 +759,12 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         prepare(args)
-    except DataError as error:
+    except (DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("stopped; nothing was written", file=sys.stderr)
+        return 130
     return 0
 
 

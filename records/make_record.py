@@ -13,12 +13,14 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import platform
 import shlex
 import shutil
 import statistics
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,7 +29,25 @@ sys.path.insert(0, str(ROOT))  # run as a script, only records/ is on the module
 from eval_bpb import sha256_file  # noqa: E402
 from pack import code_files  # noqa: E402
 
-TRACKS = {"cpu_10min_128kb": "cpu_10min_128kb", "golf16mb": "10min_16mb", "pr367": "10min_16mb", "tiny": "test"}
+
+@dataclass(frozen=True)
+class Track:
+    """The rules that a record of the track keeps."""
+
+    name: str
+    cap_bytes: int
+    count_code: bool
+    train_seconds: float
+    score_seconds: float
+
+
+OFFICIAL = Track("10min_16mb", 16_000_000, True, 600.0, 600.0)
+TRACKS = {  # preset -> track
+    "cpu_10min_128kb": Track("cpu_10min_128kb", 128_000, False, 600.0, 600.0),
+    "golf16mb": OFFICIAL,
+    "pr367": OFFICIAL,
+    "tiny": Track("test", 128_000, False, 600.0, 600.0),
+}
 
 
 class RecordError(ValueError):
@@ -35,7 +55,11 @@ class RecordError(ValueError):
 
 
 def read_records(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """The records of a metrics.jsonl. Raises RecordError."""
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()] or [{"type": "nothing"}]
+    except ValueError as e:
+        raise RecordError(f"{path}: a run that was killed while it wrote ({e}); delete its folder") from None
 
 
 def train(seed: int, args: argparse.Namespace) -> tuple[Path, list[str]]:
@@ -53,7 +77,7 @@ def train(seed: int, args: argparse.Namespace) -> tuple[Path, list[str]]:
         header, final = records[0], records[-1]
         if final["type"] == "final" and header["source_sha256"] == sources and header["argv"] == argv:
             return folder, shown
-        shutil.rmtree(folder)
+        raise RecordError(f"{folder} holds another run, or one that did not finish; delete it or choose another --name")
     command = [sys.executable] if args.nproc == 1 else [sys.executable, "-m", "torch.distributed.run", *launch[1:]]
     command += [str(ROOT / "train_gpt.py"), *argv]
     print(f"seed {seed}: {shlex.join(shown)}", flush=True)
@@ -70,15 +94,23 @@ def summary(values: list[float]) -> str:
 def write_record(folder: Path, runs: list[tuple[int, Path, list[str]]], args: argparse.Namespace) -> dict:
     """Fill folder from finished runs; returns submission.json. Raises RecordError where runs do not belong together."""
     folder.mkdir(parents=True)
-    rows, headers = [], []
+    track, rows, headers = args.track, [], []
     for seed, run, command in runs:
         records = read_records(run / "metrics.jsonl")
         header, final = records[0], records[-1]
         if final["type"] != "final" or sum(r["type"] == "header" for r in records) != 1:
             raise RecordError(f"{run}: not one uninterrupted, finished run")
-        if not final["fits"] or final["roundtrip_gap"] != 0.0 or not final["logits_identical"]:
-            raise RecordError(f"{run}: over the cap, or the file is not the model that was trained")
-        score = final["score"]["sliding"] or final["score"]["chunked"]
+        if final["roundtrip_gap"] != 0.0 or not final["logits_identical"]:
+            raise RecordError(f"{run}: the file is not the model that was trained")
+        total = final["bytes_model"] + (final["bytes_code"] if track.count_code else 0)
+        seconds = {"train": track.train_seconds, "score": track.score_seconds}
+        if total > track.cap_bytes or any(final["seconds"][k] > limit for k, limit in seconds.items()):
+            raise RecordError(f"{run}: {total} bytes, {final['seconds']} seconds: against the rules of {track}")
+        if "environment" in header["origin"].values():
+            raise RecordError(f"{run}: settings came from the environment; unset them and pass them after --")
+        score = final["score"]["sliding"]
+        if not score:
+            raise RecordError(f"{run}: has no sliding-window score; set --eval-stride")
         rows.append({
             "seed": seed, "val_bpb": score["val_bpb"], "val_loss": score["val_loss"],
             "val_bpb_chunked": final["score"]["chunked"]["val_bpb"], "roundtrip_gap": final["roundtrip_gap"],
@@ -92,7 +124,9 @@ def write_record(folder: Path, runs: list[tuple[int, Path, list[str]]], args: ar
         for source, name in (("log.txt", f"train_seed{seed}.log"), ("metrics.jsonl", f"metrics_seed{seed}.jsonl"),
                              ("model.tern", f"model_seed{seed}.tern"), ("score.json", f"score_seed{seed}.json")):
             shutil.copyfile(run / source, folder / name)
-    for key in ("source_sha256", "data_sha256", "machine"):
+    for h in headers:  # the settings that make a seed another run of the same record
+        h["settings"] |= {"seed": None, "run_id": None}
+    for key in ("source_sha256", "data_sha256", "machine", "settings", "world_size"):
         if any(h[key] != headers[0][key] for h in headers):
             raise RecordError(f"the runs differ in {key}: they are not seeds of one record")
     for path in code_files():
@@ -101,18 +135,18 @@ def write_record(folder: Path, runs: list[tuple[int, Path, list[str]]], args: ar
         shutil.copyfile(path, folder / path.name)
     bpb = [r["val_bpb"] for r in rows]
     submission = {
-        "track": args.track, "date": args.date, "name": args.name, "author": args.author,
+        "track": track.name, "date": args.date, "name": args.name, "author": args.author,
         "github_id": args.github_id,
         "blurb": args.blurb, "val_loss": statistics.mean(r["val_loss"] for r in rows),
         "val_bpb": statistics.mean(bpb), "val_bpb_std": statistics.stdev(bpb) if len(bpb) > 1 else None,
-        "bytes_total": max(r["bytes_model"] + (r["bytes_code"] if args.count_code else 0) for r in rows),
+        "bytes_total": max(r["bytes_model"] + (r["bytes_code"] if track.count_code else 0) for r in rows),
         "bytes_model": max(r["bytes_model"] for r in rows), "bytes_code": rows[0]["bytes_code"],
-        "cap_counts_code": args.count_code, "seeds": rows, "machine": headers[0]["machine"],
+        "cap_bytes": track.cap_bytes, "cap_counts_code": track.count_code, "seeds": rows,
+        "machine": headers[0]["machine"],
         "data_sha256": headers[0]["data_sha256"], "data_identity": headers[0]["data"],
         "code_sha256": headers[0]["source_sha256"], "settings": headers[0]["settings"],
     }
     (folder / "submission.json").write_text(json.dumps(submission, indent=1, sort_keys=True) + "\n")
-    (folder / "README.md").write_text(readme(submission, folder, args))
     return submission
 
 
@@ -139,7 +173,7 @@ Sliding val_bpb, mean ± sample standard deviation over {len(rows)} seeds: **{su
 the order of the data is fixed.
 
 - Parameters: {rows[0]['parameters']:,}, of them {rows[0]['ternary_weights']:,} ternary.
-- Bytes: model {s['bytes_model']:,} (the largest seed) of a cap of {s['settings']['cap_bytes']:,}; code
+- Bytes: model {s['bytes_model']:,} (the largest seed) of a cap of {s['cap_bytes']:,}; code
   {s['bytes_code']:,} ({count}).
 - Machine: {machine['cores']} cores, {machine['cpu']}, {', '.join(machine['gpu']) or 'no GPU'}, Python
   {machine['python']}, torch {machine['torch']}. `score s` includes loading, both scores and the audit.
@@ -163,15 +197,18 @@ def verify(folder: Path, submission: dict, args: argparse.Namespace) -> None:
         command = [sys.executable, str(folder / "eval_bpb.py"), str(folder / row["artifact"]), "--data",
                    str(args.data), "--stride", str(settings["eval_stride"]), "--batch-seqs",
                    str(settings["eval_batch_seqs"]), "--json", str(out)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        threads = settings["threads"] or max(1, submission["machine"]["cores"] // args.nproc)
+        env = os.environ | {"OMP_NUM_THREADS": str(threads)}  # as the run scored it: last bits may depend on it
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
         if done.returncode:
             raise RecordError(f"seed {row['seed']}: {done.stderr.strip()}")
         again = json.loads(out.read_text())
         out.unlink()
-        score = again["sliding"] or again["chunked"]
-        if score["val_bpb"] != row["val_bpb"] or again["artifact"]["sha256"] != row["artifact_sha256"]:
-            raise RecordError(f"seed {row['seed']}: scored {score['val_bpb']} again, recorded {row['val_bpb']}")
-        print(f"seed {row['seed']}: {row['artifact']} scores {score['val_bpb']:.8f} again", flush=True)
+        found = {"val_bpb": again["sliding"]["val_bpb"], "val_bpb_chunked": again["chunked"]["val_bpb"],
+                 "bytes_model": again["artifact"]["bytes"], "artifact_sha256": again["artifact"]["sha256"]}
+        if differ := {k: (v, row[k]) for k, v in found.items() if v != row[k]}:
+            raise RecordError(f"seed {row['seed']}: scored again, and (now, recorded) differ: {differ}")
+        print(f"seed {row['seed']}: {row['artifact']} scores {row['val_bpb']:.8f} again", flush=True)
     shutil.rmtree(folder / "__pycache__", ignore_errors=True)
 
 
@@ -191,10 +228,11 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("extra", nargs="*", help="more options of train_gpt.py, after --")
     args = p.parse_args(argv)
     args.track = TRACKS[args.preset]
-    args.count_code = args.track == "10min_16mb"
-    folder = args.records / f"track_{args.track}" / f"{args.date}_{args.name}"
+    folder = args.records / f"track_{args.track.name}" / f"{args.date}_{args.name}"
     partial = folder.with_name(f".{folder.name}.partial")
     try:
+        if len(set(args.seeds)) != len(args.seeds) or not args.name.isidentifier():
+            raise RecordError(f"--seeds {args.seeds} must differ, and --name {args.name!r} be one word of letters")
         if folder.exists():
             raise RecordError(f"{folder} exists; records are not overwritten: choose another --name")
         runs = [(seed, *train(seed, args)) for seed in args.seeds]
@@ -209,6 +247,8 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, KeyError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 if __name__ == "__main__":

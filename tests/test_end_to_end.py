@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import pack
+import train_gpt
 from conftest import metrics, run, start, tiny_args
 from eval_bpb import load_artifact, read_shard
-from train_gpt import load_checkpoint
 
 
 def wait_for_step(folder, step: int, process) -> None:
@@ -89,8 +89,8 @@ def test_sigkill_and_resume_give_the_same_artifact(tiny_run, data_dir, tmp_path)
     assert done.returncode == 0, done.stderr
     assert metrics(tmp_path / "tiny_seed1337", "header")[1]["resumed_at"] in (10, 20)
     assert (tmp_path / "tiny_seed1337/model.tern").read_bytes() == (tiny_run[0] / "model.tern").read_bytes()
-    mine, _ = load_checkpoint(tmp_path / "tiny_seed1337")
-    theirs, _ = load_checkpoint(tiny_run[0])
+    mine, _ = train_gpt.load_checkpoint(tmp_path / "tiny_seed1337")
+    theirs, _ = train_gpt.load_checkpoint(tiny_run[0])
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
 
 
@@ -102,7 +102,7 @@ def test_a_signal_finishes_the_step_and_saves(tiny_run, data_dir, tmp_path, sign
     out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + signum, out + err
     assert "--resume auto" in out
-    _, state = load_checkpoint(tmp_path / "tiny_seed1337")
+    _, state = train_gpt.load_checkpoint(tmp_path / "tiny_seed1337")
     assert 3 <= state["step"] < 30 and not state["finished"]
     done = run(*tiny_args(data_dir, tmp_path, "--resume", "auto", "--checkpoint-every", 0, "--train-log-every", 1))
     assert done.returncode == 0, done.stderr
@@ -120,16 +120,34 @@ def test_two_ranks_are_identical_replicas_with_the_loss_curve_of_one(tiny_run, d
     assert one == pytest.approx(two, abs=0.06)  # bf16 gradients, summed in another order, flip a few codes
 
 
+def tiny_trainer(data_dir, tmp_path, *more):
+    """A trainer in this process, set up and ready to train."""
+    preset, config, origin, notices = train_gpt.resolve_settings(tiny_args(data_dir, tmp_path, *more), {})
+    trainer = train_gpt.Trainer(preset, config, rank=0, world=1, local_rank=0)
+    trainer.set_up()
+    trainer.preflight(origin, notices)
+    return trainer
+
+
+def test_a_bad_activation_is_named(data_dir, tmp_path):
+    trainer = tiny_trainer(data_dir, tmp_path)
+    trainer.model.blocks[1].mlp.fc.weight.data[0, 0] = torch.inf
+    trainer.warm_up()
+    trainer.forward_backward(64, 1)
+    assert "step 1: the output of blocks.1.mlp.fc is not finite" in str(trainer.diverged(torch.nan, 64))
+    trainer.log.close()
+
+
 @pytest.mark.parametrize("checkpoint_every", [0, 1])
 def test_a_nan_stops_the_run_and_keeps_the_last_good_checkpoint(data_dir, tmp_path, checkpoint_every):
-    diverge = ["--tied-embed-lr", "3e38", "--lr-warmup-steps", 0, "--checkpoint-every", checkpoint_every]
+    diverge = ["--tied-embed-lr", "3e37", "--lr-warmup-steps", 0, "--checkpoint-every", checkpoint_every]
     done = run(*tiny_args(data_dir, tmp_path, *diverge))
     assert done.returncode == 1
-    assert re.search(r"^error: step \d+: the weights of tok_emb.weight is not finite", done.stderr, re.M), done.stderr
+    assert re.search(r"^error: step 2: the gradient of skip_weights is not finite", done.stderr, re.M), done.stderr
     assert "Traceback" not in done.stderr and not (tmp_path / "tiny_seed1337/model.tern").exists()
     assert done.stderr.strip() in (tmp_path / "tiny_seed1337/log.txt").read_text()
     if checkpoint_every:
-        tensors, state = load_checkpoint(tmp_path / "tiny_seed1337")
+        tensors, state = train_gpt.load_checkpoint(tmp_path / "tiny_seed1337")
         assert state["step"] == 1 and all(torch.isfinite(t).all() for t in tensors.values() if t.is_floating_point())
 
 
@@ -166,13 +184,8 @@ def test_errors_of_a_user_are_one_line(data_dir, tmp_path):
 
 def test_logits_are_bit_identical_compiled_and_eager(data_dir, tmp_path):
     """Train compiled, in this process; then compare the trained model with the one from the file, both ways."""
-    import train_gpt
-
-    argv = tiny_args(data_dir, tmp_path, "--compile", 1, "--warmup-steps", 1, "--iterations", 6, "--eval-stride", 0)
-    preset, config, origin, notices = train_gpt.resolve_settings(argv, {})
-    trainer = train_gpt.Trainer(preset, config, rank=0, world=1, local_rank=0)
-    trainer.set_up()
-    trainer.preflight(origin, notices)
+    trainer = tiny_trainer(data_dir, tmp_path, "--compile", 1, "--warmup-steps", 1, "--iterations", 6, "--eval-stride",
+                           0)
     trainer.warm_up()
     trainer.train()
     assert trainer.finish() and trainer.compiled is not trainer.model

@@ -28,6 +28,7 @@ from eval_bpb import (
     load_artifact,
     open_data,
     read_shard,
+    sample,
     sliding_windows,
 )
 
@@ -327,3 +328,10 @@ def test_command_scores_a_file_and_says_what_is_wrong(tiny_run, data_dir, tmp_pa
         done = run(*argv, program="eval_bpb.py")
         assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
         assert "val_bpb" not in done.stdout
+
+
+def test_sampling_continues_the_prompt_and_repeats_with_its_seed(tiny_run, data_dir):
+    model = load_artifact(tiny_run[0] / "model.tern")
+    sp = spm.SentencePieceProcessor(model_file=str(data_dir / "tokenizer.model"))
+    texts = [sample(model, sp, "No. 1", 90, seed) for seed in (0, 0, 1)]  # longer than the window of 64
+    assert texts[0] == texts[1] != texts[2] and all(t.startswith("No. 1") and len(t) > 60 for t in texts)

@@ -183,12 +183,14 @@ def test_loader_checks_every_shard_before_the_first_step(tmp_path):
 
 def test_a_validation_shard_is_refused_under_any_name(data_dir, tmp_path):
     for file in data_dir.iterdir():
-        if file.is_file() and file.name != "manifest.json":
-            (tmp_path / file.name).write_bytes(file.read_bytes())
+        (tmp_path / file.name).write_bytes(file.read_bytes())
     open_data(tmp_path)
     val = next(tmp_path.glob("*_val_*.bin"))
     (tmp_path / "innocent_train_000007.bin").write_bytes(val.read_bytes())
-    with pytest.raises(DataError, match="is the validation shard"):
+    with pytest.raises(DataError, match="innocent_train_000007.bin: not in the folder's manifest"):
+        open_data(tmp_path)
+    (tmp_path / "manifest.json").unlink()  # a folder of official shards has none
+    with pytest.raises(DataError, match="innocent_train_000007.bin: .* is the validation shard"):
         open_data(tmp_path)
 
 
