@@ -97,9 +97,9 @@ class Config:
     train_batch_tokens: int = setting(16384, "tokens per step over all processes", 1)
     micro_batch_tokens: int = setting(65536, "tokens per forward and process at most; more are accumulated in fp32", 1)
     train_seq_len: int = setting(512, "tokens per sequence", 1, 65536)
-    seq_ramp_start: int = setting(0, "sequence length at the start, doubling to train_seq_len; 0: no ramp", 0)
+    seq_ramp_start: int = setting(0, "sequence length at the start, doubling to the full one; 0: no ramp", 0)
     seq_ramp_frac: float = setting(0.25, "share of the run over which the sequence length grows", 0, 1)
-    batch_ramp_start: int = setting(0, "tokens per step at the start, growing to train_batch_tokens; 0: no ramp", 0)
+    batch_ramp_start: int = setting(0, "tokens per step at the start, growing to the full batch; 0: no ramp", 0)
     batch_ramp_frac: float = setting(0.20, "share of the run over which the batch grows", 0, 1)
     # model
     vocab_size: int = setting(1024, "must be the tokenizer's", 1, 65536)
@@ -163,10 +163,8 @@ class Config:
         need(self.train_batch_tokens % self.train_seq_len == 0, "train_batch_tokens",
              f"must be a multiple of train_seq_len={self.train_seq_len}")
         need(self.eval_stride <= self.train_seq_len, "eval_stride", f"must be at most {self.train_seq_len=}")
-        need(self.seq_ramp_start <= self.train_seq_len, "seq_ramp_start", f"must be at most {self.train_seq_len=}")
-        ramp = self.train_seq_len // max(self.seq_ramp_start, 1)
-        need(not self.seq_ramp_start or self.seq_ramp_start * ramp == self.train_seq_len and ramp & (ramp - 1) == 0,
-             "seq_ramp_start", f"must be {self.train_seq_len=} over a power of two")
+        need(sequence_lengths(self)[-1] == self.train_seq_len, "seq_ramp_start",
+             f"must be train_seq_len={self.train_seq_len} over a power of two")
         need(self.iterations > 0 or self.max_wallclock_seconds > 0, "iterations", "must be positive without a cap")
         for name in ("matrix_format", "embed_format", "vector_format"):
             make_format(self, name)
@@ -817,7 +815,7 @@ class StepPlan:
 
 def sequence_lengths(config: Config) -> list[int]:
     """The lengths that a run goes through: doublings from seq_ramp_start to train_seq_len."""
-    start = config.seq_ramp_start or config.train_seq_len
+    start = min(config.seq_ramp_start or config.train_seq_len, config.train_seq_len)
     return [start << k for k in range((config.train_seq_len // start).bit_length())]
 
 
@@ -836,7 +834,7 @@ def schedule(config: Config, step: int, progress: float) -> StepPlan:
 
     lengths, batch, small = sequence_lengths(c), c.train_batch_tokens, c.batch_ramp_start
     seq_len = lengths[round((len(lengths) - 1) * ramp(c.seq_ramp_frac))]
-    batch = int(small + ramp(c.batch_ramp_frac) * (batch - small)) if small else batch
+    batch = int(small + ramp(c.batch_ramp_frac) * (batch - small)) if 0 < small < batch else batch
     return StepPlan(min(warmup, warmdown, 1.0), momentum, seq_len, batch)
 
 
@@ -849,9 +847,9 @@ def micro_batch_tokens(config: Config, world: int) -> int:
             f"train_batch_tokens={c.train_batch_tokens} over {world} process(es) does not divide into micro-batches of "
             f"{tokens} tokens made of whole sequences of {c.train_seq_len}; change micro_batch_tokens or the batch"
         )
-    if c.batch_ramp_start % (world * tokens) or c.batch_ramp_start > c.train_batch_tokens:
+    if c.batch_ramp_start < c.train_batch_tokens and c.batch_ramp_start % (world * tokens):
         raise ConfigError(f"batch_ramp_start={c.batch_ramp_start}: must be a multiple of the {world * tokens} tokens "
-                          "of one micro-batch on every process, and at most train_batch_tokens")
+                          "of one micro-batch on every process; lower micro_batch_tokens")
     return tokens
 
 

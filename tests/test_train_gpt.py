@@ -139,6 +139,8 @@ def test_momentum_and_ramps():
     plans = [schedule(c, 1, p) for p in (0.0, 0.25, 0.5, 1.0)]
     assert [p.seq_len for p in plans] == [128, 256, 512, 512]
     assert [p.batch_tokens for p in plans] == [4096, 6144, 8192, 8192]
+    off = replace(c, seq_ramp_start=1024, batch_ramp_start=16384)  # as in PR 367: not below the end, so no ramp
+    assert {(p.seq_len, p.batch_tokens) for p in (schedule(off, 1, 0.0), schedule(off, 1, 1.0))} == {(512, 8192)}
 
 
 # -- loader ------------------------------------------------------------------------------------------------------
