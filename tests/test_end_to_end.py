@@ -39,6 +39,8 @@ def test_a_run_ends_with_the_final_block(tiny_run):
     assert final["bytes_model"] == (folder / "model.tern").stat().st_size
     assert final["memory"]["val_loss"] == final["score"]["chunked"]["val_loss"]
     first, last = metrics(folder, "train")[0], metrics(folder, "train")[-1]
+    _, state = train_gpt.load_checkpoint(folder)
+    assert state["position"] == state["tokens_seen"] == last["tokens_seen"] == 30 * 1024  # no token skipped or repeated
     assert last["step"] == 30 and last["loss"] < first["loss"] - 0.3
 
 

@@ -318,6 +318,25 @@ def test_a_step_is_the_textbook_straight_through_step(micro_batches):
             assert torch.equal(p.data, bank.format.dequantize(bank.format.quantize(latent)))
 
 
+def test_muons_second_step_has_nesterov_momentum():
+    """The first step cannot tell: there the momentum is the gradient, and Newton-Schulz ignores its length."""
+    torch.manual_seed(0)
+    latents = Latents(GPT(TINY), TINY)
+    optimizer = Optimizer(latents, TINY)
+    bank = next(b for b in latents.banks if "blocks.0.mlp.fc.weight" in b.names)
+    i, m, before, grads = bank.names.index("blocks.0.mlp.fc.weight"), 0.8, [], []
+    for _ in range(2):
+        latents.flat_grad.normal_()
+        grads.append(bank.grad[i].clone())
+        before.append(bank.latent[i].clone())
+        optimizer.step(1.0, m)
+    buffer = m * grads[0] + grads[1]
+    update = textbook_newton_schulz(grads[1] + m * buffer, TINY.muon_backend_steps).float()
+    rows, cols = update.shape
+    expected = -TINY.matrix_lr * max(1, rows / cols) ** 0.5 * update
+    assert (bank.latent[i] - before[1] - expected).norm() < 0.05 * expected.norm()
+
+
 def test_micro_batches_accumulate_in_fp32():
     torch.manual_seed(0)
     latents = Latents(GPT(TINY), TINY)
