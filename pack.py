@@ -77,7 +77,8 @@ class StoredTensor:
             {"kind": "bf16" or "fp16"} or {"kind": "fp32"}                 codes uint16 or uint32: the values' bits
             Other keys are carried along and mean nothing here.
     codes:  in the tensor's shape
-    scales: uint16 bit patterns of a scale per group, [rows, groups], or None for the float kinds. Groups run along
+    scales: a scale per group, [rows, groups]: uint16 bit patterns of bf16 or fp16, or uint8 codes of log4 to log8
+            (0 is the scale 0, docs/format.md has the others); None for the float kinds. Groups run along
             the last dimension, the last one may be short, a 1-D tensor is one row; group_size 0 is one group, [1, 1].
     """
 
@@ -92,14 +93,26 @@ class StoredTensor:
 # ---------------------------------------------------------------------------------------------------------------
 
 # Symbol kinds: what a stream is made of, and how it lies in memory.
-SYMBOLS = {"ternary": "<i1", "u16": "<u2", "u32": "<u4"} | {f"int{bits}": "<i1" for bits in range(2, 9)}
+SYMBOLS = {"ternary": "<i1", "u16": "<u2", "u32": "<u4"} | {f"int{bits}": "<i1" for bits in range(2, 9)} | {
+    f"uint{bits}": "<u1" for bits in range(4, 9)}
 FLOAT_SYMBOLS = {"bf16": "u16", "fp16": "u16", "fp32": "u32"}
 EXPONENT = {"bf16": 0x7F80, "fp16": 0x7C00, "fp32": 0x7F800000}  # all ones: infinite or not a number
 
 
-def limit_of(kind: str) -> int:
-    """The largest code of a ternary or int symbol kind; codes are symmetric around zero."""
-    return 1 if kind == "ternary" else 2 ** (int(kind[3:]) - 1) - 1
+SCALES = {"bf16": "u16", "fp16": "u16"} | {f"log{bits}": f"uint{bits}" for bits in range(4, 9)}
+
+
+def bits_of(kind: str) -> int:
+    """Bits of an int or uint symbol kind."""
+    return int(kind.removeprefix("u").removeprefix("int"))
+
+
+def range_of(kind: str) -> tuple[int, int]:
+    """The smallest and largest symbol of a ternary, int or uint kind; codes are symmetric around zero."""
+    if kind == "ternary":
+        return -1, 1
+    high = 2 ** (bits_of(kind) - kind.startswith("int")) - 1
+    return (-high if kind.startswith("int") else 0), high
 
 
 def scale_shape(format: dict, shape: tuple[int, ...]) -> tuple[int, int] | None:
@@ -116,7 +129,7 @@ def layout(format: dict, shape: tuple[int, ...]) -> dict[str, tuple[str, int]]:
     kind, scales = format["kind"], scale_shape(format, shape)
     symbol = FLOAT_SYMBOLS.get(kind) or (f"int{format['bits']}" if kind == "int" else kind)
     roles = {"codes": (symbol, math.prod(shape))}
-    return roles if scales is None else roles | {"scales": ("u16", math.prod(scales))}
+    return roles if scales is None else roles | {"scales": (SCALES[format["scale"]], math.prod(scales))}
 
 
 def is_int(value, low: int, high: int) -> bool:
@@ -128,12 +141,12 @@ def check_format(format) -> None:
     kind = format.get("kind") if isinstance(format, dict) else None
     ok = kind in ("ternary", "int", *FLOAT_SYMBOLS) if isinstance(kind, str) else False
     if ok and kind not in FLOAT_SYMBOLS:
-        ok = is_int(format.get("group_size"), 0, MAX_NUMEL) and format.get("scale") in ("bf16", "fp16")
+        ok = is_int(format.get("group_size"), 0, MAX_NUMEL) and format.get("scale") in tuple(SCALES)
         ok = ok and (kind == "ternary" or is_int(format.get("bits"), 2, 8))
     if not ok:
         raise ArtifactError(
-            f"format {str(format)[:200]!a} is not known: use kind ternary or int (with group_size >= 0, scale bf16 or "
-            "fp16, and for int bits 2 to 8), or kind bf16, fp16 or fp32"
+            f"format {str(format)[:200]!a} is not known: use kind ternary or int (with group_size >= 0, scale bf16, "
+            "fp16 or log4 to log8, and for int bits 2 to 8), or kind bf16, fp16 or fp32"
         )
 
 
@@ -178,14 +191,14 @@ POWERS = np.array([1, 3, 9, 27, 81], np.uint8)
 DIGITS = (np.arange(243)[:, None] // POWERS % 3).astype(np.int8) - 1  # [byte, digit] -> code
 
 
-def flat_codes(codes, limit: int) -> np.ndarray:
-    """codes (any shape, integers) as flat int8. Raises ArtifactError if one is outside +-limit."""
-    codes = np.asarray(codes).reshape(-1)
+def flat_codes(codes, kind: str) -> np.ndarray:
+    """codes (any shape, integers) flat, in the kind's type. Raises ArtifactError if one is outside the kind's range."""
+    codes, (low, high) = np.asarray(codes).reshape(-1), range_of(kind)
     if codes.size == 0:
-        return np.zeros(0, np.int8)
-    if codes.dtype.kind not in "iu" or codes.min() < -limit or codes.max() > limit:
-        raise ArtifactError(f"codes must be integers in -{limit}..{limit}: quantize before packing")
-    return codes.astype(np.int8, copy=False)
+        return np.zeros(0, SYMBOLS[kind])
+    if codes.dtype.kind not in "iu" or codes.min() < low or codes.max() > high:
+        raise ArtifactError(f"codes must be integers in {low}..{high}: quantize before packing")
+    return codes.astype(SYMBOLS[kind], copy=False)
 
 
 def as_bytes(data, size: int, what: str) -> np.ndarray:
@@ -197,7 +210,7 @@ def as_bytes(data, size: int, what: str) -> np.ndarray:
 
 def pack_base3(codes) -> bytes:
     """Codes in {-1, 0, 1} as base-3 numbers: 5 digits (code + 1) per byte, least significant first, padded with 0."""
-    codes = flat_codes(codes, 1)
+    codes = flat_codes(codes, "ternary")
     out = np.empty(-(-codes.size // 5), np.uint8)
     for start in range(0, codes.size, CHUNK):
         digits = (codes[start : start + CHUNK] + 1).view(np.uint8)
@@ -220,32 +233,32 @@ def unpack_base3(data, n: int) -> np.ndarray:
     return codes
 
 
-def pack_bits(codes, bits: int) -> bytes:
-    """Codes in +-(2^(bits-1) - 1) as unsigned numbers, code + limit, of `bits` bits, lowest bit first, 0-padded."""
-    limit = 2 ** (bits - 1) - 1
-    codes = flat_codes(codes, limit)
+def pack_bits(codes, kind: str) -> bytes:
+    """int or uint codes as unsigned numbers, code - smallest, of the kind's bits, lowest bit first, 0-padded."""
+    bits, (low, _) = bits_of(kind), range_of(kind)
+    codes = flat_codes(codes, kind)
     parts = []
     for start in range(0, codes.size, CHUNK):
-        digits = (codes[start : start + CHUNK].astype(np.int16) + limit).astype(np.uint8)
+        digits = (codes[start : start + CHUNK].astype(np.int16) - low).astype(np.uint8)
         rows = np.unpackbits(digits[:, None], axis=1, count=bits, bitorder="little")
         parts.append(np.packbits(rows, bitorder="little").tobytes())
     return b"".join(parts)
 
 
-def unpack_bits(data, n: int, bits: int) -> np.ndarray:
-    """The n codes, int8 [n], of pack_bits. Raises ArtifactError unless data is exactly what pack_bits gives."""
-    limit = 2 ** (bits - 1) - 1
+def unpack_bits(data, n: int, kind: str) -> np.ndarray:
+    """The n codes of pack_bits. Raises ArtifactError unless data is exactly what pack_bits gives."""
+    bits, (low, high) = bits_of(kind), range_of(kind)
     packed = as_bytes(data, -(-n * bits // 8), f"{n} codes of {bits} bits")
     if n * bits % 8 and packed[-1] >> (n * bits % 8):
         raise damaged(f"padding bits in byte {packed.size - 1} are not 0")
-    codes = np.empty(n, np.int8)
+    codes = np.empty(n, SYMBOLS[kind])
     for start in range(0, n, CHUNK):
         count = min(CHUNK, n - start)
         rows = np.unpackbits(packed[start * bits // 8 :][: CHUNK * bits // 8], count=count * bits, bitorder="little")
         digits = np.packbits(rows.reshape(-1, bits), axis=1, bitorder="little")[:, 0]
-        if digits.max() > 2 * limit:
-            raise damaged(f"code {start + digits.argmax()} of {n} is outside -{limit}..{limit}")
-        codes[start : start + count] = digits.astype(np.int16) - limit
+        if digits.max() > high - low:
+            raise damaged(f"code {start + digits.argmax()} of {n} is outside {low}..{high}")
+        codes[start : start + count] = digits.astype(np.int16) + low
     return codes
 
 
@@ -257,7 +270,7 @@ def unpack_raw(data, count: int, kind: str) -> np.ndarray:
     dtype = np.dtype(SYMBOLS[kind])
     symbols = as_bytes(data, count * dtype.itemsize, f"raw of {count} {kind} symbols").view(dtype)
     symbols = symbols.astype(dtype.newbyteorder("="))  # a copy: writable, in this machine's byte order
-    return flat_codes(symbols, limit_of(kind)) if dtype.kind == "i" else symbols
+    return flat_codes(symbols, kind) if dtype.itemsize == 1 else symbols
 
 
 def pack_planes(symbols: np.ndarray, kind: str) -> bytes:
@@ -365,13 +378,11 @@ def raw_size(count: int, kind: str) -> int:
     return count * np.dtype(SYMBOLS[kind]).itemsize
 
 
-INTS, FLOATS = tuple(kind for kind in SYMBOLS if kind.startswith("int")), ("u16", "u32")
+INTS, FLOATS = tuple(kind for kind in SYMBOLS if "int" in kind), ("u16", "u32")
 PLAIN = {
     "base3": Codec(("ternary",), lambda s, kind: pack_base3(s), lambda data, n, kind: unpack_base3(data, n),
                    lambda n, kind: -(-n // 5)),
-    "bits": Codec(INTS, lambda s, kind: pack_bits(s, int(kind[3:])),
-                  lambda data, n, kind: unpack_bits(data, n, int(kind[3:])),
-                  lambda n, kind: -(-n * int(kind[3:]) // 8)),
+    "bits": Codec(INTS, pack_bits, unpack_bits, lambda n, kind: -(-n * bits_of(kind) // 8)),
     "raw": Codec((*INTS, *FLOATS), pack_raw, unpack_raw, raw_size),
     "planes": Codec(FLOATS, pack_planes, unpack_planes, raw_size),
 }
@@ -461,9 +472,9 @@ def check_tensor(name: str, t: StoredTensor) -> None:
         if not isinstance(array, np.ndarray) or array.dtype != dtype or array.shape != shapes[role]:
             got = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
             raise ArtifactError(f"tensor {name!a}: {role} must be {dtype} {shapes[role]}, not {got}")
-        if dtype.kind == "i":
+        if dtype.itemsize == 1:
             try:
-                flat_codes(array, limit_of(roles[role][0]))
+                flat_codes(array, roles[role][0])
             except ArtifactError as e:
                 raise ArtifactError(f"tensor {name!a}: {e}") from None
 
@@ -774,7 +785,8 @@ def check_values(name: str, t: StoredTensor) -> None:
     """Raises ArtifactError if a code is out of range, a value or scale not finite, or a live group's scale zero."""
     check_tensor(name, t)
     floats, dtype = (t.codes, t.format["kind"]) if t.scales is None else (t.scales, t.format["scale"])
-    bad = np.argwhere((floats & EXPONENT[dtype]) == EXPONENT[dtype])
+    mask = EXPONENT.get(dtype)
+    bad = np.argwhere((floats & mask) == mask) if mask else ()  # every log scale is finite
     if len(bad):
         what = "value" if t.scales is None else "scale"
         raise ArtifactError(f"tensor {name!a}: {what} {bad[0].tolist()} is not finite: pack a run that did not diverge")
@@ -783,7 +795,7 @@ def check_values(name: str, t: StoredTensor) -> None:
     rows, groups = t.scales.shape
     live = (t.codes != 0).reshape(rows, -1)
     live = np.logical_or.reduceat(live, np.arange(groups) * (t.format["group_size"] or live.shape[1]), axis=1)
-    bad = np.argwhere(live & ((t.scales & 0x7FFF) == 0))
+    bad = np.argwhere(live & ((t.scales & (0x7FFF if mask else 0xFF)) == 0))
     if len(bad):
         raise ArtifactError(f"tensor {name!a}: group {bad[0].tolist()} has codes but the scale 0: quantize it again")
 

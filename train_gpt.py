@@ -119,7 +119,7 @@ class Config:
     vector_format: str = setting("bf16", "format of gains, scales, mixes and skips: bf16 or fp16")
     group_size: int = setting(128, "weights per scale along the input dimension; 0: one scale per tensor", 0)
     threshold: float = setting(0.5, "a ternary code is zero up to threshold * mean|w| (0.5: BitNet b1.58)", 0)
-    scale_dtype: str = setting("bf16", "dtype of scales: bf16 or fp16")
+    scale_dtype: str = setting("bf16", "how scales are stored: bf16, fp16, or log4 to log8 (16 octaves in 2^bits steps)")
     # optimizer
     matrix_lr: float = setting(0.04, "Muon learning rate of block matrices", 0)
     scalar_lr: float = setting(0.04, "AdamW learning rate of vectors", 0)
@@ -274,7 +274,23 @@ class Stored:
 
 
 # dtype, smallest scale of a group that is not zero (bf16: the smallest normal, which no device flushes to zero)
-SCALE_DTYPES = {"bf16": (torch.bfloat16, 2.0**-126), "fp16": (torch.float16, 2.0**-24)}
+FLOAT_DTYPES = {"bf16": (torch.bfloat16, 2.0**-126), "fp16": (torch.float16, 2.0**-24)}
+
+
+def log_table(bits: int) -> Tensor:
+    """The scales that the codes of log<bits> stand for, fp32 [2^bits]: 16 octaves of 2^(bits - 4) steps from 2^-12.
+
+    Code 0 is a zero group. Code c is 2^(c / 2^(bits-4) - 12) with its mantissa rounded to bf16's 7 bits, so that the
+    table is exact in bf16 and the same on every machine.
+    """
+    steps = 2 ** (bits - 4)
+    values = [2.0 ** (c // steps - 12) * (1 + round(128 * (2 ** (c % steps / steps) - 1)) / 128)
+              for c in range(2**bits)]
+    return torch.tensor([0.0] + values[1:])
+
+
+LOG_TABLES = {f"log{bits}": log_table(bits) for bits in range(4, 9)}
+SCALE_DTYPES = (*FLOAT_DTYPES, *LOG_TABLES)
 
 
 def split_groups(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
@@ -302,31 +318,44 @@ def join_groups(grouped: Tensor, shape: torch.Size) -> Tensor:
     return grouped.flatten(-2)[..., : shape[-1]].reshape(shape)
 
 
-def round_scales(scales: Tensor, nonzero: Tensor, dtype: str) -> Tensor:
-    """Scales in their stored dtype: zero exactly for zero groups, never rounded to zero or infinity for the others."""
-    kind, smallest = SCALE_DTYPES[dtype]
+def encode_scales(scales: Tensor, nonzero: Tensor, dtype: str) -> Tensor:
+    """Scales as they are stored: zero exactly for zero groups, never rounded to zero or infinity for the others.
+
+    bf16 and fp16 are the values; log4 to log8 are uint8 codes, the nearest by ratio.
+    """
+    if dtype in LOG_TABLES:
+        steps = len(LOG_TABLES[dtype]) // 16
+        codes = ((scales.clamp(min=2.0**-126).log2() + 12) * steps).round().clamp(1, 16 * steps - 1)
+        return torch.where(nonzero, codes, 0.0).to(torch.uint8)
+    kind, smallest = FLOAT_DTYPES[dtype]
     return torch.where(nonzero, scales.clamp(smallest, torch.finfo(kind).max), 0.0).to(kind)
+
+
+def decode_scales(stored: Tensor, dtype: str) -> Tensor:
+    """The fp32 values of stored scales."""
+    return LOG_TABLES[dtype].to(stored.device)[stored.long()] if dtype in LOG_TABLES else stored.float()
 
 
 class GroupFormat:
     """Formats of codes times a scale per group: ternary and symmetric integers."""
 
     group_size: int
+    scale: str
 
     def dequantize(self, stored: Stored) -> Tensor:
         """Param, bf16, in the codes' shape: codes * scale, computed in fp32 and rounded once."""
         codes, _ = split_groups(stored.codes.float(), self.group_size)
-        param = codes * stored.scales.float()[..., None]
+        param = codes * decode_scales(stored.scales, self.scale)[..., None]
         return join_groups(param, stored.codes.shape).bfloat16()
 
 
 @dataclass(frozen=True)
 class Ternary(GroupFormat):
-    """Codes in {-1, 0, 1} and one scale per group.
+    """Codes in {-1, 0, 1} and one scale per group, stored as `scale`: bf16, fp16 or log4 to log8.
 
     absmean: scale = mean|w|, code = 0 where |w| <= threshold * mean|w|, else sign(w); with threshold 0.5 this is
     RoundClip(w / mean|w|, -1, 1) of BitNet b1.58 (arXiv 2402.17764, section 2). Codes use the exact mean and only the
-    scale is rounded to 16 bits, so codes(c * W) == codes(W) for c > 0. A zero group has zero codes and a zero scale.
+    scale is rounded, so codes(c * W) == codes(W) for c > 0. A zero group has zero codes and a zero scale.
     """
 
     group_size: int = 128
@@ -336,17 +365,18 @@ class Ternary(GroupFormat):
 
     def __post_init__(self):
         if self.rule != "absmean" or self.scale not in SCALE_DTYPES or self.group_size < 0 or not self.threshold >= 0:
-            raise ConfigError(f"{self}: rule absmean, scale bf16 or fp16, group_size and threshold >= 0 are needed")
+            raise ConfigError(f"{self}: rule absmean, scale one of {', '.join(SCALE_DTYPES)}, group_size and "
+                              "threshold >= 0 are needed")
 
     def quantize(self, latent: Tensor) -> Stored:
-        """latent: fp32 [.., rows, cols] or [cols] -> codes int8 of its shape, scales 16-bit [.., rows, groups]."""
+        """latent: fp32 [.., rows, cols] or [cols] -> codes int8 of its shape, scales [.., rows, groups]."""
         w, sizes = split_groups(latent.float(), self.group_size)
         magnitude = w.abs()
         mean = magnitude.sum(-1, keepdim=True) / sizes
         codes = w.sign() * (magnitude > self.threshold * mean)
         nonzero = magnitude.amax(-1) > 0
         codes = join_groups(codes.to(torch.int8), latent.shape)
-        return Stored(codes, round_scales(mean[..., 0], nonzero, self.scale))
+        return Stored(codes, encode_scales(mean[..., 0], nonzero, self.scale))
 
     def spec(self) -> dict:
         return {"kind": "ternary"} | asdict(self)
@@ -362,15 +392,17 @@ class Int(GroupFormat):
 
     def __post_init__(self):
         if not 2 <= self.bits <= 8 or self.scale not in SCALE_DTYPES or self.group_size < 0:
-            raise ConfigError(f"{self}: 2 to 8 bits, scale bf16 or fp16 and group_size >= 0 are needed")
+            raise ConfigError(f"{self}: 2 to 8 bits, scale one of {', '.join(SCALE_DTYPES)} and group_size >= 0 "
+                              "are needed")
 
     def quantize(self, latent: Tensor) -> Stored:
         """Shapes as in Ternary. Codes are rounded against the stored scale: the one that they will be multiplied by."""
         w, _ = split_groups(latent.float(), self.group_size)
         limit = 2 ** (self.bits - 1) - 1
         biggest = w.abs().amax(-1)
-        scales = round_scales(biggest / limit, biggest > 0, self.scale)
-        divisor = torch.where(scales > 0, scales.float(), 1.0)[..., None]
+        scales = encode_scales(biggest / limit, biggest > 0, self.scale)
+        values = decode_scales(scales, self.scale)[..., None]
+        divisor = torch.where(values > 0, values, 1.0)
         codes = (w / divisor).round().clamp(-limit, limit).to(torch.int8)
         return Stored(join_groups(codes, latent.shape), scales)
 
@@ -385,7 +417,7 @@ class Float:
     dtype: str = "bf16"
 
     def quantize(self, latent: Tensor) -> Stored:
-        return Stored(latent.to(SCALE_DTYPES[self.dtype][0]), None)
+        return Stored(latent.to(FLOAT_DTYPES[self.dtype][0]), None)
 
     def dequantize(self, stored: Stored) -> Tensor:
         return stored.codes.bfloat16()
@@ -400,10 +432,10 @@ Format = Ternary | Int | Float
 def make_format(config: Config, name: str) -> Format:
     """The format that the setting `name` (matrix_format, embed_format or vector_format) asks for."""
     value = getattr(config, name)
-    if value in SCALE_DTYPES:
+    if value in FLOAT_DTYPES:
         return Float(value)
     if config.scale_dtype not in SCALE_DTYPES:
-        raise ConfigError(f"scale_dtype={config.scale_dtype!r}: must be bf16 or fp16")
+        raise ConfigError(f"scale_dtype={config.scale_dtype!r}: must be one of {', '.join(SCALE_DTYPES)}")
     if name != "vector_format" and value == "ternary":
         return Ternary(config.group_size, "absmean", config.threshold, config.scale_dtype)
     if name != "vector_format" and value.startswith("int") and value[3:] in list("2345678"):
@@ -423,7 +455,7 @@ def to_pack(stored: Stored, fmt: Format) -> pack.StoredTensor:
     """A tensor as pack.py writes it: 16-bit floats become their bit patterns."""
     def bits(x: Tensor) -> np.ndarray:
         x = x.detach().cpu().contiguous()
-        return x.numpy() if x.dtype == torch.int8 else x.view(torch.uint16).numpy()
+        return x.numpy() if x.itemsize == 1 else x.view(torch.uint16).numpy()
 
     scales = None if stored.scales is None else bits(stored.scales).reshape(-1, stored.scales.shape[-1])
     return pack.StoredTensor(tuple(stored.codes.shape), fmt.spec(), bits(stored.codes), scales)
@@ -435,17 +467,18 @@ def from_pack(tensor: pack.StoredTensor) -> tuple[Stored, Format]:
     kind = spec.pop("kind")
     try:
         fmt = Ternary(**spec) if kind == "ternary" else Int(**spec) if kind == "int" else Float(kind, **spec)
-        if isinstance(fmt, Float) and kind not in SCALE_DTYPES:
+        if isinstance(fmt, Float) and kind not in FLOAT_DTYPES:
             raise TypeError(f"unknown kind {kind!r}")
     except TypeError as e:
         raise ConfigError(f"storage format {tensor.format}: {e}") from None
 
-    def values(array: np.ndarray, dtype: torch.dtype) -> Tensor:
-        return torch.from_numpy(array.copy()).view(dtype)
+    def values(array: np.ndarray, dtype: str) -> Tensor:
+        x = torch.from_numpy(array.copy())
+        return x.view(FLOAT_DTYPES[dtype][0]) if dtype in FLOAT_DTYPES else x
 
     if isinstance(fmt, Float):
-        return Stored(values(tensor.codes, SCALE_DTYPES[kind][0]), None), fmt
-    return Stored(torch.from_numpy(tensor.codes.copy()), values(tensor.scales, SCALE_DTYPES[fmt.scale][0])), fmt
+        return Stored(values(tensor.codes, kind), None), fmt
+    return Stored(torch.from_numpy(tensor.codes.copy()), values(tensor.scales, fmt.scale)), fmt
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -969,7 +1002,7 @@ def machine() -> dict:
 
 # Bits that a value of a trained tensor packs to, measured on the CPU track's first record (LOG.md): bf16 vectors and
 # bf16 scales compress, int4 codes took 2.82 bits because max|w| scales leave the outer codes rare. fp16: not measured.
-FLOAT_BITS, SCALE_BITS, INT_SAVES = {"bf16": 9.5, "fp16": 16.0}, {"bf16": 7.7, "fp16": 16.0}, 1.2
+FLOAT_BITS, SCALE_BITS, INT_SAVES = {"bf16": 9.5, "fp16": 16.0}, {"bf16": 7.7, "fp16": 16.0} | {f"log{b}": 0.5 * b for b in range(4, 9)}, 1.2
 
 
 def predicted_bytes(latents: Latents) -> dict[str, tuple[int, int]]:

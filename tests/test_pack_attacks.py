@@ -482,7 +482,7 @@ def test_int_code_outside_its_range(bits):
     limit = 2 ** (bits - 1) - 1
     n = 8  # so that there are no padding bits
     with pytest.raises(ArtifactError, match=f"outside -{limit}"):
-        pack.unpack_bits(bytes([255] * bits), n, bits)
+        pack.unpack_bits(bytes([255] * bits), n, f"int{bits}")
     with pytest.raises(ArtifactError):
         pack.unpack_raw(bytes([limit + 1]), 1, f"int{bits}")
     with pytest.raises(ArtifactError):
@@ -491,13 +491,13 @@ def test_int_code_outside_its_range(bits):
 
 def test_bits_padding_that_is_not_zero():
     with pytest.raises(ArtifactError, match="padding"):
-        pack.unpack_bits(bytes([0b01000000]), 2, 3)
+        pack.unpack_bits(bytes([0b01000000]), 2, "int3")
 
 
 @pytest.mark.parametrize("n", [0, 1, 7])
 def test_bits_of_another_length(n):
     with pytest.raises(ArtifactError, match="exactly"):
-        pack.unpack_bits(bytes(-(-n * 3 // 8) + 1), n, 3)
+        pack.unpack_bits(bytes(-(-n * 3 // 8) + 1), n, "int3")
 
 
 # Compressors --------------------------------------------------------------------------------------------------
