@@ -437,6 +437,11 @@ def keep_freed_memory() -> None:
         mallopt(name, value)
 
 
+def command() -> list[str]:
+    """Script and arguments that run this program in a fresh process; a submission's one file needs its name as well."""
+    return [str(Path(__file__).resolve()), *(["eval_bpb"] if pack.in_bundle() else [])]
+
+
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description="Score an artifact in bits per byte.", allow_abbrev=False)
     p.add_argument("artifact", help="file written by train_gpt.py")

@@ -8,7 +8,7 @@ A file is a fixed preamble, a compressed JSON header and the streams, back to ba
 
     offset  size  field (little-endian)
     0       4     magic "TRNY"
-    4       1     version, 1
+    4       1     version, 2
     5       4     h, bytes of the compressed header
     9       4     bytes of the header's JSON, at most MAX_HEADER
     13      4     CRC32 of bytes 0 to 12 and of the compressed header
@@ -16,10 +16,11 @@ A file is a fixed preamble, a compressed JSON header and the streams, back to ba
                                   "streams": [[codec, bytes, crc32]], "tensors": [[name, shape, format index]]}
     17 + h  ..    the streams
 
-There is one stream per format and role (codes, scales), of all tensors of that format in order: merged streams
-compress better and a short table costs fewer header bytes. What follows from formats and shapes (which streams exist,
-how many symbols each holds, and with the sizes their offsets) is derived by `layout` and not stored, so that no file
-can contradict itself. Streams cannot overlap or leave gaps, and must end at the end of the file.
+docs/format.md is the whole format on two pages. There is one stream per format and role (codes, scales), of all tensors
+of that format in order: merged streams compress better and a short table costs fewer header bytes. What follows from
+formats and shapes (which streams exist, how many symbols each holds, and with the sizes their offsets) is derived by
+`layout` and not stored, so that no file can contradict itself; the names of repeated layers are derived from the
+first's (`fold`). Streams cannot overlap or leave gaps, and must end at the end of the file.
 
 Reading trusts nothing. Any input gives tensors or an ArtifactError, every byte is under a checksum or an exact rule,
 and every size is checked before memory is taken for it. CRC32 finds accidents, not forgers: compare sha256 for that.
@@ -32,19 +33,22 @@ import json
 import lzma
 import math
 import os
+import re
 import secrets
 import stat
 import struct
 import sys
 import zlib
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import zstandard
 
-MAGIC, VERSION = b"TRNY", 1
+import entropy
+
+MAGIC, VERSION = b"TRNY", 2
 PREAMBLE = struct.Struct("<4sBII")  # magic, version, compressed header bytes, JSON bytes; a CRC32 follows
 HEADER_AT = PREAMBLE.size + 4
 DEFAULT_CAP = 16_000_000  # the official track: decimal megabytes, code plus model
@@ -53,7 +57,7 @@ DEFAULT_CAP = 16_000_000  # the official track: decimal megabytes, code plus mod
 MAX_FILE = 1 << 28  # 16 times the official cap
 MAX_HEADER = 1 << 18  # thousands of tensors
 MAX_NUMEL = 1 << 40  # of one tensor, zero dimensions counted as one: keeps every product of sizes exact and small
-MAX_DIMS, MAX_FORMATS, MAX_NAME, MAX_DEPTH = 8, 32, 256, 32
+MAX_DIMS, MAX_FORMATS, MAX_NAME, MAX_DEPTH, MAX_TENSORS = 8, 32, 256, 32, 1 << 14
 # A stream may decode to 4 MiB plus 64 times its bytes in the file. zstd and lzma can expand 10,000 times, a trained
 # model never does: 64 is a ternary weight in 1/8 bit. So a file of n bytes decodes to at most 64 n plus 4 MiB per
 # stream. The writer obeys the same rule: it drops a candidate that compresses further than that.
@@ -74,7 +78,7 @@ class StoredTensor:
 
     format: {"kind": "ternary", "group_size": 128, "scale": "bf16", ...}   codes int8 in {-1, 0, 1}
             {"kind": "int", "bits": 8, "group_size": 128, "scale": ...}    codes int8 in +-(2^(bits-1) - 1)
-            {"kind": "bf16" or "fp16"} or {"kind": "fp32"}                 codes uint16 or uint32: the values' bits
+            {"kind": "fp8", "bf16", "fp16" or "fp32"}    codes uint8, uint16, uint16 or uint32: the values' bits
             Other keys are carried along and mean nothing here.
     codes:  in the tensor's shape
     scales: a scale per group, [rows, groups]: uint16 bit patterns of bf16 or fp16, or uint8 codes of log4 to log8
@@ -93,10 +97,10 @@ class StoredTensor:
 # ---------------------------------------------------------------------------------------------------------------
 
 # Symbol kinds: what a stream is made of, and how it lies in memory.
-SYMBOLS = {"ternary": "<i1", "u16": "<u2", "u32": "<u4"} | {f"int{bits}": "<i1" for bits in range(2, 9)} | {
-    f"uint{bits}": "<u1" for bits in range(4, 9)}
-FLOAT_SYMBOLS = {"bf16": "u16", "fp16": "u16", "fp32": "u32"}
-EXPONENT = {"bf16": 0x7F80, "fp16": 0x7C00, "fp32": 0x7F800000}  # all ones: infinite or not a number
+SYMBOLS = {"ternary": "<i1", "u8": "<u1", "u16": "<u2", "u32": "<u4"}
+SYMBOLS |= {f"int{bits}": "<i1" for bits in range(2, 9)} | {f"uint{bits}": "<u1" for bits in range(4, 9)}
+FLOAT_SYMBOLS = {"fp8": "u8", "bf16": "u16", "fp16": "u16", "fp32": "u32"}  # fp8: e4m3 (arXiv 2209.05433)
+EXPONENT = {"fp8": 0x7F, "bf16": 0x7F80, "fp16": 0x7C00, "fp32": 0x7F800000}  # all ones: infinite or not a number
 
 
 SCALES = {"bf16": "u16", "fp16": "u16"} | {f"log{bits}": f"uint{bits}" for bits in range(4, 9)}
@@ -124,12 +128,12 @@ def scale_shape(format: dict, shape: tuple[int, ...]) -> tuple[int, int] | None:
     return math.prod(shape[:-1]), -(-(shape[-1] if shape else 1) // format["group_size"])
 
 
-def layout(format: dict, shape: tuple[int, ...]) -> dict[str, tuple[str, int]]:
-    """Role -> (symbol kind, count) of what a file stores of a tensor: the one place that knows. Expects valid input."""
+def layout(format: dict, shape: tuple[int, ...]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Role -> (symbol kind, shape) of what a file stores of a tensor: the one place that knows. Expects valid input."""
     kind, scales = format["kind"], scale_shape(format, shape)
     symbol = FLOAT_SYMBOLS.get(kind) or (f"int{format['bits']}" if kind == "int" else kind)
-    roles = {"codes": (symbol, math.prod(shape))}
-    return roles if scales is None else roles | {"scales": (SCALES[format["scale"]], math.prod(scales))}
+    roles = {"codes": (symbol, shape)}
+    return roles if scales is None else roles | {"scales": (SCALES[format["scale"]], scales)}
 
 
 def is_int(value, low: int, high: int) -> bool:
@@ -146,7 +150,7 @@ def check_format(format) -> None:
     if not ok:
         raise ArtifactError(
             f"format {str(format)[:200]!a} is not known: use kind ternary or int (with group_size >= 0, scale bf16, "
-            "fp16 or log4 to log8, and for int bits 2 to 8), or kind bf16, fp16 or fp32"
+            "fp16 or log4 to log8, and for int bits 2 to 8), or kind fp8, bf16, fp16 or fp32"
         )
 
 
@@ -289,9 +293,9 @@ def unpack_planes(data, count: int, kind: str) -> np.ndarray:
 # Codecs: one table of ways to write a stream; the smallest wins and the file says which it was
 # ---------------------------------------------------------------------------------------------------------------
 
-# Above this many bytes lzma is left out and zstd runs at level 3, because encoding must stay under a minute: on int6
-# codes the thorough candidates together took 4 s per million. 68M ternary weights are 13.6 MB and get all of them.
-THOROUGH_BELOW = 14 << 20
+# Above this many bytes lzma is left out and zstd runs at level 3, because encoding must stay under a minute, and on
+# long streams of trained codes the adaptive model has won every time (LOG.md).
+THOROUGH_BELOW = 1 << 20
 
 
 def zstd_encode(data: bytes) -> bytes:
@@ -346,29 +350,41 @@ def lzma_decode(data, size: int) -> bytes:
     return out
 
 
+Shapes = list[tuple[int, ...]]
+
+
+def count_of(shapes: Shapes) -> int:
+    return sum(map(math.prod, shapes))
+
+
 @dataclass(frozen=True)
 class Codec:
-    """A way to write symbols of some kinds. decode(encode(symbols, kind), count, kind) is symbols, bit for bit.
+    """A way to write the symbols of arrays, one after the other (flat), of some kinds and of the given shapes.
+    decode(encode(symbols, kind, shapes), kind, shapes) is symbols, bit for bit.
 
-    decode raises ArtifactError unless data is whole and gives exactly count symbols, all in range. It need not bound
-    its output: `parse_header` has done so. `size` is the bytes of count symbols before compression.
+    decode raises ArtifactError unless data is whole and gives exactly so many symbols, all in range. It need not bound
+    its output: `parse_header` has done so. `size` is the bytes of count symbols before compression; `free` the symbols
+    that a stream may hold however short it is (0: FREE_EXPANSION rules).
     """
 
     kinds: tuple[str, ...]
-    encode: Callable[[np.ndarray, str], bytes]
-    decode: Callable[[memoryview | bytes, int, str], np.ndarray]
+    encode: Callable[[np.ndarray, str, Shapes], bytes]
+    decode: Callable[[memoryview | bytes, str, Shapes], np.ndarray]
     size: Callable[[int, str], int]
     compressor: str = ""
+    suits: Callable[[Shapes, str], bool] = lambda shapes, kind: True
+    free: Callable[[str], int] = lambda kind: 0
 
 
 def with_compressor(plain: Codec, name: str, compress: Callable, decompress: Callable) -> Codec:
-    def encode(symbols: np.ndarray, kind: str) -> bytes:
-        return compress(plain.encode(symbols, kind))
+    def encode(symbols: np.ndarray, kind: str, shapes: Shapes) -> bytes:
+        return compress(plain.encode(symbols, kind, shapes))
 
-    def decode(data, count: int, kind: str) -> np.ndarray:
+    def decode(data, kind: str, shapes: Shapes) -> np.ndarray:
+        count = count_of(shapes)
         if count == 0:
             raise damaged("an empty stream is compressed")  # a limit of 0 means "no limit" to the libraries
-        return plain.decode(decompress(data, plain.size(count, kind)), count, kind)
+        return plain.decode(decompress(data, plain.size(count, kind)), kind, shapes)
 
     return Codec(plain.kinds, encode, decode, plain.size, name)
 
@@ -378,35 +394,57 @@ def raw_size(count: int, kind: str) -> int:
     return count * np.dtype(SYMBOLS[kind]).itemsize
 
 
-INTS, FLOATS = tuple(kind for kind in SYMBOLS if "int" in kind), ("u16", "u32")
+def of_flat(kinds: tuple[str, ...], encode: Callable, decode: Callable, size: Callable) -> Codec:
+    """A codec to which shapes mean nothing: encode(symbols, kind), decode(data, count, kind)."""
+    return Codec(kinds, lambda symbols, kind, shapes: encode(symbols, kind),
+                 lambda data, kind, shapes: decode(data, count_of(shapes), kind), size)
+
+
+def model_encode(symbols: np.ndarray, kind: str, shapes: Shapes) -> bytes:
+    parts = np.split(symbols, np.cumsum([math.prod(shape) for shape in shapes])[:-1])
+    return entropy.encode([part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)], kind)
+
+
+def model_decode(data, kind: str, shapes: Shapes) -> np.ndarray:
+    try:
+        symbols = np.concatenate([x.reshape(-1) for x in entropy.decode(data, shapes, kind)])
+        return flat_codes(symbols, kind).astype(SYMBOLS[kind], copy=False)
+    except entropy.DecodeError as e:
+        raise damaged(str(e)) from None
+
+
+INTS, FLOATS = tuple(kind for kind in SYMBOLS if "int" in kind), ("u8", "u16", "u32")
 PLAIN = {
-    "base3": Codec(("ternary",), lambda s, kind: pack_base3(s), lambda data, n, kind: unpack_base3(data, n),
-                   lambda n, kind: -(-n // 5)),
-    "bits": Codec(INTS, pack_bits, unpack_bits, lambda n, kind: -(-n * bits_of(kind) // 8)),
-    "raw": Codec((*INTS, *FLOATS), pack_raw, unpack_raw, raw_size),
-    "planes": Codec(FLOATS, pack_planes, unpack_planes, raw_size),
+    "base3": of_flat(("ternary",), lambda s, kind: pack_base3(s), lambda data, n, kind: unpack_base3(data, n),
+                     lambda n, kind: -(-n // 5)),
+    "bits": of_flat(INTS, pack_bits, unpack_bits, lambda n, kind: -(-n * bits_of(kind) // 8)),
+    "raw": of_flat((*INTS, *FLOATS), pack_raw, unpack_raw, raw_size),
+    "planes": of_flat(FLOATS[1:], pack_planes, unpack_planes, raw_size),
 }
 COMPRESSORS = {"zstd": (zstd_encode, zstd_decode), "lzma": (lzma_encode, lzma_decode)}
 # planes alone are as long as raw, so they are no codec
 CODECS = {name: codec for name, codec in PLAIN.items() if name != "planes"} | {
     f"{name}+{c}": with_compressor(codec, c, *both) for name, codec in PLAIN.items() for c, both in COMPRESSORS.items()
-}
+} | {"model": Codec(("ternary", *INTS, "u8", "u16"), model_encode, model_decode, raw_size, "model",
+                    entropy.suits, entropy.free_symbols)}
 
 
-def expands_too_far(count: int, kind: str, stored_bytes: int) -> bool:
-    return raw_size(count, kind) > FREE_EXPANSION + MAX_EXPANSION * stored_bytes
+def expands_too_far(codec: Codec, count: int, kind: str, stored_bytes: int) -> bool:
+    free = codec.free(kind) * raw_size(1, kind) or FREE_EXPANSION
+    return raw_size(count, kind) > free + MAX_EXPANSION * stored_bytes
 
 
-def encode_stream(symbols: np.ndarray, kind: str) -> tuple[str, bytes]:
+def encode_stream(symbols: np.ndarray, kind: str, shapes: Shapes) -> tuple[str, bytes]:
     """(codec name, bytes) of the smallest encoding; of equals the first in CODECS, so that a file is reproducible."""
     best = None
     for name, codec in CODECS.items():
-        if kind not in codec.kinds or (codec.compressor and not symbols.size):
+        if kind not in codec.kinds or (codec.compressor and not symbols.size) or not codec.suits(shapes, kind):
             continue
         if codec.compressor == "lzma" and codec.size(symbols.size, kind) > THOROUGH_BELOW:
             continue
-        data = codec.encode(symbols, kind)
-        if (best is None or len(data) < len(best[1])) and not expands_too_far(symbols.size, kind, len(data)):
+        data = codec.encode(symbols, kind, shapes)
+        better = best is None or len(data) < len(best[1])
+        if better and not expands_too_far(codec, symbols.size, kind, len(data)):
             best = name, data
     return best
 
@@ -418,16 +456,20 @@ def encode_stream(symbols: np.ndarray, kind: str) -> tuple[str, bytes]:
 
 @dataclass(frozen=True)
 class Stream:
-    """A row of the stream table, with what layout derives: whose symbols, of which kind, how many, and where."""
+    """A row of the stream table, with what layout derives: whose symbols, of which kind and shapes, and where."""
 
     format: int
     role: str
     kind: str
-    count: int
+    shapes: Shapes
     codec: str
     offset: int
     bytes: int
     crc32: int
+
+    @property
+    def count(self) -> int:
+        return count_of(self.shapes)
 
 
 @dataclass(frozen=True)
@@ -445,13 +487,65 @@ def canonical_json(value) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
 
 
-def stream_table(formats: list[dict], tensors: list[tuple[str, tuple, int]]) -> dict[tuple[int, str], tuple[str, int]]:
-    """(format index, role) -> (symbol kind, count), in file order."""
-    table: dict[tuple[int, str], tuple[str, int]] = {}
+Row = tuple[str, tuple[int, ...], int]  # of the tensor table: name, shape, format index
+
+
+def stream_table(formats: list[dict], tensors: list[Row]) -> dict[tuple[int, str], tuple[str, Shapes]]:
+    """(format index, role) -> (symbol kind, shapes), in file order."""
+    table: dict[tuple[int, str], tuple[str, Shapes]] = {}
     for _, shape, index in sorted(tensors, key=lambda tensor: tensor[2]):
-        for role, (kind, count) in layout(formats[index], shape).items():
-            table[index, role] = kind, count + table.get((index, role), (kind, 0))[1]
+        for role, (kind, shape_of_role) in layout(formats[index], shape).items():
+            table.setdefault((index, role), (kind, []))[1].append(shape_of_role)
     return table
+
+
+NUMBERED = re.compile(r"(.*?)(0|[1-9][0-9]{0,5})(?![0-9])(.*)", re.ASCII)
+
+
+def fold(rows: list[Row]) -> list[list]:
+    """The tensor table as a header has it: layers that differ in their number alone are written once.
+
+    A row is [name, shape, format index]; a run of layers [before, first number, layers, [[after, shape, format index],
+    ...]], whose names are before + number + after.
+    """
+    layers: list[list] = []  # [before, number, count, [[after, shape, format index], ...]], or a row
+    for name, shape, index in rows:
+        match = NUMBERED.fullmatch(name)
+        if not match:
+            layers.append([name, list(shape), index])
+            continue
+        before, number, entry = match[1], int(match[2]), [match[3], list(shape), index]
+        if layers and len(layers[-1]) == 4 and layers[-1][:2] == [before, number]:
+            layers[-1][3].append(entry)
+        else:
+            layers.append([before, number, 1, [entry]])
+    runs: list[list] = []
+    for layer in layers:
+        if len(layer) == 4 and runs and len(runs[-1]) == 4:
+            before, first, count, entries = runs[-1]
+            if [before, first + count, entries] == [layer[0], layer[1], layer[3]]:
+                runs[-1][2] += 1
+                continue
+        runs.append(layer)
+    return [row for run in runs for row in ([run] if len(run) == 3 or run[2] > 1 else unfold([run]))]
+
+
+def unfold(table: list) -> list:
+    """The rows of a tensor table, as they are (not checked, but at most MAX_TENSORS). Raises ArtifactError."""
+    rows = []
+    for entry in table:
+        if isinstance(entry, list) and len(entry) == 4:
+            before, first, count, entries = entry
+            ok = isinstance(before, str) and is_int(first, 0, MAX_TENSORS) and is_int(count, 1, MAX_TENSORS)
+            ok = ok and isinstance(entries, list) and len(rows) + count * len(entries) <= MAX_TENSORS
+            if not ok or not all(isinstance(e, list) and len(e) == 3 and isinstance(e[0], str) for e in entries):
+                raise damaged(f"tensor entry {str(entry)[:80]!a} is not [before, first, layers, [[after, shape, "
+                              f"format index], ...]], with at most {MAX_TENSORS} tensors")
+            rows += [[f"{before}{i}{after}", shape, index]
+                     for i in range(first, first + count) for after, shape, index in entries]
+        else:
+            rows.append(entry)
+    return rows
 
 
 def check_tensor(name: str, t: StoredTensor) -> None:
@@ -461,17 +555,16 @@ def check_tensor(name: str, t: StoredTensor) -> None:
     check_name_and_shape(name, t.shape)
     check_format(t.format)
     check_json(t.format, f"the format of tensor {name!a}")
-    shapes = {"codes": t.shape, "scales": scale_shape(t.format, t.shape)}
     roles = layout(t.format, t.shape)
     for role, array in (("codes", t.codes), ("scales", t.scales)):
         if role not in roles:
             if array is not None:
                 raise ArtifactError(f"tensor {name!a}: the format {t.format['kind']} has no {role}: pass None")
             continue
-        dtype = np.dtype(SYMBOLS[roles[role][0]]).newbyteorder("=")
-        if not isinstance(array, np.ndarray) or array.dtype != dtype or array.shape != shapes[role]:
+        dtype, shape = np.dtype(SYMBOLS[roles[role][0]]).newbyteorder("="), roles[role][1]
+        if not isinstance(array, np.ndarray) or array.dtype != dtype or array.shape != shape:
             got = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
-            raise ArtifactError(f"tensor {name!a}: {role} must be {dtype} {shapes[role]}, not {got}")
+            raise ArtifactError(f"tensor {name!a}: {role} must be {dtype} {shape}, not {got}")
         if dtype.itemsize == 1:
             try:
                 flat_codes(array, roles[role][0])
@@ -491,15 +584,16 @@ def encode_artifact(tensors: dict[str, StoredTensor], meta: dict) -> bytes:
     check_json(meta, "meta")
     format_list = [format for _, format in formats.values()]
     table, streams = [], []
-    for (index, role), (kind, _) in stream_table(format_list, rows).items():
+    for (index, role), (kind, shapes) in stream_table(format_list, rows).items():
         parts = [getattr(tensors[name], role).reshape(-1) for name, _, i in rows if i == index]
-        codec, data = encode_stream(np.concatenate(parts), kind)
+        codec, data = encode_stream(np.concatenate(parts), kind, shapes)
         table.append([codec, len(data), zlib.crc32(data)])
         streams.append(data)
-    text = canonical_json({"formats": format_list, "meta": meta, "streams": table, "tensors": rows})
-    if len(text) > MAX_HEADER or len(format_list) > MAX_FORMATS:
+    text = canonical_json({"formats": format_list, "meta": meta, "streams": table, "tensors": fold(rows)})
+    if len(text) > MAX_HEADER or len(format_list) > MAX_FORMATS or len(rows) > MAX_TENSORS:
         raise ArtifactError(
-            f"header of {len(text)} bytes, {len(format_list)} formats: at most {MAX_HEADER}, {MAX_FORMATS}; cut meta"
+            f"header of {len(text)} bytes, {len(format_list)} formats, {len(rows)} tensors: at most {MAX_HEADER}, "
+            f"{MAX_FORMATS}, {MAX_TENSORS}; cut meta"
         )
     deflate = zlib.compressobj(9, zlib.DEFLATED, -15, 9)
     header = deflate.compress(text) + deflate.flush()
@@ -559,7 +653,7 @@ def parse_header(data) -> Header:
         raise damaged(f"header lists a format twice, or more than {MAX_FORMATS}")
 
     tensors, names, used = [], set(), 0
-    for row in header["tensors"]:
+    for row in unfold(header["tensors"]):
         if not (isinstance(row, list) and len(row) == 3 and isinstance(row[1], list)):
             raise damaged(f"tensor entry {str(row)[:80]!a} is not [name, shape, format index]")
         name, shape, index = row
@@ -571,6 +665,8 @@ def parse_header(data) -> Header:
         names.add(name)
         used = max(used, index + 1)
         tensors.append((name, tuple(shape), index))
+    if fold(tensors) != header["tensors"]:
+        raise damaged("the tensor table is not folded as pack.py folds it")
     if used != len(formats):
         raise damaged(f"format {used} of the header is not used by any tensor")
 
@@ -578,19 +674,19 @@ def parse_header(data) -> Header:
     if len(header["streams"]) != len(expected):
         raise damaged(f"{len(header['streams'])} streams, but the formats call for {len(expected)}")
     streams = []
-    for row, ((index, role), (kind, count)) in zip(header["streams"], expected.items(), strict=True):
+    for row, ((index, role), (kind, shapes)) in zip(header["streams"], expected.items(), strict=True):
         where = f"stream {len(streams)} ({role} of format {index})"
         if not (isinstance(row, list) and len(row) == 3 and isinstance(row[0], str)
                 and is_int(row[1], 0, MAX_FILE) and is_int(row[2], 0, 2**32 - 1)):
             raise damaged(f"{where}: {str(row)[:80]!a} is not [codec, bytes, crc32]")
         codec, size, crc = row
-        if codec not in CODECS or kind not in CODECS[codec].kinds:
+        if codec not in CODECS or kind not in CODECS[codec].kinds or not CODECS[codec].suits(shapes, kind):
             raise ArtifactError(f"{where}: codec {codec[:40]!a} is not one for {kind}; use the pack.py that wrote it")
         if offset + size > len(data):
             raise damaged(f"{where} ends at offset {offset + size}, the file at {len(data)}")
-        if expands_too_far(count, kind, size):
-            raise damaged(f"{where}: {count} {kind} symbols from {size} bytes are more than any model needs")
-        streams.append(Stream(index, role, kind, count, codec, offset, size, crc))
+        if expands_too_far(CODECS[codec], count_of(shapes), kind, size):
+            raise damaged(f"{where}: {count_of(shapes)} {kind} symbols from {size} bytes are more than any model needs")
+        streams.append(Stream(index, role, kind, shapes, codec, offset, size, crc))
         offset += size
     if offset != len(data):
         raise damaged(f"{len(data) - offset} bytes after the last stream, at offset {offset}")
@@ -607,18 +703,16 @@ def decode_artifact(data) -> tuple[dict[str, StoredTensor], dict]:
         if zlib.crc32(chunk) != s.crc32:
             raise damaged(f"{where}: checksum does not match")
         try:
-            flat[s.format, s.role] = CODECS[s.codec].decode(chunk, s.count, s.kind)
+            flat[s.format, s.role] = CODECS[s.codec].decode(chunk, s.kind, s.shapes)
         except ArtifactError as e:
             raise ArtifactError(f"{where}: {e}") from None
     tensors, taken = {}, dict.fromkeys(flat, 0)
     for name, shape, index in header.tensors:
         format, arrays = header.formats[index], {"codes": None, "scales": None}
-        for role, (_, count) in layout(format, shape).items():
-            start = taken[index, role]
+        for role, (_, shape_of_role) in layout(format, shape).items():
+            start, count = taken[index, role], math.prod(shape_of_role)
             taken[index, role] += count
-            arrays[role] = flat[index, role][start : start + count].reshape(
-                shape if role == "codes" else scale_shape(format, shape)
-            )
+            arrays[role] = flat[index, role][start : start + count].reshape(shape_of_role)
         tensors[name] = StoredTensor(shape, dict(format), **arrays)
     return tensors, header.meta
 
@@ -717,9 +811,16 @@ class Budget:
         return self.margin >= 0
 
 
+def in_bundle() -> bool:
+    """Whether this module runs from the one file of a submission (submission.py) and not from pack.py."""
+    return Path(__file__).name != "pack.py"
+
+
 def code_files() -> list[Path]:
     """The program's own files, all that training, packing and scoring need beside libraries."""
-    return [Path(__file__).resolve().with_name(name) for name in ("train_gpt.py", "pack.py", "eval_bpb.py")]
+    here = Path(__file__).resolve()
+    names = [here.name] if in_bundle() else ["train_gpt.py", "pack.py", "eval_bpb.py", "entropy.py"]
+    return [path for path in map(here.with_name, names) if path.is_file()]
 
 
 def budget(model_path: str | Path, code_paths: Iterable[str | Path], cap: int, count_code: bool = True) -> Budget:
@@ -743,8 +844,8 @@ def describe(data: bytes) -> dict:
     running, rows = dict.fromkeys(streams, 0), []
     for name, shape, index in header.tensors:
         share, format, t = 0, header.formats[index], tensors[name]
-        for role, (_, count) in layout(format, shape).items():
-            s, before = streams[index, role], running[index, role]
+        for role, (_, shape_of_role) in layout(format, shape).items():
+            s, before, count = streams[index, role], running[index, role], math.prod(shape_of_role)
             running[index, role] = before + count
             share += s.bytes * (before + count) // s.count - s.bytes * before // s.count if s.count else 0
         sign = 1 << (8 * t.codes.itemsize - 1)
@@ -754,7 +855,8 @@ def describe(data: bytes) -> dict:
                      "bits_per_weight": 8 * share / n if n else 0.0,
                      "zero_frac": float((values == 0).mean()) if n else 0.0})
     weights = sum(row["weights"] for row in rows)
-    table = [asdict(s) | {"format": format_label(header.formats[s.format])} for s in header.streams]
+    table = [{"role": s.role, "format": format_label(header.formats[s.format]), "kind": s.kind, "codec": s.codec,
+              "count": s.count, "offset": s.offset, "bytes": s.bytes, "crc32": s.crc32} for s in header.streams]
     return {"bytes": len(data), "header_bytes": header.header_bytes, "weights": weights,
             "bits_per_parameter": 8 * len(data) / weights if weights else 0.0, "tensors": rows, "streams": table,
             "formats": header.formats, "meta": meta}
@@ -850,9 +952,21 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--against", metavar="CHECKPOINT", help="a folder that the trainer wrote")
     p = commands.add_parser("budget", help="bytes of model and code against a cap; exit status 1 when over")
     p.add_argument("file")
-    p.add_argument("--code", nargs="+", metavar="FILE", help="default: train_gpt.py, pack.py, eval_bpb.py")
+    p.add_argument("--code", nargs="+", metavar="FILE", help="default: the program's own files")
     p.add_argument("--cap", type=int, default=DEFAULT_CAP, help="bytes (default %(default)s)")
     p.add_argument("--model-only", action="store_true", help="report the code, count only the model (the CPU track)")
+    p = commands.add_parser("bundle", help="write the folder that is submitted, from finished runs")
+    p.add_argument("runs", nargs="+", metavar="RUN", help="a finished run's folder; several are seeds of one record")
+    p.add_argument("--out", required=True, metavar="DIR", help="the new folder")
+    p.add_argument("--name", default="", help="name of the submission (default: the folder's)")
+    p.add_argument("--author", default="")
+    p.add_argument("--github-id", default="")
+    p.add_argument("--blurb", default="", help="one or two sentences on what is new")
+    p.add_argument("--claim", choices=("none", "record"), default="none", help="record: it beats the last one")
+    p = commands.add_parser("check", help="what a referee checks of such a folder; exit status 1 when a check fails")
+    p.add_argument("folder", metavar="DIR")
+    p.add_argument("--against", metavar="RECORD", help="the record to beat: its folder, or its bits per byte")
+    p.add_argument("--data", metavar="DATA", help="also score every artifact again on this data, with DIR's program")
     return parser.parse_args(argv)
 
 
@@ -864,6 +978,12 @@ def main(argv: list[str] | None = None) -> int:
             print(json.dumps(found, indent=1, sort_keys=True) if args.json else inspect_text(found))
         elif args.command == "verify":
             print("\n".join(verify(args.file, args.against)))
+        elif args.command in ("bundle", "check"):
+            if in_bundle():
+                raise ArtifactError(f"{args.command} is not in a submission's one file: use pack.py of the repository")
+            import submission  # what is submitted does not need it
+
+            return submission.main(args)
         else:
             b = budget(args.file, args.code or code_files(), args.cap, not args.model_only)
             counted = "" if b.count_code else " (not counted)"

@@ -43,6 +43,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import eval_bpb
 import pack
 from eval_bpb import (
     AuditError,
@@ -114,12 +115,12 @@ class Config:
     qk_gain_init: float = setting(1.5, "initial gain of normalised queries, learned per head")
     tied_embed_init_std: float = setting(0.005, "initial standard deviation of the tied embedding", 1e-30)
     # storage formats
-    matrix_format: str = setting("ternary", "format of block matrices: ternary, int2..int8, bf16, fp16")
+    matrix_format: str = setting("ternary", "format of block matrices: ternary, int2..int8, fp8, bf16, fp16")
     embed_format: str = setting("bf16", "format of the tied embedding, likewise")
-    vector_format: str = setting("bf16", "format of gains, scales, mixes and skips: bf16 or fp16")
+    vector_format: str = setting("bf16", "format of gains, scales, mixes and skips: fp8, bf16 or fp16")
     group_size: int = setting(128, "weights per scale along the input dimension; 0: one scale per tensor", 0)
     threshold: float = setting(0.5, "a ternary code is zero up to threshold * mean|w| (0.5: BitNet b1.58)", 0)
-    scale_dtype: str = setting("bf16", "how scales are stored: bf16, fp16, or log4 to log8 (16 octaves in 2^bits steps)")
+    scale_dtype: str = setting("bf16", "scales: bf16, fp16 or log4..log8 (2^bits steps over 16 octaves)")
     # optimizer
     matrix_lr: float = setting(0.04, "Muon learning rate of block matrices", 0)
     scalar_lr: float = setting(0.04, "AdamW learning rate of vectors", 0)
@@ -273,8 +274,9 @@ class Stored:
     scales: Tensor | None
 
 
-# dtype, smallest scale of a group that is not zero (bf16: the smallest normal, which no device flushes to zero)
+# dtype, and smallest scale of a group that is not zero (bf16: the smallest normal, which no device flushes to zero)
 FLOAT_DTYPES = {"bf16": (torch.bfloat16, 2.0**-126), "fp16": (torch.float16, 2.0**-24)}
+VALUE_DTYPES = {n: dtype for n, (dtype, _) in FLOAT_DTYPES.items()} | {"fp8": torch.float8_e4m3fn}
 
 
 def log_table(bits: int) -> Tensor:
@@ -412,12 +414,14 @@ class Int(GroupFormat):
 
 @dataclass(frozen=True)
 class Float:
-    """Sixteen-bit floats; the codes are the values."""
+    """Floats of 16 bits, or of 8 (e4m3, arXiv 2209.05433: 8 steps per octave, up to 448); the codes are the values."""
 
     dtype: str = "bf16"
 
     def quantize(self, latent: Tensor) -> Stored:
-        return Stored(latent.to(FLOAT_DTYPES[self.dtype][0]), None)
+        if self.dtype == "fp8":  # the conversion does not saturate
+            latent = latent.clamp(-448.0, 448.0)
+        return Stored(latent.to(VALUE_DTYPES[self.dtype]), None)
 
     def dequantize(self, stored: Stored) -> Tensor:
         return stored.codes.bfloat16()
@@ -432,7 +436,7 @@ Format = Ternary | Int | Float
 def make_format(config: Config, name: str) -> Format:
     """The format that the setting `name` (matrix_format, embed_format or vector_format) asks for."""
     value = getattr(config, name)
-    if value in FLOAT_DTYPES:
+    if value in VALUE_DTYPES:
         return Float(value)
     if config.scale_dtype not in SCALE_DTYPES:
         raise ConfigError(f"scale_dtype={config.scale_dtype!r}: must be one of {', '.join(SCALE_DTYPES)}")
@@ -440,7 +444,7 @@ def make_format(config: Config, name: str) -> Format:
         return Ternary(config.group_size, "absmean", config.threshold, config.scale_dtype)
     if name != "vector_format" and value.startswith("int") and value[3:] in list("2345678"):
         return Int(int(value[3:]), config.group_size, config.scale_dtype)
-    choices = "bf16 or fp16" if name == "vector_format" else "ternary, int2..int8, bf16 or fp16"
+    choices = "fp8, bf16 or fp16" if name == "vector_format" else "ternary, int2..int8, fp8, bf16 or fp16"
     raise ConfigError(f"{name}={value!r}: must be {choices}")
 
 
@@ -455,7 +459,7 @@ def to_pack(stored: Stored, fmt: Format) -> pack.StoredTensor:
     """A tensor as pack.py writes it: 16-bit floats become their bit patterns."""
     def bits(x: Tensor) -> np.ndarray:
         x = x.detach().cpu().contiguous()
-        return x.numpy() if x.itemsize == 1 else x.view(torch.uint16).numpy()
+        return x.numpy() if not x.is_floating_point() else x.view(getattr(torch, f"uint{8 * x.itemsize}")).numpy()
 
     scales = None if stored.scales is None else bits(stored.scales).reshape(-1, stored.scales.shape[-1])
     return pack.StoredTensor(tuple(stored.codes.shape), fmt.spec(), bits(stored.codes), scales)
@@ -467,14 +471,14 @@ def from_pack(tensor: pack.StoredTensor) -> tuple[Stored, Format]:
     kind = spec.pop("kind")
     try:
         fmt = Ternary(**spec) if kind == "ternary" else Int(**spec) if kind == "int" else Float(kind, **spec)
-        if isinstance(fmt, Float) and kind not in FLOAT_DTYPES:
+        if isinstance(fmt, Float) and kind not in VALUE_DTYPES:
             raise TypeError(f"unknown kind {kind!r}")
     except TypeError as e:
         raise ConfigError(f"storage format {tensor.format}: {e}") from None
 
     def values(array: np.ndarray, dtype: str) -> Tensor:
         x = torch.from_numpy(array.copy())
-        return x.view(FLOAT_DTYPES[dtype][0]) if dtype in FLOAT_DTYPES else x
+        return x.view(VALUE_DTYPES[dtype]) if dtype in VALUE_DTYPES else x
 
     if isinstance(fmt, Float):
         return Stored(values(tensor.codes, kind), None), fmt
@@ -1002,7 +1006,8 @@ def machine() -> dict:
 
 # Bits that a value of a trained tensor packs to, measured on the CPU track's first record (LOG.md): bf16 vectors and
 # bf16 scales compress, int4 codes took 2.82 bits because max|w| scales leave the outer codes rare. fp16: not measured.
-FLOAT_BITS, SCALE_BITS, INT_SAVES = {"bf16": 9.5, "fp16": 16.0}, {"bf16": 7.7, "fp16": 16.0} | {f"log{b}": 0.5 * b for b in range(4, 9)}, 1.2
+FLOAT_BITS, SCALE_BITS, INT_SAVES = {"fp8": 5.5, "bf16": 9.5, "fp16": 16.0}, {"bf16": 7.7, "fp16": 16.0}, 1.2
+SCALE_BITS |= {f"log{bits}": 0.5 * bits for bits in range(4, 9)}
 
 
 def predicted_bytes(latents: Latents) -> dict[str, tuple[int, int]]:
@@ -1423,14 +1428,14 @@ class Trainer:
         return torch.equal(a, b)
 
     def score_in_fresh_process(self, artifact: Path) -> dict:
-        """Run eval_bpb.py on the file, on as many processes as trained it here, and return its JSON."""
+        """Run eval_bpb on the file, on as many processes as trained it here, and return its JSON."""
         c, out = self.config, self.folder / "score.json"
         local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         launch = [sys.executable] if local == 1 else [
             sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={local}"]
-        command = [*launch, str(Path(__file__).resolve().with_name("eval_bpb.py")), str(artifact), "--data",
-                   c.data_path, "--stride", str(c.eval_stride), "--batch-seqs", str(c.eval_batch_seqs), "--json",
-                   str(out)] + (["--tokenizer-path", c.tokenizer_path] if c.tokenizer_path else [])
+        command = [*launch, *eval_bpb.command(), str(artifact), "--data", c.data_path, "--stride", str(c.eval_stride),
+                   "--batch-seqs", str(c.eval_batch_seqs), "--json", str(out)]
+        command += ["--tokenizer-path", c.tokenizer_path] if c.tokenizer_path else []
         hidden = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK"}
         env = {k: v for k, v in os.environ.items() if k not in hidden and not k.startswith("TORCHELASTIC_")}
         env["OMP_NUM_THREADS"] = str(torch.get_num_threads())

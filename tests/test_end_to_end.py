@@ -54,7 +54,7 @@ def test_the_fields_log_grammar_and_the_header(tiny_run):
     header = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
     assert header["type"] == "header" and header["schema"] == 1
     assert {"settings", "machine", "source_sha256", "data", "data_sha256", "origin"} <= header.keys()
-    assert header["source_sha256"].keys() == {"train_gpt.py", "pack.py", "eval_bpb.py"}
+    assert header["source_sha256"].keys() == {p.name for p in pack.code_files()}
 
 
 def test_the_same_seed_gives_the_same_bytes(tiny_run, data_dir, tmp_path):

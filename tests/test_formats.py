@@ -15,8 +15,8 @@ from train_gpt import Config, ConfigError, Float, Int, Ternary, from_pack, to_pa
 
 W = torch.tensor([[0.8, -0.5, 1.2], [-1.5, 0.4, -0.9], [1.3, -0.7, 0.2]])
 CODES = [[1, -1, 1], [-1, 0, -1], [1, -1, 0]]
-ALL_FORMATS = [Ternary(), Ternary(4, scale="fp16"), Ternary(0), Int(8), Int(4, 5), Int(2, 0), Float("bf16"),
-               Float("fp16")]
+ALL_FORMATS = [Ternary(), Ternary(4, scale="fp16"), Ternary(0), Ternary(8, scale="log6"), Int(8), Int(4, 5), Int(2, 0),
+               Int(4, 16, "log8"), Int(5, 3, "log4"), Float("bf16"), Float("fp16"), Float("fp8")]
 
 
 def test_hand_golden_as_one_group():
