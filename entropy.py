@@ -164,7 +164,7 @@ class Model:
     """The adaptive model of one stream; `walk` codes a stack, and each kind of symbol has its own `step`."""
 
     # A step costs as much as some hundred symbols, so it takes several rows if they are short or very many.
-    segments, min_lanes, max_steps = 8, 64, 1 << 15
+    segments, min_lanes, max_steps = 8, 64, 1 << 12
 
     def __init__(self, coder: Encoder | Decoder, nodes: int, detailed: int | None = None):
         """nodes: decisions there are; detailed: those, from 0 on, that have contexts of their own (None: all)."""

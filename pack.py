@@ -572,6 +572,25 @@ def check_tensor(name: str, t: StoredTensor) -> None:
                 raise ArtifactError(f"tensor {name!a}: {e}") from None
 
 
+# Bits that a symbol of a trained model takes here, the mean over artifacts (LOG.md, "bits of trained models"; int2 to
+# int8 but int4, fp16, fp32, log4 and log8: from random values). What `expected_bits` and so every plan assumes.
+BITS = {
+    "ternary": 1.577, "int2": 1.4, "int3": 2.0, "int4": 2.80, "int5": 3.8, "int6": 4.8, "int7": 5.8, "int8": 6.8,
+    "fp8": 7.0, "bf16": 10.9, "fp16": 13.9, "fp32": 32.0,  # of either sign, like an embedding
+    "vector fp8": 4.7, "vector bf16": 8.6, "vector fp16": 11.6,  # near one, like gains
+    "scale log4": 0.7, "scale log5": 1.2, "scale log6": 1.95, "scale log7": 2.9, "scale log8": 3.9,
+    "scale bf16": 6.8, "scale fp16": 9.1,
+}
+
+
+def expected_bits(format: dict, vector: bool = False) -> dict[str, float]:
+    """Role -> bits that one of its symbols is expected to take in the file of a trained model."""
+    if format["kind"] in FLOAT_SYMBOLS:
+        return {"codes": BITS[("vector " if vector else "") + format["kind"]]}
+    kind = f"int{format['bits']}" if format["kind"] == "int" else format["kind"]
+    return {"codes": BITS[kind], "scales": BITS[f"scale {format['scale']}"]}
+
+
 def encode_artifact(tensors: dict[str, StoredTensor], meta: dict) -> bytes:
     """The file's bytes, the same for the same input. Raises ArtifactError on input that could not be read back."""
     formats, rows = {}, []  # formats: canonical JSON -> (index, format), in order of first use
@@ -589,16 +608,21 @@ def encode_artifact(tensors: dict[str, StoredTensor], meta: dict) -> bytes:
         codec, data = encode_stream(np.concatenate(parts), kind, shapes)
         table.append([codec, len(data), zlib.crc32(data)])
         streams.append(data)
-    text = canonical_json({"formats": format_list, "meta": meta, "streams": table, "tensors": fold(rows)})
-    if len(text) > MAX_HEADER or len(format_list) > MAX_FORMATS or len(rows) > MAX_TENSORS:
+    return b"".join([encode_header(format_list, meta, table, rows), *streams])
+
+
+def encode_header(formats: list[dict], meta: dict, table: list, rows: list[Row]) -> bytes:
+    """The file up to the first stream. Raises ArtifactError if it would be too large."""
+    text = canonical_json({"formats": formats, "meta": meta, "streams": table, "tensors": fold(rows)})
+    if len(text) > MAX_HEADER or len(formats) > MAX_FORMATS or len(rows) > MAX_TENSORS:
         raise ArtifactError(
-            f"header of {len(text)} bytes, {len(format_list)} formats, {len(rows)} tensors: at most {MAX_HEADER}, "
+            f"header of {len(text)} bytes, {len(formats)} formats, {len(rows)} tensors: at most {MAX_HEADER}, "
             f"{MAX_FORMATS}, {MAX_TENSORS}; cut meta"
         )
     deflate = zlib.compressobj(9, zlib.DEFLATED, -15, 9)
     header = deflate.compress(text) + deflate.flush()
     preamble = PREAMBLE.pack(MAGIC, VERSION, len(header), len(text))
-    return b"".join([preamble, struct.pack("<I", zlib.crc32(header, zlib.crc32(preamble))), header, *streams])
+    return b"".join([preamble, struct.pack("<I", zlib.crc32(header, zlib.crc32(preamble))), header])
 
 
 def read_header_json(data: memoryview) -> tuple[dict, int]:

@@ -233,6 +233,7 @@ def resolve_settings(argv: list[str], env: Mapping[str, str]) -> tuple[str, Conf
     """(preset, settings, where each came from, notices). Raises ConfigError; argparse exits on an unknown flag."""
     kinds = {f.name: type(f.default) for f in fields(Config)}
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    p.add_argument("--plan", action="store_true", help="do not train: predict the bytes and what else would fit")
     p.add_argument("--preset", choices=PRESETS, help="named settings (default: cpu without a GPU, pr367 with one)")
     for f in fields(Config):
         shown = "on" if f.default is True else "off" if f.default is False else f.default
@@ -240,6 +241,7 @@ def resolve_settings(argv: list[str], env: Mapping[str, str]) -> tuple[str, Conf
         names = dict.fromkeys(("--" + f.name.replace("_", "-"), "--" + f.name))  # both spellings
         p.add_argument(*names, metavar=kinds[f.name].__name__.upper(), help=text)
     args = vars(p.parse_args(argv))
+    del args["plan"]  # main's
     preset = args.pop("preset") or env.get("PRESET") or ("pr367" if torch.cuda.is_available() else "cpu")
     if preset not in PRESETS:
         raise ConfigError(f"PRESET={preset!r}: choose one of {', '.join(PRESETS)}")
@@ -590,6 +592,10 @@ class GPT(nn.Module):
 # What a model is rebuilt from, and so what an artifact's configuration holds; the rest of a run is in its log.
 MODEL_SETTINGS = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "mlp_hidden",
                   "rope_base", "logit_softcap", "train_seq_len")
+
+
+def artifact_meta(config: Config) -> dict:
+    return {"config": {name: getattr(config, name) for name in MODEL_SETTINGS}}
 
 
 def model_from_stored(tensors: dict[str, pack.StoredTensor], meta: dict) -> GPT:
@@ -1004,25 +1010,23 @@ def machine() -> dict:
     }
 
 
-# Bits that a value of a trained tensor packs to, measured on the CPU track's first record (LOG.md): bf16 vectors and
-# bf16 scales compress, int4 codes took 2.82 bits because max|w| scales leave the outer codes rare. fp16: not measured.
-FLOAT_BITS, SCALE_BITS, INT_SAVES = {"fp8": 5.5, "bf16": 9.5, "fp16": 16.0}, {"bf16": 7.7, "fp16": 16.0}, 1.2
-SCALE_BITS |= {f"log{bits}": 0.5 * bits for bits in range(4, 9)}
-
-
-def predicted_bytes(latents: Latents) -> dict[str, tuple[int, int]]:
-    """Storage format -> (parameters, predicted bytes of its codes and scales); the header, under 1 kB, is not in it."""
-    sizes: dict[str, tuple[int, int]] = {}
-    for bank in latents.banks:
-        spec, codes, scales = bank.format.spec(), bank.stored.codes, bank.stored.scales
-        bits = {"ternary": 8 / 5, "int": max(spec.get("bits", 0) - INT_SAVES, 1.0)} | FLOAT_BITS
-        name, size = spec["kind"] + str(spec.get("bits", "")), codes.numel() * bits[spec["kind"]] / 8
-        if scales is not None:
-            name += f" groups of {spec['group_size']}, {spec['scale']} scales"
-            size += scales.numel() * SCALE_BITS[spec["scale"]] / 8
-        have = sizes.get(name, (0, 0))
-        sizes[name] = (have[0] + codes.numel(), have[1] + math.ceil(size))
-    return sizes
+def predicted_bytes(config: Config) -> dict[str, tuple[dict, int, float]]:
+    """Part of the model's file -> (format, symbols, bytes), with pack.expected_bits for each symbol."""
+    parts: dict[str, tuple[dict, int, float]] = {}
+    with torch.device("meta"):
+        shapes = {name: tuple(p.shape) for name, p in GPT(config).named_parameters()}
+    for name, shape in shapes.items():
+        spec = format_of(config, name, len(shape)).spec()
+        part = "embedding" if name == "tok_emb.weight" else "matrices" if name.endswith(".weight") else "vectors"
+        for role, (_, role_shape) in pack.layout(spec, shape).items():
+            _, count, size = parts.get(f"{part} {role}", (spec, 0, 0.0))
+            n = math.prod(role_shape)
+            bits = pack.expected_bits(spec, part == "vectors")[role]
+            parts[f"{part} {role}"] = spec, count + n, size + n * bits / 8
+    formats = [spec for i, (spec, *_) in enumerate(parts.values()) if spec not in [p[0] for p in parts.values()][:i]]
+    rows = [(n, shape, formats.index(format_of(config, n, len(shape)).spec())) for n, shape in shapes.items()]
+    header = pack.encode_header(formats, artifact_meta(config), [["model", 10**5, 2**31]] * len(parts), rows)
+    return parts | {"header": ({}, 0, float(len(header)))}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1110,8 +1114,8 @@ class Trainer:
 
     def preflight(self, origin: dict[str, str], notices: list[str]) -> None:
         c, log = self.config, self.log
-        sizes = predicted_bytes(self.latents)
-        parameters, total = (sum(column) for column in zip(*sizes.values(), strict=True))
+        sizes = predicted_bytes(c)
+        parameters, total = sum(p.numel() for p in self.model.parameters()), round(sum(b for *_, b in sizes.values()))
         code = sum(map(len, self.sources.values()))
         counted = total + (code if c.cap_counts_code else 0)
         why = "asked for" if c.device != "auto" else "no CUDA device found" if self.device.type == "cpu" else "found"
@@ -1138,8 +1142,9 @@ class Trainer:
                  f"validation tokens, identity {self.data.identity[:16]}")
         log.line(f"model       {c.num_layers} layers x {c.model_dim}, {c.num_heads} heads, {c.num_kv_heads} kv, "
                  f"mlp {c.hidden_dim}, vocab {c.vocab_size}: {parameters:,} parameters")
-        for name, (count, size) in sizes.items():
-            log.line(f"              {name}: {count:,} parameters, {size:,} bytes")
+        for part, (spec, count, size) in sizes.items():
+            label = f" ({pack.format_label(spec)}): {count:,}" if spec else ":"
+            log.line(f"              {part}{label} in {size:,.0f} bytes")
         log.line(f"bytes       {total:,} predicted for the model, {code:,} of code"
                  f"{'' if c.cap_counts_code else ' (not counted)'}; cap {c.cap_bytes:,}: "
                  f"{'fits, margin' if counted <= c.cap_bytes else 'OVER by'} {abs(c.cap_bytes - counted):,}")
@@ -1376,8 +1381,7 @@ class Trainer:
         memory_seconds = time.perf_counter() - began
 
         began = time.perf_counter()
-        meta = {"config": {name: getattr(c, name) for name in MODEL_SETTINGS}}
-        pack.write_artifact(artifact, self.latents.pack(self.order), meta)
+        pack.write_artifact(artifact, self.latents.pack(self.order), artifact_meta(c))
         self.seconds["pack"] = time.perf_counter() - began
         size = pack.budget(artifact, pack.code_files(), c.cap_bytes, c.cap_counts_code)
         log.line(f"Ternary artifact: {size.bytes_model} bytes = {size.bytes_model / 1e6:.2f}MB")
@@ -1470,7 +1474,15 @@ def main(argv: list[str] | None = None) -> int:
         return status
 
     try:
-        preset, config, origin, notices = resolve_settings(sys.argv[1:] if argv is None else argv, os.environ)
+        argv = sys.argv[1:] if argv is None else argv
+        preset, config, origin, notices = resolve_settings(argv, os.environ)
+        if "--plan" in argv:
+            if pack.in_bundle():
+                raise ConfigError("--plan: the planner is not in a bundle; use the repository's train_gpt.py")
+            import plan  # the planner knows the trainer, not the other way round
+
+            print(plan.report(preset, config))
+            return 0
         torch.set_num_threads(config.threads or max(1, cores() // local_world))
         trainer = Trainer(preset, config, rank, world, local_rank)
         if trainer.device.type == "cuda":

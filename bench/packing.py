@@ -1,0 +1,278 @@
+"""What packing costs and saves, measured on artifacts.
+
+    python bench/packing.py models FILE ...        # the ternary codes under simpler and richer models
+    python bench/packing.py field FILE ...         # the whole file against the same tensors in PR 367's format
+    python bench/packing.py synthetic OUT [settings of train_gpt.py]   # an artifact of a random model of that shape
+    python bench/packing.py time FILE              # seconds and memory of decoding and encoding, by thread count
+
+LOG.md holds what these printed, with the artifacts that they were run on.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import io
+import json
+import lzma
+import os
+import resource
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only bench/ is on the module path
+
+import entropy
+import pack
+
+
+def order0(codes: np.ndarray) -> float:
+    """Bits of an array's symbols at the entropy of their frequencies, which cost nothing to know."""
+    counts = np.unique(codes, return_counts=True)[1]
+    return float(-(counts * np.log2(counts / counts.sum())).sum())
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# models: which context pays
+# ---------------------------------------------------------------------------------------------------------------
+
+NEVER = 1 << 40  # as a strength of the parent: the context says nothing
+
+
+class Neighbours(entropy.Ternary):
+    """The model with one more hint: the codes above, and the place in the group of 128."""
+
+    def start(self, layers: int, rows: int, cols: int) -> None:
+        super().start(layers, rows, cols)
+        self.rows = np.zeros((layers, 2, cols), np.int64)  # the last two
+        self.above, self.place = entropy.Counts(2, 9), entropy.Counts(2, 128)
+
+    def end_rows(self, block: slice, rows: np.ndarray) -> None:
+        super().end_rows(block, rows)
+        self.rows = np.concatenate([self.rows, rows], 1)[:, -2:]
+
+    def decide(self, node, columns, level, truth, active=None, more=()):
+        general = self.everywhere.share(node, 0, 0)
+        above = (self.rows[:, 0, columns] + 1) * 3 + self.rows[:, 1, columns] + 1
+        contexts = [(self.above, (node, above)), (self.place, (node, np.arange(columns.start, columns.stop) % 128))]
+        hints = [entropy.logit(c.share(at, general[0], 16)) - entropy.logit(general[0]) for c, at in contexts]
+        hints = [h[:, None] if h.ndim == 2 else h[None, None] for h in hints]
+        bits = super().decide(node, columns, level, truth, active, [*more, *hints])
+        taken = np.ones(bits.shape, bool) if active is None else active
+        np.add.at(self.above.ones, contexts[0][1], bits.sum(1))
+        np.add.at(self.above.total, contexts[0][1], taken.sum(1))
+        np.add.at(self.place.ones, contexts[1][1], bits.sum((0, 1)))
+        np.add.at(self.place.total, contexts[1][1], taken.sum((0, 1)))
+        return bits
+
+
+VARIANTS = {  # name -> (constants of entropy.py, transposed?, class)
+    "order 0, adaptive, all tensors": (dict(LAYER=NEVER, COLUMN=NEVER, ROW=NEVER, MAX_CORRELATED=0), False, None),
+    "per tensor": (dict(COLUMN=NEVER, ROW=NEVER, MAX_CORRELATED=0), False, None),
+    "per tensor and column": (dict(ROW=NEVER, MAX_CORRELATED=0), False, None),
+    "per tensor and row so far": (dict(COLUMN=NEVER, MAX_CORRELATED=0), False, None),
+    "column and row, weights fixed at 1": (dict(MAX_CORRELATED=0, FIXED=True), False, None),
+    "column and row, mixed": (dict(MAX_CORRELATED=0), False, None),
+    "column and row, mixed, transposed": (dict(MAX_CORRELATED=0), True, None),
+    "and neighbours, place in group": (dict(MAX_CORRELATED=0), False, Neighbours),
+    "and correlation of columns (kept)": (dict(), False, None),
+}
+
+
+def coded(arrays: list[np.ndarray], constants: dict, transposed: bool, model: type | None) -> tuple[int, float, float]:
+    """(bytes, encode seconds, decode seconds) of ternary arrays under a variant of the model."""
+    constants, held = dict(constants), {name: getattr(entropy, name) for name in constants if name != "FIXED"}
+    start, trust, kept = entropy.Weights.START, entropy.Weights.TRUST, entropy.Ternary
+    if constants.pop("FIXED", False):
+        entropy.Weights.START, entropy.Weights.TRUST = entropy.WEIGHT, NEVER << 20
+    arrays = [np.ascontiguousarray(a.T) for a in arrays] if transposed else arrays
+    try:
+        for name, value in constants.items():
+            setattr(entropy, name, value)
+        entropy.Ternary = model or kept
+        began = time.perf_counter()
+        data = entropy.encode(arrays, "ternary")
+        middle = time.perf_counter()
+        back = entropy.decode(data, [a.shape for a in arrays], "ternary")
+        end = time.perf_counter()
+    finally:
+        for name, value in held.items():
+            setattr(entropy, name, value)
+        entropy.Weights.START, entropy.Weights.TRUST, entropy.Ternary = start, trust, kept
+    assert all(np.array_equal(a, b) for a, b in zip(arrays, back, strict=True))
+    return len(data), middle - began, end - middle
+
+
+def code_bytes(*names: str) -> int:
+    """Deflated bytes of entropy.py's functions and classes of these names, without comments; no names: all of it."""
+    tree = ast.parse(Path(entropy.__file__).read_bytes())
+    parts = [n for n in ast.walk(tree) if getattr(n, "name", None) in names] if names else [tree]
+    return len(zlib.compress("\n".join(map(ast.unparse, parts)).encode(), 9))
+
+
+def models(paths: list[str]) -> None:
+    print(f"entropy.py deflates to {code_bytes():,} bytes, expected_sign within it to {code_bytes('expected_sign'):,}")
+    for path in paths:
+        tensors, _ = pack.read_artifact(path)
+        arrays = [t.codes for t in tensors.values() if t.format["kind"] == "ternary"]
+        n, base = sum(a.size for a in arrays), sum(map(order0, arrays))
+        plain = pack.pack_base3(np.concatenate([a.reshape(-1) for a in arrays]))
+        print(f"\n{path}: {n:,} ternary weights in {len(arrays)} tensors, "
+              f"zeros {sum(int((a == 0).sum()) for a in arrays) / n:.4f}")
+        print(f"{'':<38}{'bytes':>10}{'bits/weight':>13}{'to order 0':>12}{'enc s':>8}{'dec s':>8}")
+
+        def line(name: str, size: float, seconds: tuple[float, ...] = (), n=n, base=base) -> None:
+            times = "".join(f"{s:>8.2f}" for s in seconds)
+            print(f"{name:<38}{size:>10,.0f}{8 * size / n:>13.5f}{100 * (8 * size / base - 1):>+11.3f}%{times}",
+                  flush=True)
+
+        line("sum of per-tensor order-0 entropies", base / 8)
+        line("2 bits", n / 4)
+        line("base3", len(plain))
+        line("base3, zstd 22", len(pack.zstd_encode(plain)))
+        line("base3, lzma 9", len(pack.lzma_encode(plain)))
+        for name, variant in VARIANTS.items():
+            size, *seconds = coded(arrays, *variant)
+            line(name, size, tuple(seconds))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# field: PR 367's file of the same tensors
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def field_entry(t: pack.StoredTensor, floats: bool) -> dict:
+    """A tensor as train_bitnet.py of PR 367 stores it: base 3 with fp16 scales per 64, everything else fp16.
+
+    floats=False is kinder to it than it is: int codes stay codes (two 4-bit ones per byte), fp8 stays a byte.
+    """
+    import torch
+
+    from train_gpt import Ternary, decode_scales, from_pack
+
+    stored, fmt = from_pack(t)
+    if isinstance(fmt, Ternary):
+        rows = t.codes.reshape(-1, t.shape[-1])
+        size = fmt.group_size or rows.shape[1]
+        scales = decode_scales(stored.scales, fmt.scale)
+        scales = scales.expand(len(rows), -1) if fmt.group_size == 0 else scales
+        per64 = scales.repeat_interleave(size, 1)[:, : rows.shape[1]][:, ::64].half()
+        padded = np.pad(rows, ((0, 0), (0, -rows.shape[1] % 64)))
+        return {"type": "ternary", "packed": pack.pack_base3(padded), "scale": per64.reshape(-1),
+                "shape": list(t.shape), "padded_cols": padded.shape[1], "group_size": 64, "n_trits": padded.size}
+    if floats or t.format["kind"] not in ("int", "fp8"):
+        return {"type": "fp16", "data": fmt.dequantize(stored).half()}
+    if t.format["kind"] == "fp8":
+        return {"type": "fp8", "data": torch.from_numpy(t.codes.copy())}
+    return {"type": "int", "packed": pack.pack_bits(t.codes, f"int{t.format['bits']}"), "shape": list(t.shape),
+            "scale": decode_scales(stored.scales, fmt.scale).half()}
+
+
+def field_bytes(tensors: dict[str, pack.StoredTensor], floats: bool) -> int:
+    import torch
+
+    buffer = io.BytesIO()
+    torch.save({name: field_entry(t, floats) for name, t in tensors.items()}, buffer)
+    return len(lzma.compress(buffer.getvalue(), preset=9))
+
+
+def field(paths: list[str]) -> None:
+    for path in paths:
+        data = Path(path).read_bytes()
+        header, (tensors, _) = pack.parse_header(data), pack.decode_artifact(data)
+        theirs, kinder = field_bytes(tensors, True), field_bytes(tensors, False)
+        print(f"\n{path}: {len(data):,} bytes; PR 367's format {theirs:,} ({100 * (1 - len(data) / theirs):.1f}% more "
+              f"than ours saves), with int codes and fp8 kept {kinder:,} ({100 * (1 - len(data) / kinder):.1f}%)")
+        print(f"{'part':<34}{'theirs':>12}{'ours':>12}{'saved':>12}")
+        groups: dict[str, dict] = {}
+        for name, t in tensors.items():
+            groups.setdefault(pack.format_label(t.format), {})[name] = t
+        spent = 0
+        for label, some in groups.items():
+            streams = [s for s in header.streams if pack.format_label(header.formats[s.format]) == label]
+            ours = sum(s.bytes for s in streams)
+            if "ternary" in label:  # codes and scales apart: what base 3, and what the scales, cost the field
+                bare = {n: pack.StoredTensor(t.shape, t.format, t.codes, np.zeros_like(t.scales))
+                        for n, t in some.items()}
+                codes = field_bytes(bare, False)
+                for role, size in (("codes", codes), ("scales", field_bytes(some, False) - codes)):
+                    mine = sum(s.bytes for s in streams if s.role == role)
+                    print(f"{label + ' ' + role:<34}{size:>12,}{mine:>12,}{size - mine:>12,}")
+                    spent += size
+            else:
+                size = field_bytes(some, False)
+                print(f"{label:<34}{size:>12,}{ours:>12,}{size - ours:>12,}")
+                spent += size
+        rest = kinder - spent
+        print(f"{'header; less overlap of the parts':<34}{rest:>12,}{header.header_bytes:>12,}"
+              f"{rest - header.header_bytes:>12,}")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# synthetic, time
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def synthetic(out: str, argv: list[str]) -> None:
+    """Normal latents in every tensor, also in those that training starts at zero or one."""
+    import torch
+
+    from train_gpt import GPT, artifact_meta, format_of, resolve_settings, to_pack
+
+    _, config, _, _ = resolve_settings(argv, {})
+    torch.manual_seed(config.seed)
+    with torch.device("meta"):
+        shapes = {n: p.shape for n, p in GPT(config).named_parameters()}
+    tensors = {}
+    for name, shape in shapes.items():
+        fmt = format_of(config, name, len(shape))
+        latent = torch.randn(shape) * 0.1 if len(shape) == 2 else 1 + torch.randn(shape) * 0.3
+        tensors[name] = to_pack(fmt.quantize(latent), fmt)
+    size = pack.write_artifact(out, tensors, artifact_meta(config))
+    print(f"{out}: {size:,} bytes, {sum(t.codes.size for t in tensors.values()):,} parameters")
+
+
+def time_once(path: str) -> dict:
+    data = Path(path).read_bytes()
+    began = time.perf_counter()
+    tensors, meta = pack.decode_artifact(data)
+    decoded = time.perf_counter()
+    same = pack.encode_artifact(tensors, meta) == data
+    encoded = time.perf_counter()
+    digest = hashlib.sha256()
+    for t in tensors.values():
+        for array in (t.codes, t.scales):
+            digest.update(b"" if array is None else array.tobytes())
+    return {"decode_s": decoded - began, "encode_s": encoded - decoded, "same_bytes": same,
+            "tensors_sha256": digest.hexdigest()[:16],
+            "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+
+
+def time_threads(path: str) -> None:
+    for threads in ("1", "2"):
+        env = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), threads)
+        done = subprocess.run([sys.executable, __file__, "time-once", path], env=env, capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(done.stderr)
+        r = json.loads(done.stdout)
+        print(f"{threads} thread(s): decode {r['decode_s']:.1f} s, encode {r['encode_s']:.1f} s, peak "
+              f"{r['peak_mb']:,.0f} MB, encoded again to {'the same' if r['same_bytes'] else 'OTHER'} bytes, tensors "
+              f"{r['tensors_sha256']}", flush=True)
+
+
+def main() -> None:
+    commands = {"models": models, "field": field, "time": lambda paths: [time_threads(p) for p in paths],
+                "time-once": lambda paths: print(json.dumps(time_once(paths[0]))),
+                "synthetic": lambda rest: synthetic(rest[0], rest[1:])}
+    if len(sys.argv) < 3 or sys.argv[1] not in commands:
+        sys.exit(__doc__)
+    commands[sys.argv[1]](sys.argv[2:])
+
+
+if __name__ == "__main__":
+    main()

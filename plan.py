@@ -1,0 +1,122 @@
+"""The byte budget of a model before it is trained: `python train_gpt.py --plan [settings]`.
+
+Parameters and predicted bytes of each part, and the widest MLP, the most layers and the largest vocabulary that fit
+the cap with everything else as it is. Bits per symbol are pack.expected_bits, measured on trained artifacts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pack
+import submission
+import train_gpt
+from train_gpt import Config, predicted_bytes
+
+# PR 367 of openai/parameter-golf: its README and submission.json
+PR367_TERNARY, PR367_BYTES = 67_239_936, 15_882_274
+
+LARGEST = {  # setting -> (what it is, in steps of)
+    "mlp_hidden": ("MLP width", 8),
+    "num_layers": ("layers", 1),
+    "vocab_size": ("vocabulary", 64),
+}
+
+
+def bundle_bytes() -> int:
+    """Bytes of the one file that pack.py bundle makes of the sources, as a referee counts code."""
+    return len(submission.one_file({path.name: path.read_bytes() for path in pack.code_files()}))
+
+
+def model_bytes(config: Config) -> int:
+    return round(sum(size for *_, size in predicted_bytes(config).values()))
+
+
+def ternary_weights(config: Config) -> int:
+    return sum(n for spec, n, _ in codes(config) if spec["kind"] == "ternary")
+
+
+def codes(config: Config) -> list[tuple[dict, int, float]]:
+    return [row for part, row in predicted_bytes(config).items() if part.endswith(" codes")]
+
+
+def largest(fits: Callable[[int], bool], start: int, step: int) -> int:
+    """The largest multiple of step, or start itself, that fits; fits must hold up to it. 0 if none does.
+
+    Raises nothing; tries numbers up to 1,000 times the start at most.
+    """
+    low, high = 0, 1  # in units of step: low fits or is 0
+    while fits(high * step) and high * step < 1000 * start:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle * step) else (low, middle)
+    return low * step
+
+
+def changed(config: Config, name: str, value: int) -> Config | None:
+    """config with one setting changed; None where that is no valid configuration."""
+    try:
+        return replace(config, **{name: value})
+    except ValueError:  # a ConfigError; not by that name, as the trainer that runs as a script is another module
+        return None
+
+
+def report(preset: str, config: Config) -> str:
+    """The plan of a configuration, as text. Trains nothing, reads no data."""
+    c = config
+    parts = predicted_bytes(c)
+    model, code = model_bytes(c), bundle_bytes()
+    counted = code if c.cap_counts_code else 0
+    weights = sum(n for _, n, _ in codes(c))
+    lines = [
+        f"plan of preset {preset}: {c.num_layers} layers x {c.model_dim}, {c.num_heads} heads, {c.num_kv_heads} kv, "
+        f"mlp {c.hidden_dim}, vocab {c.vocab_size}; nothing was trained",
+        "", f"{'part':<18}{'format':<24}{'count':>14}{'bits each':>11}{'bytes':>14}",
+    ]
+
+    def line(part: str, label: str, count: int | None, size: float) -> None:
+        bits = f"{8 * size / count:.3f}" if count else ""
+        number = f"{count:,}" if count else ""
+        lines.append(f"{part:<18}{label:<24}{number:>14}{bits:>11}{size:>14,.0f}")
+
+    for part, (spec, count, size) in parts.items():
+        line(part, pack.format_label(spec) if spec else "", count or None, size)
+    line("model", "", weights, model)
+    line("code", "bundle's train_gpt.py", None, code)
+    total = model + counted
+    lines += [
+        "", f"total {total:,} bytes of {c.cap_bytes:,}" + ("" if counted else " (the cap does not cover the code)")
+        + f": {'fits, margin' if total <= c.cap_bytes else 'OVER by'} {abs(c.cap_bytes - total):,}",
+        f"parameters {weights:,}, of them {ternary_weights(c):,} ternary; {8 * model / weights:.4f} bits per parameter",
+        "Assumed: bits per symbol measured on trained artifacts (pack.BITS, LOG.md). Untrained tensors pack smaller.",
+        "", "the largest that fits the cap, all else as above:",
+    ]
+
+    def fits(name: str) -> Callable[[int], bool]:
+        def test(value: int) -> bool:
+            other = changed(c, name, value)
+            return other is None or model_bytes(other) + counted <= c.cap_bytes
+        return test
+
+    for name, (what, step) in LARGEST.items():
+        value = largest(fits(name), c.hidden_dim if name == "mlp_hidden" else getattr(c, name), step)
+        best = changed(c, name, value) if value else None
+        if best is None:
+            lines.append(f"  {what:<12} none: even {step} is over the cap")
+            continue
+        parameters = sum(n for _, n, _ in codes(best))
+        lines.append(f"  {what:<12}{value:>8,}  (steps of {step})  {parameters:>12,} parameters, "
+                     f"{ternary_weights(best):,} ternary, {model_bytes(best) + counted:,} bytes")
+        if name == "mlp_hidden" and c.cap_bytes == pack.DEFAULT_CAP and c.cap_counts_code:
+            more = ternary_weights(best) - PR367_TERNARY
+            lines.append(f"{'':<14}{more:+,} ternary parameters against PR 367's {PR367_TERNARY:,} in "
+                         f"{PR367_BYTES:,} bytes")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    import sys
+
+    sys.exit(train_gpt.main(["--plan", *sys.argv[1:]]))
