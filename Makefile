@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: run test data lint setup clean
+.PHONY: run test data lint fuzz setup clean
 
 run: data            ## prepare the data, train a few minutes on the CPU, pack, score the file
 	$(BIN)/python train_gpt.py --preset cpu $(ARGS)
@@ -13,6 +13,10 @@ test: setup lint     ## everything that CI runs
 
 lint: setup
 	$(BIN)/ruff check .
+
+fuzz: setup          ## ten minutes of coverage-guided fuzzing of the artifact reader
+	$(BIN)/pip install --quiet --disable-pip-version-check atheris==3.0.0
+	$(BIN)/python bench/fuzz.py -max_total_time=600
 
 data: setup
 	$(BIN)/python data/prepare.py

@@ -3,6 +3,8 @@
     python pack.py inspect FILE [--json]                      # what each byte is spent on
     python pack.py verify FILE [--against CHECKPOINT]         # is the file sound, canonical, and this checkpoint's?
     python pack.py budget FILE [--code FILE ...] [--cap N] [--model-only]
+    python pack.py bundle RUN [RUN ...] --out DIR             # the folder that is submitted (submission.py)
+    python pack.py check DIR [--against RECORD] [--data DATA] # what a referee checks of one
 
 A file is a fixed preamble, a compressed JSON header and the streams, back to back, nothing else:
 

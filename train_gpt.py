@@ -120,7 +120,7 @@ class Config:
     vector_format: str = setting("bf16", "format of gains, scales, mixes and skips: fp8, bf16 or fp16")
     group_size: int = setting(128, "weights per scale along the input dimension; 0: one scale per tensor", 0)
     threshold: float = setting(0.5, "a ternary code is zero up to threshold * mean|w| (0.5: BitNet b1.58)", 0)
-    scale_dtype: str = setting("bf16", "scales: bf16, fp16 or log4..log8 (2^bits steps over 16 octaves)")
+    scale_dtype: str = setting("log7", "scales: bf16, fp16 or log4..log8 (2^bits steps over 16 octaves)")
     # optimizer
     matrix_lr: float = setting(0.04, "Muon learning rate of block matrices", 0)
     scalar_lr: float = setting(0.04, "AdamW learning rate of vectors", 0)
@@ -198,7 +198,7 @@ PRESETS: dict[str, dict] = {
     # Our best guess, not measured: PR 640's shape and schedule with a ternary embedding in place of a factored one.
     "golf16mb": PR367 | dict(
         vocab_size=8192, num_layers=10, num_heads=8, num_kv_heads=4, mlp_hidden=3072, train_seq_len=1024,
-        embed_format="ternary", group_size=128, scale_dtype="bf16", warmdown_iters=0, warmdown_frac=0.2,
+        embed_format="ternary", group_size=128, scale_dtype="log7", warmdown_iters=0, warmdown_frac=0.2,
         scalar_lr=0.02, tied_embed_lr=0.02, muon_momentum=0.95, muon_momentum_warmup_start=0.85,
         muon_momentum_warmup_steps=500, rope_base=10_000.0, val_loss_every=0,
         data_path="data/fineweb_sp8192",

@@ -2,6 +2,7 @@
 
     python bench/packing.py models FILE ...        # the ternary codes under simpler and richer models
     python bench/packing.py field FILE ...         # the whole file against the same tensors in PR 367's format
+    python bench/packing.py formats DATA RUN ...   # trained latents in other scale and vector formats: bytes and bpb
     python bench/packing.py synthetic OUT [settings of train_gpt.py]   # an artifact of a random model of that shape
     python bench/packing.py time FILE              # seconds and memory of decoding and encoding, by thread count
 
@@ -214,6 +215,51 @@ def field(paths: list[str]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# formats: what rounding costs a model that was trained without it
+# ---------------------------------------------------------------------------------------------------------------
+
+FORMATS = [{}, *({"scale_dtype": f"log{bits}"} for bits in (8, 7, 6, 5, 4)), {"vector_format": "fp8"},
+           {"scale_dtype": "log6", "vector_format": "fp8"}]
+
+
+def formats(data: str, runs: list[str]) -> None:
+    """Chunked bpb and bytes of each run's latents, stored in each format; a run that trains on it can only adapt."""
+    from dataclasses import replace
+
+    import torch
+
+    from eval_bpb import ByteCounter, evaluate, open_data, read_shard
+    from train_gpt import GPT, Config, artifact_meta, format_of, load_checkpoint, model_from_stored, to_pack
+
+    folder = open_data(data, "", need_train=False)
+    counter, tokens = ByteCounter(folder.tokenizer), np.concatenate([read_shard(p) for p in folder.val])
+    rows: dict[str, list[tuple[float, int]]] = {}
+    for run in runs:
+        state, about = load_checkpoint(run)
+        for change in FORMATS:
+            config = replace(Config(**about["config"]), **change)
+            with torch.device("meta"):
+                names = {n: p.ndim for n, p in GPT(config).named_parameters()}
+            tensors = {}
+            for name, ndim in names.items():
+                fmt = format_of(config, name, ndim)
+                tensors[name] = to_pack(fmt.quantize(state[f"latent/{name}"]), fmt)
+            model = model_from_stored(tensors, artifact_meta(config))
+            score = evaluate(model, tokens, counter, config.train_seq_len, config.train_seq_len, 32)
+            size = len(pack.encode_artifact(tensors, artifact_meta(config)))
+            key = ", ".join(f"{k} {v}" for k, v in change.items()) or "as trained"
+            rows.setdefault(key, []).append((score.val_bpb, size))
+            print(f"{run}: {key:<36}{score.val_bpb:.6f} bpb {size:>9,} bytes", flush=True)
+    base = rows["as trained"]
+    print(f"\n{'':<38}{'bpb, less as trained: mean (sd)':>34}{'bytes, less as trained':>24}")
+    for key, row in rows.items():
+        bpb = np.array([a[0] - b[0] for a, b in zip(row, base, strict=True)])
+        spread = f" ({bpb.std(ddof=1):.6f})" if len(bpb) > 1 else ""
+        less = np.mean([a[1] - b[1] for a, b in zip(row, base, strict=True)])
+        print(f"{key:<38}{f'{bpb.mean():+.6f}{spread}':>34}{less:>+24,.0f}")
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # synthetic, time
 # ---------------------------------------------------------------------------------------------------------------
 
@@ -266,9 +312,9 @@ def time_threads(path: str) -> None:
 
 
 def main() -> None:
-    commands = {"models": models, "field": field, "time": lambda paths: [time_threads(p) for p in paths],
-                "time-once": lambda paths: print(json.dumps(time_once(paths[0]))),
-                "synthetic": lambda rest: synthetic(rest[0], rest[1:])}
+    commands = {"models": models, "field": field, "formats": lambda rest: formats(rest[0], rest[1:]),
+                "synthetic": lambda rest: synthetic(rest[0], rest[1:]), "time": lambda rest: time_threads(rest[0]),
+                "time-once": lambda rest: print(json.dumps(time_once(rest[0])))}
     if len(sys.argv) < 3 or sys.argv[1] not in commands:
         sys.exit(__doc__)
     commands[sys.argv[1]](sys.argv[2:])

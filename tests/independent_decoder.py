@@ -12,7 +12,7 @@ import zlib
 import numpy as np
 import zstandard
 
-CODE_TYPES = {"ternary": "i1", "int": "i1", "fp8": "<u1", "bf16": "<u2", "fp16": "<u2", "fp32": "<u4"}
+CODE_TYPES = {"ternary": "i1", "int": "i1", "fp8": "u1", "bf16": "<u2", "fp16": "<u2", "fp32": "<u4"}
 CODE_KINDS = {"ternary": "ternary", "fp8": "u8", "bf16": "u16", "fp16": "u16", "fp32": "u32"}
 
 
@@ -162,7 +162,7 @@ def add(counts, index, bit):
 class Model:
     """What the kinds share. A subclass has step(), which returns the symbols of the lanes of a step."""
 
-    split, lanes, most, inputs = 8, 64, 2**15, 3
+    split, lanes, most = 8, 64, 2**12
 
     def __init__(self, decoder, nodes):
         self.decoder, self.nodes, self.weights = decoder, nodes, {}

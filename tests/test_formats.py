@@ -11,7 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pack
-from train_gpt import Config, ConfigError, Float, Int, Ternary, from_pack, to_pack
+from train_gpt import (
+    LOG_TABLES,
+    Config,
+    ConfigError,
+    Float,
+    Int,
+    Ternary,
+    decode_scales,
+    encode_scales,
+    from_pack,
+    to_pack,
+)
 
 W = torch.tensor([[0.8, -0.5, 1.2], [-1.5, 0.4, -0.9], [1.3, -0.7, 0.2]])
 CODES = [[1, -1, 1], [-1, 0, -1], [1, -1, 0]]
@@ -136,3 +147,26 @@ def test_an_unknown_format_in_a_file_is_an_error():
     tensor = to_pack(Ternary().quantize(torch.randn(2, 8)), Ternary())
     with pytest.raises(ConfigError, match="surprise"):
         from_pack(pack.StoredTensor(tensor.shape, tensor.format | {"surprise": 1}, tensor.codes, tensor.scales))
+
+
+@pytest.mark.parametrize("bits", range(4, 9))
+def test_log_scales_are_exact_in_bf16_and_nearest_by_ratio(bits):
+    table = LOG_TABLES[f"log{bits}"]
+    steps = 2 ** (bits - 4)
+    assert table[0] == 0 and len(table) == 2**bits and (table.diff() > 0).all()
+    assert torch.equal(table.bfloat16().float(), table)
+    exact = 2.0 ** (torch.arange(1, 2**bits).double() / steps - 12)
+    assert ((table[1:].double() / exact).log2().abs() < 2**-8 * 1.45).all()  # half a unit of a 7-bit mantissa
+    x = torch.logspace(-4, 1.5, 500)
+    code = encode_scales(x, x > 0, f"log{bits}")
+    assert code.dtype == torch.uint8 and (code > 0).all()
+    inside = (x > table[1]) & (x < table[-1])
+    away = (x.double().log2() + 12) * steps - code
+    assert inside.any() and (away[inside].abs() <= 0.5 + 1e-5).all()
+    assert torch.equal(decode_scales(code, f"log{bits}"), table[code.long()])
+
+
+def test_log_scales_saturate_and_keep_zero():
+    x = torch.tensor([0.0, 1e-30, 1e-5, 2.0**-12, 1.0, 1e4])
+    code = encode_scales(x, x > 0, "log6")
+    assert code.tolist() == [0, 1, 1, 1, 48, 63]

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import hashlib
 import json
+import math
 import os
 import re
 import struct
@@ -21,32 +25,47 @@ from pack import ArtifactError, StoredTensor
 
 TERNARY = {"kind": "ternary", "group_size": 128, "rule": "absmean", "threshold": 0.5, "scale": "bf16"}
 INT6 = {"kind": "int", "bits": 6, "group_size": 64, "scale": "fp16"}
-ONE_BF16, ONE_FP16 = 0x3F80, 0x3C00
+LOG5 = {"kind": "ternary", "group_size": 32, "scale": "log5"}
+FP8 = {"kind": "fp8"}
+ONE_BF16, ONE_FP16, LARGEST_FP8 = 0x3F80, 0x3C00, 0x7E  # 0x7F would not be a number
 
 
 def grouped(fmt: dict, shape: tuple[int, ...], seed: int = 0) -> StoredTensor:
-    """Random codes over the format's whole range, and scales near 1."""
+    """Random codes over the format's whole range, and scales that are finite and not zero."""
     rng = np.random.default_rng(seed)
     limit = 1 if fmt["kind"] == "ternary" else 2 ** (fmt["bits"] - 1) - 1
     codes = rng.integers(-limit, limit + 1, shape).astype(np.int8)
-    one = ONE_BF16 if fmt["scale"] == "bf16" else ONE_FP16
-    scales = (one + rng.integers(0, 100, pack.scale_shape(fmt, shape))).astype(np.uint16)
+    at = pack.scale_shape(fmt, shape)
+    if fmt["scale"].startswith("log"):
+        scales = rng.integers(1, 2 ** int(fmt["scale"][3:]), at).astype(np.uint8)
+    else:
+        scales = ({"bf16": ONE_BF16, "fp16": ONE_FP16}[fmt["scale"]] + rng.integers(0, 100, at)).astype(np.uint16)
     return StoredTensor(shape, fmt, codes, scales)
 
 
 def model() -> dict[str, StoredTensor]:
+    """A tensor or two of most formats. Small, for it is packed many times, and every codec tries every stream."""
+    fp8 = np.random.default_rng(6).integers(0, LARGEST_FP8, (6, 16), endpoint=True).astype(np.uint8)
     return {
-        "emb": grouped(INT6, (40, 96), 1),
-        "a.weight": grouped(TERNARY, (64, 200), 2),
-        "gain": StoredTensor((64,), {"kind": "bf16"}, np.full(64, ONE_BF16, np.uint16), None),
-        "b.weight": grouped(TERNARY, (200, 64), 3),
+        "emb": grouped(INT6, (12, 96), 1),
+        "a.weight": grouped(TERNARY, (16, 200), 2),
+        "gain": StoredTensor((16,), {"kind": "bf16"}, np.full(16, ONE_BF16, np.uint16), None),
+        "b.weight": grouped(TERNARY, (40, 64), 3),
         "bias": StoredTensor((3,), {"kind": "fp32"}, np.array([0, 0x3F800000, 0x80000000], np.uint32), None),
+        "c.weight": grouped(LOG5, (8, 64), 4),
+        "table": StoredTensor((6, 16), FP8, fp8, None),
     }
 
 
-def write(tmp_path: Path, tensors=None, meta=None) -> Path:
+@functools.cache
+def packed() -> bytes:
+    return pack.encode_artifact(model(), {})
+
+
+def write(tmp_path: Path, tensors=None) -> Path:
+    """A file of model(), or of other tensors."""
     path = tmp_path / "model.bin"
-    pack.write_artifact(path, model() if tensors is None else tensors, {} if meta is None else meta)
+    path.write_bytes(packed() if tensors is None else pack.encode_artifact(tensors, {}))
     return path
 
 
@@ -73,6 +92,9 @@ def test_bits_goldens():
     assert pack.unpack_bits(bytes([0b10011000, 0b1]), 3, "int3").tolist() == [-3, 0, 3]
     assert pack.pack_bits([-127, 0, 127], "int8") == bytes([0, 127, 254])
     assert pack.pack_bits([-1, 0, 1, 0, 1], "int2") == bytes([0b01100100, 0b10])
+    assert pack.pack_bits([0, 5, 15], "uint4") == bytes([0x50, 0x0F]), "unsigned kinds start at 0"
+    assert pack.unpack_bits(bytes([0x50, 0x0F]), 3, "uint4").tolist() == [0, 5, 15]
+    assert pack.pack_bits([31, 1], "uint5") == bytes([0b00111111, 0b0])
 
 
 def test_planes_put_high_bytes_first():
@@ -129,8 +151,14 @@ def test_layout_of_groups(fmt, shape, scales):
 
 
 def test_layout_of_floats_has_no_scales():
-    assert pack.layout({"kind": "bf16"}, (3, 4)) == {"codes": ("u16", 12)}
-    assert pack.layout({"kind": "fp32"}, (3,)) == {"codes": ("u32", 3)}
+    assert pack.layout({"kind": "bf16"}, (3, 4)) == {"codes": ("u16", (3, 4))}
+    assert pack.layout({"kind": "fp32"}, (3,)) == {"codes": ("u32", (3,))}
+    assert pack.layout(FP8, ()) == {"codes": ("u8", ())}
+
+
+@pytest.mark.parametrize("bits", range(4, 9))
+def test_layout_of_log_scales(bits):
+    assert pack.layout(TERNARY | {"scale": f"log{bits}"}, (64, 200))["scales"] == (f"uint{bits}", (64, 2))
 
 
 # Container ----------------------------------------------------------------------------------------------------
@@ -141,7 +169,7 @@ def test_tiny_artifact_byte_by_byte():
     data = pack.encode_artifact({"w": t}, {"a": 1})
     magic, version, size, text_size, crc = struct.unpack_from("<4sBIII", data)
     text = zlib.decompress(data[17 : 17 + size], -15)
-    assert (magic, version, text_size) == (b"TRNY", 1, len(text))
+    assert (magic, version, text_size) == (b"TRNY", 2, len(text))
     assert crc == zlib.crc32(data[:13] + data[17 : 17 + size])
     assert json.loads(text) == {
         "formats": [TERNARY],
@@ -149,7 +177,72 @@ def test_tiny_artifact_byte_by_byte():
         "streams": [["base3", 1, zlib.crc32(bytes([75]))], ["raw", 2, zlib.crc32(bytes([0x80, 0x3F]))]],
         "tensors": [["w", [5], 0]],
     }
+    assert text.startswith(b'{"formats":[{"group_size":128,"kind":"ternary","rule":"absmean","scale":"bf16",')
     assert data[17 + size :] == bytes([75, 0x80, 0x3F]), "one byte of codes, one little-endian scale, nothing else"
+
+
+def test_folded_artifact_byte_by_byte():
+    """Two layers of two tensors: one run in the table, one stream for each format and role."""
+    log4 = {"kind": "ternary", "group_size": 2, "scale": "log4"}
+    tensors = {}
+    for i in range(2):
+        codes, scales = np.array([[1, -1 + i]], np.int8), np.array([[9 + i]], np.uint8)
+        tensors[f"h.{i}.w"] = StoredTensor((1, 2), log4, codes, scales)
+        tensors[f"h.{i}.g"] = StoredTensor((), FP8, np.array(0x38, np.uint8), None)
+    data = pack.encode_artifact(tensors, {})
+    size = struct.unpack_from("<4sBIII", data)[2]
+    base3 = bytes([2 + 0 * 3 + 2 * 9 + 1 * 27])  # codes 1 -1 1 0
+    log, fp8 = bytes([9 | 10 << 4]), bytes([0x38, 0x38])
+    assert zlib.decompress(data[17 : 17 + size], -15) == (
+        b'{"formats":[{"group_size":2,"kind":"ternary","scale":"log4"},{"kind":"fp8"}],"meta":{},'
+        b'"streams":[["base3",1,%d],["bits",1,%d],["raw",2,%d]],'
+        b'"tensors":[["h.",0,2,[[".w",[1,2],0],[".g",[],1]]]]}' % tuple(map(zlib.crc32, (base3, log, fp8)))
+    )
+    assert data[17 + size :] == base3 + log + fp8
+    assert list(pack.decode_artifact(data)[0]) == ["h.0.w", "h.0.g", "h.1.w", "h.1.g"]
+
+
+E, W = ["", [5], 0], [".w", [5], 0]
+
+
+@pytest.mark.parametrize(
+    ("names", "table"),
+    [
+        ([], []),
+        (["w"], [["w", [5], 0]]),
+        (["w0"], [["w0", [5], 0]]),
+        (["w0", "w1"], [["w", 0, 2, [E]]]),
+        (["0", "1", "2"], [["", 0, 3, [E]]]),
+        (["w8", "w9", "w10", "w11"], [["w", 8, 4, [E]]]),
+        (["w1", "w0"], [["w1", [5], 0], ["w0", [5], 0]]),
+        (["w0", "w2"], [["w0", [5], 0], ["w2", [5], 0]]),
+        (["w0.w", "w1.w", "w"], [["w", 0, 2, [W]], ["w", [5], 0]]),
+        (["w0", "w0.w", "w1", "w1.w"], [["w", 0, 2, [E, W]]]),
+        (["w0", "w1", "w0.w", "w1.w"], [["w", 0, 2, [E]], ["w", 0, 2, [W]]]),
+        (["w0", "w0.w", "w1"], [["w0", [5], 0], ["w0.w", [5], 0], ["w1", [5], 0]]),
+        (["a.0.b.0", "a.0.b.1"], [["a.0.b.0", [5], 0], ["a.0.b.1", [5], 0]]),  # one layer 0, of two tensors
+        (["a00", "a01"], [["a0", 0, 2, [E]]]),  # no number has leading zeros, so the first 0 is text
+        (["a09", "a10"], [["a09", [5], 0], ["a10", [5], 0]]),
+        (["w9999998", "w9999999"], [["w9", 999998, 2, [E]]]),  # at most six digits
+        (["w\u0661", "w\u0662"], [["w\u0661", [5], 0], ["w\u0662", [5], 0]]),  # Arabic 1, 2 are letters here
+    ],
+)
+def test_fold_goldens(names, table):
+    rows = [(name, (5,), 0) for name in names]
+    assert pack.fold(rows) == table
+    assert pack.unfold(table) == [[name, [5], 0] for name in names]
+
+
+def test_layers_of_different_shapes_or_formats_are_not_one_run():
+    assert pack.fold([("w0", (5,), 0), ("w1", (6,), 0)]) == [["w0", [5], 0], ["w1", [6], 0]]
+    assert pack.fold([("w0", (5,), 0), ("w1", (5,), 1)]) == [["w0", [5], 0], ["w1", [5], 1]]
+
+
+@pytest.mark.parametrize("numbers", [[pack.MAX_TENSORS - 1], [pack.MAX_TENSORS, pack.MAX_TENSORS + 1], [20240601],
+                                     [pack.MAX_TENSORS + 1], [99_998, 99_999], [999_999, 1_000_000]])
+def test_tensors_numbered_as_high_as_may_be(numbers):
+    tensors = {f"step{n}": StoredTensor((1,), FP8, np.array([7], np.uint8), None) for n in numbers}
+    assert list(pack.decode_artifact(pack.encode_artifact(tensors, {}))[0]) == list(tensors)
 
 
 def test_round_trip_keeps_order_formats_and_bits():
@@ -162,42 +255,61 @@ def test_round_trip_keeps_order_formats_and_bits():
 
 
 def test_one_stream_per_format_and_role():
-    header = pack.parse_header(pack.encode_artifact(model(), {}))
+    header = pack.parse_header(packed())
     assert [(s.format, s.role, s.kind, s.count) for s in header.streams] == [
-        (0, "codes", "int6", 40 * 96),
-        (0, "scales", "u16", 40 * 2),
-        (1, "codes", "ternary", 2 * 64 * 200),
-        (1, "scales", "u16", 64 * 2 + 200),
-        (2, "codes", "u16", 64),
+        (0, "codes", "int6", 12 * 96),
+        (0, "scales", "u16", 12 * 2),
+        (1, "codes", "ternary", 16 * 200 + 40 * 64),
+        (1, "scales", "u16", 16 * 2 + 40),
+        (2, "codes", "u16", 16),
         (3, "codes", "u32", 3),
+        (4, "codes", "ternary", 8 * 64),
+        (4, "scales", "uint5", 8 * 2),
+        (5, "codes", "u8", 6 * 16),
     ]
+    assert [s.shapes for s in header.streams[2:4]] == [[(16, 200), (40, 64)], [(16, 2), (40, 1)]]
     assert header.streams[0].offset == header.header_bytes
     assert all(a.offset + a.bytes == b.offset for a, b in zip(header.streams, header.streams[1:], strict=False))
 
 
-def test_uniform_ternary_codes_take_1_6_bits():
-    header = pack.parse_header(pack.encode_artifact({"w": grouped(TERNARY, (500, 1000))}, {}))
-    assert header.streams[0].codec == "base3" and header.streams[0].bytes == 100_000
+def test_uniform_ternary_codes_take_at_most_1_6_bits():
+    """base3's 1.6 bits are the ceiling; nothing random takes less than log2(3), nor much more under the model."""
+    t = grouped(TERNARY | {"group_size": 0}, (250, 400))
+    n = t.codes.size
+    assert len(pack.CODECS["base3"].encode(t.codes.ravel(), "ternary", [t.shape])) == n // 5
+    stream = pack.parse_header(pack.encode_artifact({"w": t}, {})).streams[0]
+    assert stream.codec == "model" and 0.999 * math.log2(3) < 8 * stream.bytes / n < 1.003 * math.log2(3) < 1.6
 
 
 def test_repetitive_streams_are_compressed():
     codes = np.tile(np.array([1, 0, 0, -1, 0, 0, 0], np.int8), 10_000).reshape(70, 1000)
     t = StoredTensor((70, 1000), TERNARY, codes, np.full((70, 8), ONE_BF16, np.uint16))
     header = pack.parse_header(pack.encode_artifact({"w": t}, {}))
-    assert all("+" in s.codec and s.bytes < 100 for s in header.streams)
+    assert all(s.codec not in ("base3", "raw") and s.bytes < 100 for s in header.streams)
+
+
+def kind_range(kind: str) -> tuple[int, int]:
+    dtype = np.dtype(pack.SYMBOLS[kind])
+    return (0, 2 ** (8 * dtype.itemsize) - 1) if kind in pack.FLOATS else pack.range_of(kind)
 
 
 @pytest.mark.parametrize("name", list(pack.CODECS))
 def test_every_codec_round_trips_every_kind_it_claims(name):
-    codec = pack.CODECS[name]
-    rng = np.random.default_rng(0)
+    """Of several arrays, one of them empty: a codec may or may not care where one ends."""
+    codec, rng, shapes = pack.CODECS[name], np.random.default_rng(0), [(19, 17), (0, 3), (1, 3), (), (19, 17)]
     for kind in codec.kinds:
-        dtype = np.dtype(pack.SYMBOLS[kind])
-        high = pack.range_of(kind)[1] if dtype.itemsize == 1 else 2 ** (8 * dtype.itemsize) - 1
-        low = -high if dtype.kind == "i" else 0
-        symbols = rng.integers(low, high, 1003, endpoint=True).astype(dtype)
-        back = codec.decode(codec.encode(symbols, kind, [symbols.shape]), kind, [symbols.shape])
-        assert back.dtype == dtype and np.array_equal(back, symbols)
+        symbols = rng.integers(*kind_range(kind), pack.count_of(shapes), endpoint=True).astype(pack.SYMBOLS[kind])
+        back = codec.decode(codec.encode(symbols, kind, shapes), kind, shapes)
+        assert back.dtype == symbols.dtype and np.array_equal(back, symbols)
+
+
+def test_every_kind_has_a_codec_and_every_small_stream_its_plain_one():
+    for kind in pack.SYMBOLS:
+        names = [name for name, codec in pack.CODECS.items() if kind in codec.kinds]
+        assert names[0] in ("base3", "bits", "raw") and ("model" in names) == (kind != "u32")
+        one = np.zeros(1, pack.SYMBOLS[kind])
+        assert pack.encode_stream(one[:0], kind, [(0,)]) == (names[0], b"")
+        assert pack.encode_stream(one, kind, [()])[0] == names[0], "nothing beats a byte or two, and the first wins"
 
 
 def test_same_input_same_bytes_whatever_the_key_order():
@@ -213,19 +325,27 @@ def test_same_input_same_bytes_whatever_the_key_order():
     env = os.environ | {"PYTHONHASHSEED": "7", "PYTHONDONTWRITEBYTECODE": "1"}
     root = Path(pack.__file__).parent
     out = subprocess.run([sys.executable, "-c", script], cwd=root, env=env, capture_output=True, text=True, check=True)
-    assert out.stdout.strip() == __import__("hashlib").sha256(first).hexdigest()
+    assert out.stdout.strip() == hashlib.sha256(first).hexdigest()
 
 
 def test_layout_in_memory_does_not_matter():
-    t = grouped(TERNARY, (64, 200))
+    t = grouped(TERNARY, (16, 200))
     turned = StoredTensor(t.shape, t.format, np.asfortranarray(t.codes), t.scales[:, ::-1].copy()[:, ::-1])
     assert pack.encode_artifact({"w": t}, {}) == pack.encode_artifact({"w": turned}, {})
 
 
 def test_a_small_model_spends_little_on_its_header():
+    """Layers are written once: 30 more cost a digit."""
     names = ["attn.q", "attn.k", "attn.v", "attn.proj", "mlp.fc", "mlp.proj"]
-    tensors = {f"blocks.{i}.{n}.weight": grouped(TERNARY, (8, 128)) for i in range(6) for n in names}
-    assert pack.parse_header(pack.encode_artifact(tensors, {})).header_bytes < 420
+
+    def header_bytes(layers: int) -> int:
+        rows = [(f"blocks.{i}.{n}.weight", (8, 128), 0) for i in range(layers) for n in names]
+        return len(zlib.compress(pack.canonical_json(pack.fold(rows)), 9))
+
+    t = grouped(TERNARY | {"group_size": 0}, (2, 128))
+    tensors = {f"blocks.{i}.{n}.weight": t for i in range(6) for n in names}
+    assert pack.parse_header(pack.encode_artifact(tensors, {})).header_bytes < 280
+    assert header_bytes(36) <= header_bytes(6) + 2
 
 
 @pytest.mark.parametrize(
@@ -245,6 +365,11 @@ def test_a_small_model_spends_little_on_its_header():
         ({"format": {"kind": "quaternary"}}, "not known"),
         ({"format": TERNARY | {"group_size": -1}}, "not known"),
         ({"format": TERNARY | {"scale": "fp32"}}, "not known"),
+        ({"format": TERNARY | {"scale": "log3"}}, "not known"),
+        ({"format": TERNARY | {"scale": "log9"}}, "not known"),
+        ({"format": TERNARY | {"scale": "log5"}}, "scales must be uint8"),
+        ({"format": TERNARY | {"scale": "log5"}, "scales": np.full((5, 1), 32, np.uint8)}, "quantize"),
+        ({"format": FP8}, "codes must be uint8"),
         ({"format": TERNARY | {"threshold": float("nan")}}, "finite"),
         ({"format": INT6 | {"bits": 9}}, "not known"),
         ({"format": INT6 | {"bits": True}}, "not known"),
@@ -288,6 +413,25 @@ def test_what_compresses_too_well_is_stored_plainly_and_can_be_read():
     data = pack.encode_artifact({"w": zeros}, {})
     assert pack.parse_header(data).streams[0].codec == "base3"
     assert not pack.decode_artifact(data)[0]["w"].codes.any()
+
+
+def test_what_the_model_compresses_too_well_goes_to_another_codec(monkeypatch):
+    """Its limit is lower than that of the others, for it decodes more slowly."""
+    codec, zeros = pack.CODECS["model"], np.zeros(100 * 64, np.int8)
+    assert 0 < codec.free("ternary") < pack.FREE_EXPANSION
+    codec = dataclasses.replace(codec, free=lambda kind: 1000)
+    size = len(codec.encode(zeros, "ternary", [(100, 64)]))
+    assert size < 20 and pack.expands_too_far(codec, zeros.size, "ternary", size)
+    monkeypatch.setattr(pack, "CODECS", {"base3": pack.CODECS["base3"], "model": codec})
+    assert pack.encode_stream(zeros, "ternary", [(100, 64)])[0] == "base3"
+    zeros[::2] = 1
+    assert pack.encode_stream(zeros, "ternary", [(100, 64)])[0] == "model", "it is worth its bytes"
+
+
+def test_an_array_too_wide_for_the_model_goes_to_another_codec():
+    wide = np.random.default_rng(0).choice(np.array([-1, 0, 0, 0, 0, 0, 1], np.int8), 300_000)
+    assert pack.encode_stream(wide, "ternary", [(2, 150_000)])[0] == "model"
+    assert pack.encode_stream(wide, "ternary", [(1, 300_000)])[0] != "model"
 
 
 # Files --------------------------------------------------------------------------------------------------------
@@ -356,8 +500,11 @@ def test_budget_of_a_missing_file_is_an_error(tmp_path):
 
 
 def test_code_files_are_those_beside_pack():
-    assert [p.name for p in pack.code_files()] == ["train_gpt.py", "pack.py", "eval_bpb.py"]
-    assert {p.parent for p in pack.code_files()} == {Path(pack.__file__).resolve().parent}
+    """All that training, packing and scoring need beside libraries: what a budget counts."""
+    here = Path(pack.__file__).resolve().parent
+    names = ["train_gpt.py", "pack.py", "eval_bpb.py", "entropy.py"]
+    assert pack.code_files() == [here / name for name in names if (here / name).is_file()]
+    assert here / "entropy.py" in pack.code_files(), "pack.py imports it"
 
 
 # Command line -------------------------------------------------------------------------------------------------
@@ -396,7 +543,10 @@ def test_verify_accepts_a_good_file(tmp_path, capsys):
         ("a.weight", "scales", (3, 1), 0x7F80, r"scale \[3, 1\] is not finite"),
         ("a.weight", "scales", (3, 1), 0x0000, r"group \[3, 1\] has codes but the scale 0"),
         ("a.weight", "scales", (3, 1), 0x8000, r"group \[3, 1\] has codes but the scale 0"),
-        ("emb", "scales", (39, 0), 0x7E00, r"scale \[39, 0\] is not finite"),
+        ("emb", "scales", (11, 0), 0x7E00, r"scale \[11, 0\] is not finite"),
+        ("c.weight", "scales", (2, 1), 0, r"group \[2, 1\] has codes but the scale 0"),
+        ("table", "codes", (3, 4), 0x7F, r"value \[3, 4\] is not finite"),
+        ("table", "codes", (5, 15), 0xFF, r"value \[5, 15\] is not finite"),
         ("gain", "codes", (7,), 0xFFC0, r"value \[7\] is not finite"),
     ],
 )
@@ -411,13 +561,15 @@ def test_verify_accepts_a_zero_scale_on_a_zero_group(tmp_path):
     tensors = model()
     tensors["a.weight"].codes[3, 128:] = 0
     tensors["a.weight"].scales[3, 1] = 0
+    tensors["c.weight"].codes[2, 32:] = 0
+    tensors["c.weight"].scales[2, 1] = 0
     assert pack.main(["verify", str(write(tmp_path, tensors))]) == 0
 
 
 def test_verify_finds_a_file_that_is_not_canonical(tmp_path, capsys, monkeypatch):
     with monkeypatch.context() as m:
-        m.setattr(pack, "CODECS", {k: pack.CODECS[k] for k in ("base3", "raw+zstd")})
-        path = write(tmp_path)
+        m.setattr(pack, "CODECS", {k: pack.CODECS[k] for k in ("base3", "bits", "raw", "raw+zstd")})
+        path = write(tmp_path, model())
     assert pack.read_artifact(path)
     assert pack.main(["verify", str(path)]) == 0  # sound, and another compressor's bytes are no fault of the file
     assert "not canonical here" in capsys.readouterr().out

@@ -4,6 +4,7 @@ itself must refuse it. Whatever the file, reading ends in tensors or in an Artif
 
 from __future__ import annotations
 
+import functools
 import json
 import lzma
 import os
@@ -17,11 +18,13 @@ import numpy as np
 import pytest
 import zstandard
 
+import entropy
 import pack
 from pack import ArtifactError, StoredTensor
 
 TERNARY = {"group_size": 0, "kind": "ternary", "scale": "bf16"}
 BF16, FP32, INT3 = {"kind": "bf16"}, {"kind": "fp32"}, {"bits": 3, "group_size": 0, "kind": "int", "scale": "bf16"}
+FP8 = {"kind": "fp8"}
 SCALE = b"\x80\x3f"
 
 
@@ -74,6 +77,7 @@ def refused(data: bytes, message: str, seconds: float = 1.0, megabytes: float = 
     assert len(str(caught.value)) < 500 and "\n" not in str(caught.value)
 
 
+@functools.cache
 def sample() -> bytes:
     rng = np.random.default_rng(0)
     ternary = TERNARY | {"group_size": 16}
@@ -90,12 +94,29 @@ def sample() -> bytes:
     return pack.encode_artifact(tensors, {"config": {"layers": 2}})
 
 
+@functools.cache
+def modelled() -> bytes:
+    """A file all of whose streams but one are of the model, whatever else would be shorter."""
+    rng = np.random.default_rng(1)
+    log = {"group_size": 16, "kind": "ternary", "scale": "log5"}
+    streams = []
+    for kind, shapes in [("ternary", [(6, 20), (2, 20), (6, 20)]), ("uint5", [(6, 2), (2, 2), (6, 2)]),
+                         ("int3", [(7, 5)]), ("u16", [(1, 1)]), ("u8", [(4, 9)])]:
+        low, high = (0, 255) if kind in pack.FLOATS else pack.range_of(kind)
+        symbols = rng.integers(low, high, pack.count_of(shapes), endpoint=True).astype(pack.SYMBOLS[kind])
+        streams.append(("model", pack.CODECS["model"].encode(symbols, kind, shapes)))
+    rows = [["a", [6, 20], 0], ["b", [2, 20], 0], ["c", [6, 20], 0], ["d", [7, 5], 1], ["e", [4, 9], 2]]
+    return build(streams, formats=[log, INT3, FP8], tensors=rows)
+
+
 def test_the_forger_can_make_a_good_file():
     """Otherwise every refusal below could be for another reason."""
     tensors, _ = pack.decode_artifact(build(GOOD))
     assert tensors["w"].codes.tolist() == [-1, 0, 1, 1, -1]
     again = pack.parse_header(sample())
     assert pack.decode_artifact(sample())[0].keys() == {"a", "b", "c", "d"} and len(again.streams) == 6
+    again = pack.parse_header(modelled())
+    assert len(pack.decode_artifact(modelled())[0]) == 5 and {s.codec for s in again.streams} == {"model"}
 
 
 # Damage -------------------------------------------------------------------------------------------------------
@@ -115,6 +136,15 @@ def test_every_bit_flipped():
         flipped[bit // 8] ^= 1 << bit % 8
         with pytest.raises(ArtifactError):
             pack.decode_artifact(bytes(flipped))
+
+
+def test_every_byte_of_model_streams_changed():
+    data = modelled()
+    for at in range(pack.parse_header(data).header_bytes, len(data)):
+        changed = bytearray(data)
+        changed[at] ^= 0x55
+        with pytest.raises(ArtifactError, match="checksum"):
+            pack.decode_artifact(bytes(changed))
 
 
 def test_200_random_corruptions():
@@ -138,9 +168,10 @@ def test_200_random_corruptions():
         assert pack.first_difference(tensors, truth) is None and found == meta
 
 
-def test_200_corruptions_under_correct_checksums():
+@pytest.mark.parametrize("original", [sample, modelled])
+def test_200_corruptions_under_correct_checksums(original):
     """A forger repairs the checksums: any answer but an ArtifactError or tensors of the declared shapes is a bug."""
-    data, rng = sample(), random.Random(1)
+    data, rng = original(), random.Random(1)
     clean = pack.parse_header(data)
     header = json.loads(zlib.decompress(data[17 : clean.header_bytes], -15))
     accepted = 0
@@ -321,7 +352,8 @@ def test_field_missing_extra_or_of_another_type(field, value):
     "fmt",
     [7, None, {}, [], {"kind": 1}, {"kind": ["ternary"]}, {"kind": "int9"}, {"kind": "ternary"},
      TERNARY | {"group_size": -1}, TERNARY | {"group_size": 1.0}, TERNARY | {"group_size": True},
-     TERNARY | {"scale": "fp8"}, TERNARY | {"scale": []},
+     TERNARY | {"scale": "fp8"}, TERNARY | {"scale": []}, TERNARY | {"scale": "log3"}, TERNARY | {"scale": "log9"},
+     TERNARY | {"scale": "log"}, TERNARY | {"scale": "log05"}, {"kind": "fp4"}, {"kind": "u8"}, {"kind": "uint4"},
      INT3 | {"bits": 1}, INT3 | {"bits": 9}, INT3 | {"bits": "3"}],
 )
 def test_unknown_format(fmt):
@@ -377,6 +409,142 @@ def test_bad_tensor_entries(row):
     refused(build(GOOD, tensors=[row]), "tensor entry")
 
 
+# Folded tensors -----------------------------------------------------------------------------------------------
+
+E = ["", [5], 0]
+
+
+def folded(table, tensors: int) -> bytes:
+    """A file whose streams fit a table of so many ternary tensors of 5 weights."""
+    return build([("base3", bytes([75]) * tensors), ("raw", SCALE * tensors)], tensors=table)
+
+
+def test_the_forger_can_fold():
+    for table, names in [([["w", 0, 3, [E]]], ["w0", "w1", "w2"]), ([["", 9, 2, [E]]], ["9", "10"]),
+                         ([["w", 7, 2, [[".b", [5], 0], E]], ["w", [5], 0]], ["w7.b", "w7", "w8.b", "w8", "w"])]:
+        assert list(pack.decode_artifact(folded(table, len(names)))[0]) == names
+
+
+@pytest.mark.parametrize(
+    ("table", "tensors"),
+    [
+        ([["w0", [5], 0], ["w1", [5], 0]], 2),
+        ([["w0", [5], 0], ["w1", [5], 0], ["w2", [5], 0]], 3),
+        ([["w", 0, 1, [E]]], 1),
+        ([["w", 0, 2, [E]], ["w", 2, 2, [E]]], 4),
+        ([["w", 0, 2, [E]], ["w2", [5], 0]], 3),
+        ([["w0", [5], 0], ["w", 1, 2, [E]]], 3),
+        ([["w", 0, 2, [["5", [5], 0]]]], 2),  # w05, w15
+        ([["w1", 0, 3, [E]]], 3),  # w10, w11, w12
+        ([["w9", 999998, 3, [E]]], 3),  # w9999998, w9999999, w91000000
+        ([["w", 999999, 2, [E]]], 2),  # w1000000 is w1 and then 0
+        ([["w00", [5], 0], ["w01", [5], 0]], 2),
+        ([["h0.", 0, 2, [E]]], 2),  # h0.0, h0.1: the first number names the layer
+        ([["w", 0, 2, [["a", [5], 0]]], ["w", 0, 2, [["b", [5], 0]]], ["w", 2, 2, [["b", [5], 0]]]], 6),
+        ([["w", 0, 0, [E]], ["w", [5], 0]], 1),
+        ([["w", 0, 2, []], ["w", [5], 0]], 1),
+    ],
+)
+def test_folded_table_with_two_spellings(table, tensors):
+    refused(folded(table, tensors), "not folded as|is not \\[before")
+
+
+@pytest.mark.parametrize("count", [0, -1, pack.MAX_TENSORS + 1, 2**31, 2**62, True, 2.0, "2", None, [2]])
+def test_number_of_layers_out_of_range(count):
+    refused(folded([["w", 0, count, [E]]], 2), "is not \\[before")
+
+
+@pytest.mark.parametrize("first", [-1, 10**6, 2**31, 2**62, 2**63 - 1, True, 0.0, "0", "00", None, []])
+def test_first_number_out_of_range(first):
+    refused(folded([["w", first, 2, [E]]], 2), "is not \\[before|not folded as")
+
+
+def test_layers_beyond_any_number():
+    refused(forge(json.dumps(header_of(GOOD, tensors=[["w", 0, 2**64, [E]]])).encode()), "bad header|64-bit")
+    text = json.dumps(header_of(GOOD, tensors=[["w", 0, 7, [E]]]), sort_keys=True, separators=(",", ":")).encode()
+    for number in (b"07", b"7.0", b"7e0", b"+7", b"9" * 5000, b"1e999"):
+        refused(forge(text.replace(b',7,', b',%s,' % number), bytes([75]) + SCALE), "bad header")
+
+
+def test_more_tensors_than_a_file_may_have():
+    names = [[str(i), [5], 0] for i in range(3)]
+    for table in ([["w", 0, pack.MAX_TENSORS, names]], [["w", 0, pack.MAX_TENSORS, [E]], ["v", 0, 2, [E]]],
+                  [["w", 0, 8000, [E]], ["v", 0, 8000, [E]], ["u", 0, 8000, [E]]]):
+        refused(folded(table, 5), "at most 16384 tensors")
+
+
+def test_the_most_tensors_that_a_file_may_have():
+    tensors = [["w", 0, pack.MAX_TENSORS, [E]]]
+    assert len(pack.parse_header(folded(tensors, pack.MAX_TENSORS)).tensors) == pack.MAX_TENSORS
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [["w", 0, 2], ["w", 0, 2, [E], 0], ["w", 0, 2, E], ["w", 0, 2, "E"], ["w", 0, 2, {"": [5]}], ["w", 0, 2, None],
+     ["w", 0, 2, [[]]], ["w", 0, 2, [["", [5]]]], ["w", 0, 2, [["", [5], 0, 0]]], ["w", 0, 2, [None]],
+     ["w", 0, 2, [["w", 0, 2, [E]]]], ["w", 0, 2, [[E]]], [["w"], 0, 2, [E]], [None, 0, 2, [E]], [5, 0, 2, [E]],
+     ["w", 0, 2, [[7, [5], 0]]], ["w", 0, 2, [[None, [5], 0]]], ["w", 0, 2, [["", 5, 0]]], ["w", 0, 2, [["", "5", 0]]]],
+)
+def test_bad_folded_entries(entry):
+    refused(folded([entry], 2), "tensor entry")
+
+
+@pytest.mark.parametrize("shape", [[-5], [True, 5], [5.0], [None], [[5]], [1] * 9, [2**41]])
+def test_bad_shapes_in_a_folded_table(shape):
+    refused(folded([["w", 0, 2, [["", shape, 0]]]], 2), "shape")
+
+
+@pytest.mark.parametrize("index", [-1, 1, True, 0.0, None])
+def test_bad_format_index_in_a_folded_table(index):
+    refused(folded([["w", 0, 2, [["", [5], index]]]], 2), "order of first use")
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        [["w", 0, 12, [E]], ["w5", [5], 0]],
+        [["w11", [5], 0], ["w", 0, 12, [E]]],
+        [["w", 0, 2, [E, E]]],
+        [["w", 0, 2, [E]], ["w", 0, 2, [E]]],
+        [["w", 0, 20, [E]], ["w1", 0, 5, [E]]],
+    ],
+)
+def test_duplicate_names_after_unfolding(table):
+    refused(folded(table, 26), "occurs twice")
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        [["x" * 256, 0, 2, [E]]],
+        [["x" * 253, 9, 99, [["." * 2, [5], 0]]]],  # too long from 10 on
+        [["", 0, 2, [["x" * 256, [5], 0]]]],
+        [["\x1b[2J", 0, 2, [E]]],
+        [["w", 0, 2, [["\n", [5], 0]]]],
+        [["w", 0, 2, [["\ud800", [5], 0]]]],
+    ],
+)
+def test_bad_names_after_unfolding(table):
+    refused(folded(table, 2), "name")
+
+
+def test_names_that_would_fill_the_memory():
+    """200 bytes that unfold to 4 GB of names."""
+    refused(folded([["x" * 250_000, 0, pack.MAX_TENSORS, [E]]], 5), "name")
+    refused(folded([["w", 0, pack.MAX_TENSORS, [["x" * 250_000, [5], 0]]]], 5), "name")
+
+
+def test_runs_of_layers_that_are_empty():
+    """A loop around nothing: 400 bytes that cost minutes, if each run is walked through."""
+    refused(folded([["w", 0, pack.MAX_TENSORS, []]] * 5000 + [["w", [5], 0]], 1), "tensor entry|not folded as")
+
+
+def test_more_rows_than_a_file_may_have_tensors():
+    letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    names = [a + b + c for a in letters for b in letters for c in letters][: pack.MAX_TENSORS + 1]
+    refused(folded([[name, [5], 0] for name in names], len(names)), "at most 16384", seconds=10, megabytes=32)
+
+
 # Stream table -------------------------------------------------------------------------------------------------
 
 
@@ -391,7 +559,7 @@ def test_scales_that_do_not_match_the_shape():
     refused(build([GOOD[0], ("raw", SCALE * 2)]), "raw of 1 u16 symbols takes exactly 2 bytes, not 4")
 
 
-@pytest.mark.parametrize("fmt", [TERNARY, TERNARY | {"group_size": 1}, INT3, BF16, FP32])
+@pytest.mark.parametrize("fmt", [TERNARY, TERNARY | {"group_size": 1}, INT3, BF16, FP32, FP8])
 @pytest.mark.parametrize("count", [2**24, 2**40])
 def test_oversized_count(fmt, count):
     """2^40 weights in a hundred bytes: refused at once and without memory, whatever the codec."""
@@ -403,8 +571,11 @@ def test_oversized_count(fmt, count):
 
 
 def test_oversized_sum_of_counts():
-    rows = [[f"w{i}", [2**22], 0] for i in range(1000)]
+    rows = [["x" * i, [2**22], 0] for i in range(1, 250)]
     refused(build(GOOD, tensors=rows), "more than any model needs")
+    for count in (2**14, 2**18, 2**40):  # each within what one tensor may be
+        refused(build(GOOD, tensors=[["w", 0, 1000, [["", [count], 0]]]]), "more than any model needs")
+        refused(build([("model", b""), GOOD[1]], tensors=[["w", 0, 1000, [["", [count], 0]]]]), "more than any|not one")
 
 
 def test_overlapping_streams():
@@ -498,6 +669,131 @@ def test_bits_padding_that_is_not_zero():
 def test_bits_of_another_length(n):
     with pytest.raises(ArtifactError, match="exactly"):
         pack.unpack_bits(bytes(-(-n * 3 // 8) + 1), n, "int3")
+
+
+# Model streams ------------------------------------------------------------------------------------------------
+
+MODEL_KINDS = pack.CODECS["model"].kinds
+
+
+def model_file(kind: str, data: bytes, shapes) -> bytes:
+    """A file with one model stream, of tensors t, tt, ... of these shapes (scales of [rows, groups] for uint kinds)."""
+    rows = [["t" * (i + 1), list(shape), 0] for i, shape in enumerate(shapes)]
+    if kind.startswith("uint"):
+        codes = bytes(-(-pack.count_of(shapes) // 5))
+        fmt = {"group_size": 1, "kind": "ternary", "scale": f"log{kind[4:]}"}
+        return build([("base3", codes), ("model", data)], formats=[fmt], tensors=rows)
+    if kind == "ternary" or kind.startswith("int"):
+        fmt = TERNARY if kind == "ternary" else INT3 | {"bits": int(kind[3:])}
+        return build([("model", data), ("raw", SCALE * len(shapes))], formats=[fmt], tensors=rows)
+    return build([("model", data)], formats=[{"u8": FP8, "u16": BF16}[kind]], tensors=rows)
+
+
+def model_stream(kind: str, shapes, seed: int = 0) -> tuple[bytes, np.ndarray]:
+    low, high = (0, 256 ** (int(kind[1:]) // 8) - 1) if kind in pack.FLOATS else pack.range_of(kind)
+    rng = np.random.default_rng(seed)
+    symbols = rng.integers(low, high, pack.count_of(shapes), endpoint=True).astype(pack.SYMBOLS[kind])
+    return pack.CODECS["model"].encode(symbols, kind, shapes), symbols
+
+
+def accepted(data: bytes, kind: str) -> np.ndarray | None:
+    """The symbols of a file of model_file, None if it is refused; any other answer is an error."""
+    try:
+        tensors, _ = pack.decode_artifact(data)
+    except ArtifactError as e:
+        assert len(str(e)) < 500 and "\n" not in str(e)
+        return None
+    for name, t in tensors.items():
+        pack.check_tensor(name, t)
+    return np.concatenate([(t.scales if kind.startswith("uint") else t.codes).reshape(-1) for t in tensors.values()])
+
+
+@pytest.mark.parametrize("kind", MODEL_KINDS)
+def test_model_streams_truncated_lengthened_and_random(kind):
+    """No checksum tells: the answer is an error, or symbols of the kind and shapes."""
+    shapes, rng = [(8, 12), (3, 8)], random.Random(kind)
+    data, symbols = model_stream(kind, shapes)
+    assert np.array_equal(accepted(model_file(kind, data, shapes), kind), symbols)
+    for size in range(1, 4):
+        refused(model_file(kind, data[:-size], shapes), "words of 4 bytes", seconds=5)
+        refused(model_file(kind, data + bytes(size), shapes), "words of 4 bytes", seconds=5)
+    refused(model_file(kind, data + bytes(8), shapes), "goes on after the last symbol", seconds=5)
+    refused(model_file(kind, data + data, shapes), "goes on after the last symbol", seconds=5)
+    refused(model_file(kind, bytes([255]) * len(data), shapes), "is not valid", seconds=5)
+    forgeries = [data[:4], data[:-8], data[:-4], data[4:], data[:8] + data[4:], bytes(len(data)), bytes(4), bytes(8),
+                 *(rng.randbytes(4 * rng.randrange(len(data) // 3)) for _ in range(4))]
+    for bad in forgeries:
+        found = accepted(model_file(kind, bad, shapes), kind)
+        assert found is None or not np.array_equal(found, symbols)
+
+
+@pytest.mark.parametrize("kind", MODEL_KINDS)
+def test_model_stream_has_one_encoding_for_each_input(kind):
+    """As base3 and bits do: what decodes at all encodes to the very same bytes, so nothing hides in a stream."""
+    shapes = [(4, 6)]
+    data, _ = model_stream(kind, shapes)
+    forgeries = [data + word for word in (bytes(4), b"spam", bytes([255] * 4))]
+    forgeries += [data[:-4] + bytes([(data[-4] + i) % 256]) + data[-3:] for i in (1, 128, 255)]
+    forgeries += [data[:-4] + bytes(4), data[:-1] + bytes([(data[-1] + 1) % 256]), b"", bytes(4), bytes(8), data]
+    forgeries += [random.Random(i).randbytes(4 * i) for i in range(1, 5)]
+    for bad in forgeries:
+        found = accepted(model_file(kind, bad, shapes), kind)
+        assert found is None or pack.CODECS["model"].encode(found, kind, shapes) == bad, (kind, bad.hex())
+
+
+@pytest.mark.parametrize("hidden", [b"", b"spam", b"spamspam"])
+def test_model_stream_of_no_symbols(hidden):
+    """An empty stream is not compressed, and holds nothing."""
+    refused(model_file("ternary", hidden, [(0,)]), "empty stream|goes on after")
+
+
+def test_model_stream_of_a_kind_or_width_that_it_does_not_have():
+    refused(build([("model", bytes(4))], formats=[FP32], tensors=[["w", [1], 0]]), "'model' is not one for u32")
+    wide = [(1, entropy.MAX_COLUMNS + 1)]
+    refused(model_file("ternary", bytes(4096), wide), "'model' is not one for ternary")
+    refused(model_file("ternary", bytes(4096), [(3, 5), *wide]), "'model' is not one for ternary")
+
+
+@pytest.mark.parametrize("kind", MODEL_KINDS)
+def test_model_stream_that_claims_more_symbols_than_its_bytes_justify(kind):
+    """Refused by its header alone, whatever the shapes: tall, wide and many."""
+    most, per_word = entropy.free_symbols(kind), 4 * pack.MAX_EXPANSION // np.dtype(pack.SYMBOLS[kind]).itemsize
+    for words in (0, 1, 100):
+        count = most + words * per_word
+        for shapes in ([(count + 1, 1)], [(count // 256 + 1, 256)], [(1, 1)] + [(count // 200 + 1, 2)] * 100):
+            data = model_file(kind, bytes(4 * words), shapes)
+            refused(data, "symbols from .* bytes are more than any model needs", seconds=2)
+        header = pack.parse_header(model_file(kind, bytes(4 * words), [(count, 1)]))
+        assert max(s.count for s in header.streams) == count
+
+
+@pytest.mark.parametrize(
+    ("kind", "shapes"),
+    [
+        ("ternary", [(2**17,)]),
+        ("ternary", [(2**15, 1)]),
+        ("int8", [(2**16,)]),
+        ("int8", [(4096, 1)]),
+        ("uint8", [(4096,)]),
+        ("u8", [(2048, 2)]),
+        ("u16", [(2048,)]),
+        ("u16", [(i, 3) for i in range(1, 25)]),
+    ],
+)
+def test_model_stream_that_is_four_bytes_long(kind, shapes):
+    """What is granted without bytes (here a part of it) takes bounded time and memory, whatever comes out of it."""
+    data = model_file(kind, b"\x12\x34\x56\x78", shapes)
+    start = time.process_time()
+    accepted(data, kind)
+    assert time.process_time() - start < 10  # 0.1 to 1 s here
+    tracemalloc.start()
+    try:
+        entropy_only = pack.count_of(shapes) <= 4096 or len(shapes) == 1 and len(shapes[0]) == 1
+        if entropy_only and kind != "u16":
+            accepted(data, kind)
+            assert tracemalloc.get_traced_memory()[1] < (8 << 20) + 400 * pack.count_of(shapes)
+    finally:
+        tracemalloc.stop()
 
 
 # Compressors --------------------------------------------------------------------------------------------------
