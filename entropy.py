@@ -117,8 +117,8 @@ class Weights:
 
 def reduced(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """x summed over the dimensions that are 1 in shape."""
-    axes = tuple(i for i in range(x.ndim) if shape[i] < x.shape[i])
-    return x.sum(axes, keepdims=True, dtype=np.int64) if axes else x
+    axes = tuple([i for i in range(3) if shape[i] < x.shape[i]])
+    return np.add.reduce(x, axes, np.int64, keepdims=True) if axes else x
 
 
 class Counts:
@@ -164,7 +164,7 @@ class Model:
     """The adaptive model of one stream; `walk` codes a stack, and each kind of symbol has its own `step`."""
 
     # A step costs as much as some hundred symbols, so it takes several rows if they are short or very many.
-    segments, min_lanes, max_steps = 8, 64, 1 << 12
+    segments, min_lanes, max_steps = 8, 256, 1 << 10
 
     def __init__(self, coder: Encoder | Decoder, nodes: int, detailed: int | None = None):
         """nodes: decisions there are; detailed: those, from 0 on, that have contexts of their own (None: all)."""
@@ -291,6 +291,8 @@ class Table(Model):
     """Integers of a few bits, most significant bit first. Rows that were hardly trained resemble one another, so a
     lane also looks at the value that its row's nearest earlier row has there."""
 
+    min_lanes, max_steps = 64, 1 << 12
+
     def __init__(self, coder: Encoder | Decoder, low: int, high: int):
         self.low, self.high, self.bits = low, high, (high - low).bit_length()
         self.near = Counts(1 << min(self.bits, FINE), DISTANCES, 1 << min(self.bits, FINE))
@@ -347,23 +349,27 @@ class Table(Model):
 
 
 class Classes:
-    """Magnitudes 0 to `limit` in classes: exact up to 8, then one per power of two, with the lower bits after it."""
+    """Magnitudes 0 to `limit` in classes, one per power of two, below 256 exact up to 8; lower bits come after it."""
 
     def __init__(self, limit: int):
-        lows = [*range(min(limit, 8) + 1), *(1 << k for k in range(4, limit.bit_length()))]
+        exact = min(limit, 8 if limit < 256 else 1)
+        lows = [*range(exact + 1), *(1 << k for k in range(exact.bit_length(), limit.bit_length()))]
         sizes = [high - low for low, high in zip(lows, [*lows[1:], limit + 1], strict=True)]
-        self.lows, self.extra = np.array(lows, np.int32), [(size - 1).bit_length() for size in sizes]
+        self.lows, self.extra = np.array(lows, np.int32), np.array([(size - 1).bit_length() for size in sizes])
         self.of = np.repeat(np.arange(len(lows)), sizes)  # class of each magnitude
 
 
 class Predicted(Model):
     """Numbers that are near the ones above them: coded is what they exceed a running mean of their column by."""
 
-    segments, min_lanes, max_steps = 1, 4, 1 << 10  # short streams, where every row teaches
+    segments, min_lanes, max_steps = 1, 4, 1 << 8  # short streams, where every row teaches
     RATE = 5  # the mean forgets over about 2^5 rows
 
     def __init__(self, coder: Encoder | Decoder, high: int):
-        self.classes, self.within, self.high = Classes(high), {}, high
+        self.classes, self.high = Classes(high), high
+        self.within = Counts(len(self.classes.lows), 16, 8)
+        self.within.ones += 1
+        self.within.total += 2
         self.first = high // 2
         super().__init__(coder, nodes=len(self.classes.lows))
 
@@ -395,25 +401,19 @@ class Predicted(Model):
         return expected + np.where(positive, out, -out)
 
     def bits_within(self, magnitude: np.ndarray | None, cls: np.ndarray) -> np.ndarray:
-        """The position of each magnitude in its class (int32, of cls's shape), most significant bit first."""
-        out = np.zeros(cls.shape, np.int32)
-        for c in np.unique(cls):
-            width = self.classes.extra[c]
-            if not width:
-                continue
-            lanes = cls == c
-            offset = None if magnitude is None else magnitude[lanes] - self.classes.lows[c]
-            value = np.zeros(int(lanes.sum()), np.int32)
-            for bit in range(width - 1, -1, -1):
-                prefix = value if width - bit <= 3 else np.zeros_like(value)  # deeper bits are noise: one context
-                counts = self.within.setdefault((int(c), bit), np.tile(np.array([[1], [2]]), 8))
-                p = (counts[0] * ONE // counts[1])[prefix].clip(MIN_P, ONE - MIN_P)
-                bits = self.coder.bits(p, None if offset is None else (offset >> bit & 1).astype(bool))
-                counts[0] += np.bincount(prefix, bits, 8).astype(np.int64)
-                counts[1] += np.bincount(prefix, minlength=8)
-                value = value << 1 | bits
-            out[lanes] = value
-        return out
+        """The position of each magnitude in its class (int32, of cls's shape), most significant bits first."""
+        width, value = self.classes.extra[cls], np.zeros(cls.shape, np.int32)
+        offset = None if magnitude is None else magnitude - self.classes.lows[cls]
+        for place in range(int(width.max())):
+            lanes = width > place
+            prefix = value[lanes] if place < 3 else 0  # deeper bits are noise: one context
+            at = cls[lanes], place, prefix
+            p = (self.within.ones[at] * ONE // self.within.total[at]).astype(np.int32).clip(MIN_P, ONE - MIN_P)
+            truth = None if offset is None else (offset[lanes] >> (width[lanes] - 1 - place) & 1).astype(bool)
+            bits = self.coder.bits(p, truth)
+            self.within.add_each(at, bits)
+            value[lanes] = value[lanes] << 1 | bits
+        return value
 
 
 # ---------------------------------------------------------------------------------------------------------------

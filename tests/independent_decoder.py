@@ -156,7 +156,8 @@ def share(counts, parent, strength):
 
 
 def add(counts, index, bit):
-    np.add.at(counts, index, np.stack([bit, np.ones_like(bit)], 1))
+    np.add.at(counts[..., 0], index, bit)
+    np.add.at(counts[..., 1], index, 1)
 
 
 class Model:
@@ -201,7 +202,7 @@ class Model:
     def decide(self, node, level, at, top, hint=None):
         """A decision at these lanes; node is a number or one for each lane, hint x3 of each lane."""
         layer, row, column = at
-        node = np.broadcast_to(np.asarray(node), layer.shape)
+        node = node + np.zeros_like(layer)
         places = [(self.everywhere, (node,)), (self.layer, (node, layer))]
         places += [(self.row, (node, layer, row)), (self.column, (node, layer, column))]
         counts = [a[index] for a, index in places]
@@ -225,6 +226,8 @@ class Model:
 
 
 class Ternary(Model):
+    lanes, most = 256, 2**10
+
     def __init__(self, decoder):
         super().__init__(decoder, 2)
 
@@ -298,11 +301,13 @@ class Int(Model):
 class Excess(Model):
     """uint, and the two arrays of u8 and u16: symbols 0 .. largest."""
 
-    split, lanes, most = 1, 4, 2**10
+    split, lanes, most = 1, 4, 2**8
 
     def __init__(self, decoder, largest):
-        begins = list(range(min(largest, 8) + 1)) + [2**k for k in range(4, 64) if 2**k <= largest]
-        self.begins, self.sizes = np.array(begins), np.diff([*begins, largest + 1]).tolist()
+        begins = list(range(min(largest, 8) + 1)) if largest < 256 else [0, 1]
+        begins += [2**k for k in range(1, 64) if begins[-1] < 2**k <= largest]
+        self.begins, sizes = np.array(begins), np.diff([*begins, largest + 1])
+        self.widths = np.array([bits(n - 1) for n in sizes.tolist()])
         self.first, self.counts = largest // 2, {}
         super().__init__(decoder, len(begins))
 
@@ -318,19 +323,18 @@ class Excess(Model):
                 bit = self.decide(node, node, [a[where] for a in at], top)
                 where = where[bit == 1]
                 classes[where] += 1
-        magnitude = self.begins[classes]
-        for c in np.unique(classes).tolist():
-            (where,) = np.nonzero(classes == c)
-            rest, width = np.zeros_like(where), bits(self.sizes[c] - 1)
-            for j in range(width):
-                keys = [(c, j, before if j < 3 else 0) for before in rest.tolist()]
-                counts = [self.counts.setdefault(key, [1, 2]) for key in keys]
-                bit = self.decoder.decode(np.array([clip(65536 * a // n, 32, 65504) for a, n in counts]))
-                for count, b in zip(counts, bit.tolist(), strict=True):
-                    count[0] += b
-                    count[1] += 1
-                rest = 2 * rest + bit
-            magnitude[where] += rest
+        rest = np.zeros_like(classes)
+        for place in range(self.widths[classes].max()):
+            (where,) = np.nonzero(self.widths[classes] > place)
+            before = rest[where] if place < 3 else np.zeros_like(where)
+            keys = [(c, place, r) for c, r in zip(classes[where].tolist(), before.tolist(), strict=True)]
+            counts = [self.counts.setdefault(key, [1, 2]) for key in keys]
+            bit = self.decoder.decode(np.array([clip(65536 * a // n, 32, 65504) for a, n in counts]))
+            for count, b in zip(counts, bit.tolist(), strict=True):
+                count[0] += b
+                count[1] += 1
+            rest[where] = 2 * rest[where] + bit
+        magnitude = self.begins[classes] + rest
         (where,) = np.nonzero(classes)
         if len(where):
             positive = self.decide(k, k, [a[where] for a in at], top)

@@ -150,7 +150,7 @@ def test_each_codec(monkeypatch, codec):
 def test_odd_shapes_in_one_stream(monkeypatch, fmt):
     """Each stream holds its stacks in the order of the shapes' first occurrence, and all state crosses them."""
     rng = np.random.default_rng(2)
-    shapes = [(), (1,), (7,), (7, 1), (1, 7), (40, 40), (3, 4, 33), (0,), (4, 0), (0, 5), (9, 130), (130, 9), (2, 5, 7)]
+    shapes = [(), (1,), (7,), (7, 1), (1, 7), (20, 20), (3, 4, 33), (0,), (4, 0), (0, 5), (9, 60), (60, 9), (2, 5, 7)]
     model_roundtrip(monkeypatch, *(random_tensor(rng, fmt, *shape) for _ in range(2) for shape in shapes))
 
 
@@ -201,7 +201,7 @@ def test_extreme_symbols(monkeypatch):
 
 
 def test_long_arrays(monkeypatch):
-    """Steps of more rows than the lanes ask for, stacks cut at 2^18 columns, a vector that only fits turned."""
+    """Steps of more rows than the lanes ask for, stacks cut at 2^18 columns."""
     rng = np.random.default_rng(7)
 
     def sparse(fmt, *shape):
@@ -209,11 +209,9 @@ def test_long_arrays(monkeypatch):
         return pack.StoredTensor(shape, fmt, codes, np.full((1, 1), 9, np.uint8))
 
     fmt = ternary(0)
-    model_roundtrip(monkeypatch, sparse(fmt, 2**17), sparse(fmt, 2**17), sparse(fmt, 50, 3), sparse(fmt, 2**17),
-                    sparse(fmt, 8200, 33))
-    model_roundtrip(monkeypatch, sparse(integer(2, 0), 8200, 33), random_tensor(rng, integer(2, 1, "log4"), 1500, 2))
-    codes = rng.choice(np.uint8([0, 1, 2]), 2**18 + 1)
-    model_roundtrip(monkeypatch, pack.StoredTensor(codes.shape, {"kind": "fp8"}, codes, None))
+    model_roundtrip(monkeypatch, sparse(fmt, 2**17 + 1), sparse(fmt, 50, 3), sparse(fmt, 2**17 + 1))
+    model_roundtrip(monkeypatch, sparse(fmt, 2**15 + 2100, 33))
+    model_roundtrip(monkeypatch, sparse(integer(2, 0), 8200, 33), random_tensor(rng, integer(2, 1, "log4"), 2100, 3))
 
 
 @pytest.mark.parametrize("scale", SCALES)
