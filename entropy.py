@@ -63,20 +63,26 @@ class Encoder:
 
 
 class Decoder:
+    """Bytes to bits. It encodes again what it decodes, so that no other bytes than the encoder's are accepted."""
+
     def __init__(self, data):
         if len(data) % 4:
             raise DecodeError(f"entropy-coded data is in words of 4 bytes, not {len(data)} bytes")
-        self.coder = constriction.stream.queue.RangeDecoder(np.frombuffer(data, "<u4").astype(np.uint32))
+        self.words = np.frombuffer(data, "<u4").astype(np.uint32)
+        self.coder, self.again = constriction.stream.queue.RangeDecoder(self.words), Encoder()
 
     def bits(self, p: np.ndarray, bits: None) -> np.ndarray:
+        probabilities = tables(p)
         try:
-            return self.coder.decode(FAMILY, tables(p)).astype(bool)
+            symbols = self.coder.decode(FAMILY, probabilities)
         except (ValueError, AssertionError) as e:
             raise DecodeError(f"entropy-coded data is not valid ({e})") from None
+        self.again.coder.encode(symbols, FAMILY, probabilities)
+        return symbols.astype(bool)
 
     def finish(self) -> None:
-        if not self.coder.maybe_exhausted():
-            raise DecodeError("entropy-coded data goes on after the last symbol")
+        if not np.array_equal(self.again.coder.get_compressed(), self.words):
+            raise DecodeError("entropy-coded data goes on after the last symbol, or is not what its symbols encode to")
 
 
 FAMILY = constriction.stream.model.Categorical(perfect=False)
@@ -230,14 +236,19 @@ class Model:
                 counts.add_each(at, bits)
         return bits
 
+    @classmethod
+    def geometry(cls, layers: int, rows: int, cols: int) -> tuple[int, int]:
+        """(segments of a row, rows per step) of a stack."""
+        segments = max(min(cls.segments, cols // MIN_SEGMENT), 1)
+        rows_per_step = max(cls.min_lanes * segments // (layers * cols), rows * segments // cls.max_steps)
+        return segments, min(max(rows_per_step, 1), REFERENCES)
+
     def walk(self, stack: np.ndarray | None, shape: tuple[int, int, int]) -> np.ndarray:
         """Code a stack (integers [layers, rows, cols], None when decoding) and return it, int32."""
         self.start(*shape)
-        layers, rows, cols = shape
-        segments = max(min(self.segments, cols // MIN_SEGMENT), 1)
+        _, rows, cols = shape
+        segments, rows_per_step = self.geometry(*shape)
         edges = [cols * i // segments for i in range(segments + 1)]
-        rows_per_step = max(self.min_lanes * segments // (layers * cols), rows * segments // self.max_steps)
-        rows_per_step = min(max(rows_per_step, 1), REFERENCES)
         out = np.empty(shape, np.int32)
         for first in range(0, rows, rows_per_step):
             block = slice(first, min(first + rows_per_step, rows))
@@ -254,6 +265,7 @@ class Ternary(Model):
 
     def __init__(self, coder: Encoder | Decoder):
         super().__init__(coder, nodes=2)
+        self.low, self.high = -1, 1
 
     def start(self, layers: int, rows: int, cols: int) -> None:
         super().start(layers, rows, cols)
@@ -366,7 +378,7 @@ class Predicted(Model):
     RATE = 5  # the mean forgets over about 2^5 rows
 
     def __init__(self, coder: Encoder | Decoder, high: int):
-        self.classes, self.high = Classes(high), high
+        self.classes, self.low, self.high = Classes(high), 0, high
         self.within = Counts(len(self.classes.lows), 16, 8)
         self.within.ones += 1
         self.within.total += 2
@@ -462,6 +474,16 @@ def suits(shapes: Sequence[tuple[int, ...]], kind: str) -> bool:
     return all(layers * cols <= MAX_COLUMNS for _, (layers, _, cols) in stacks(shapes, kind in FLOATS))
 
 
+def steps(shapes: Sequence[tuple[int, ...]], kind: str) -> int:
+    """Steps of decoding, each of which takes about a millisecond, and more if it has thousands of lanes."""
+    parts, total = models(Encoder(), kind), 0
+    for _, shape in stacks(shapes, kind in FLOATS):
+        for model, _, _ in parts:
+            segments, rows_per_step = model.geometry(*shape)
+            total += segments * -(-shape[1] // rows_per_step)
+    return total
+
+
 def free_symbols(kind: str) -> int:
     """Symbols whose decoding takes about a second: what a reader may grant a stream however short it is."""
     return 4096 * next(model.min_lanes for model, _, _ in models(Encoder(), kind))
@@ -479,11 +501,16 @@ def encode(arrays: Sequence[np.ndarray], kind: str) -> bytes:
 
 
 def decode(data, shapes: Sequence[tuple[int, ...]], kind: str) -> list[np.ndarray]:
-    """What encode was given, int32 in the given shapes. Raises DecodeError; data of encode never does."""
+    """What encode was given, int32 in the given shapes. Raises DecodeError unless encode gives data again."""
     coder, out = Decoder(data), [np.zeros(shape, np.int32) for shape in shapes]
     parts = models(coder, kind)
     for indices, shape in stacks(shapes, kind in FLOATS):
-        stack = sum(model.walk(None, shape) << shift for model, shift, _ in parts)
+        stack = np.zeros(shape, np.int32)
+        for model, shift, _ in parts:
+            part = model.walk(None, shape)
+            if part.min() < model.low or part.max() > model.high:
+                raise DecodeError(f"entropy-coded data holds a symbol outside {model.low}..{model.high}")
+            stack += part << shift
         for i, layer in zip(indices, np.split(stack, len(indices)), strict=True):
             out[i] = layer.reshape(shapes[i])
     coder.finish()

@@ -64,6 +64,7 @@ MAX_DIMS, MAX_FORMATS, MAX_NAME, MAX_DEPTH, MAX_TENSORS = 8, 32, 256, 32, 1 << 1
 # model never does: 64 is a ternary weight in 1/8 bit. So a file of n bytes decodes to at most 64 n plus 4 MiB per
 # stream. The writer obeys the same rule: it drops a candidate that compresses further than that.
 FREE_EXPANSION, MAX_EXPANSION = 4 << 20, 64
+FREE_STEPS = 4096  # and take so many steps of the adaptive model, of about a millisecond, plus one per byte
 
 
 class ArtifactError(ValueError):
@@ -366,7 +367,7 @@ class Codec:
 
     decode raises ArtifactError unless data is whole and gives exactly so many symbols, all in range. It need not bound
     its output: `parse_header` has done so. `size` is the bytes of count symbols before compression; `free` the symbols
-    that a stream may hold however short it is (0: FREE_EXPANSION rules).
+    that a stream may hold however short it is (0: FREE_EXPANSION rules), `steps` its milliseconds of decoding.
     """
 
     kinds: tuple[str, ...]
@@ -376,6 +377,7 @@ class Codec:
     compressor: str = ""
     suits: Callable[[Shapes, str], bool] = lambda shapes, kind: True
     free: Callable[[str], int] = lambda kind: 0
+    steps: Callable[[Shapes, str], int] = lambda shapes, kind: 0
 
 
 def with_compressor(plain: Codec, name: str, compress: Callable, decompress: Callable) -> Codec:
@@ -408,6 +410,8 @@ def model_encode(symbols: np.ndarray, kind: str, shapes: Shapes) -> bytes:
 
 
 def model_decode(data, kind: str, shapes: Shapes) -> np.ndarray:
+    if count_of(shapes) == 0:
+        raise damaged("an empty stream is compressed")
     try:
         symbols = np.concatenate([x.reshape(-1) for x in entropy.decode(data, shapes, kind)])
         return flat_codes(symbols, kind).astype(SYMBOLS[kind], copy=False)
@@ -428,12 +432,14 @@ COMPRESSORS = {"zstd": (zstd_encode, zstd_decode), "lzma": (lzma_encode, lzma_de
 CODECS = {name: codec for name, codec in PLAIN.items() if name != "planes"} | {
     f"{name}+{c}": with_compressor(codec, c, *both) for name, codec in PLAIN.items() for c, both in COMPRESSORS.items()
 } | {"model": Codec(("ternary", *INTS, "u8", "u16"), model_encode, model_decode, raw_size, "model",
-                    entropy.suits, entropy.free_symbols)}
+                    entropy.suits, entropy.free_symbols, entropy.steps)}
 
 
-def expands_too_far(codec: Codec, count: int, kind: str, stored_bytes: int) -> bool:
+def expands_too_far(codec: Codec, shapes: Shapes, kind: str, stored_bytes: int) -> bool:
+    """Whether decoding would take more memory or time than so many bytes of an honest model justify."""
     free = codec.free(kind) * raw_size(1, kind) or FREE_EXPANSION
-    return raw_size(count, kind) > free + MAX_EXPANSION * stored_bytes
+    return (raw_size(count_of(shapes), kind) > free + MAX_EXPANSION * stored_bytes
+            or codec.steps(shapes, kind) > FREE_STEPS + stored_bytes)
 
 
 def encode_stream(symbols: np.ndarray, kind: str, shapes: Shapes) -> tuple[str, bytes]:
@@ -446,7 +452,7 @@ def encode_stream(symbols: np.ndarray, kind: str, shapes: Shapes) -> tuple[str, 
             continue
         data = codec.encode(symbols, kind, shapes)
         better = best is None or len(data) < len(best[1])
-        if better and not expands_too_far(codec, symbols.size, kind, len(data)):
+        if better and not expands_too_far(codec, shapes, kind, len(data)):
             best = name, data
     return best
 
@@ -534,19 +540,23 @@ def fold(rows: list[Row]) -> list[list]:
 
 def unfold(table: list) -> list:
     """The rows of a tensor table, as they are (not checked, but at most MAX_TENSORS). Raises ArtifactError."""
-    rows = []
+    rows: list = []
     for entry in table:
         if isinstance(entry, list) and len(entry) == 4:
             before, first, count, entries = entry
-            ok = isinstance(before, str) and is_int(first, 0, MAX_TENSORS) and is_int(count, 1, MAX_TENSORS)
-            ok = ok and isinstance(entries, list) and len(rows) + count * len(entries) <= MAX_TENSORS
-            if not ok or not all(isinstance(e, list) and len(e) == 3 and isinstance(e[0], str) for e in entries):
+            ok = isinstance(before, str) and is_int(first, 0, 999_999) and is_int(count, 1, MAX_TENSORS)
+            ok = ok and isinstance(entries, list) and len(entries) > 0 and count * len(entries) <= MAX_TENSORS
+            ok = ok and all(isinstance(e, list) and len(e) == 3 and isinstance(e[0], str)
+                            and len(before) + len(e[0]) < MAX_NAME for e in entries)  # before any is made
+            if not ok:
                 raise damaged(f"tensor entry {str(entry)[:80]!a} is not [before, first, layers, [[after, shape, "
-                              f"format index], ...]], with at most {MAX_TENSORS} tensors")
+                              f"format index], ...]] with at most {MAX_TENSORS} tensors, of names of at most {MAX_NAME}")
             rows += [[f"{before}{i}{after}", shape, index]
                      for i in range(first, first + count) for after, shape, index in entries]
         else:
             rows.append(entry)
+        if len(rows) > MAX_TENSORS:
+            raise damaged(f"the tensor table has more than the at most {MAX_TENSORS} tensors")
     return rows
 
 
@@ -710,7 +720,7 @@ def parse_header(data) -> Header:
             raise ArtifactError(f"{where}: codec {codec[:40]!a} is not one for {kind}; use the pack.py that wrote it")
         if offset + size > len(data):
             raise damaged(f"{where} ends at offset {offset + size}, the file at {len(data)}")
-        if expands_too_far(CODECS[codec], count_of(shapes), kind, size):
+        if expands_too_far(CODECS[codec], shapes, kind, size):
             raise damaged(f"{where}: {count_of(shapes)} {kind} symbols from {size} bytes are more than any model needs")
         streams.append(Stream(index, role, kind, shapes, codec, offset, size, crc))
         offset += size
