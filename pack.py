@@ -550,7 +550,7 @@ def unfold(table: list) -> list:
                             and len(before) + len(e[0]) < MAX_NAME for e in entries)  # before any is made
             if not ok:
                 raise damaged(f"tensor entry {str(entry)[:80]!a} is not [before, first, layers, [[after, shape, "
-                              f"format index], ...]] with at most {MAX_TENSORS} tensors, of names of at most {MAX_NAME}")
+                              f"format index], ...]], at most {MAX_TENSORS} tensors with names of at most {MAX_NAME}")
             rows += [[f"{before}{i}{after}", shape, index]
                      for i in range(first, first + count) for after, shape, index in entries]
         else:
