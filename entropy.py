@@ -138,7 +138,7 @@ class Counts:
         x = self.ones[at] * SHARE
         x += strength * parent
         x /= self.total[at] + strength
-        return x.astype(np.int32)  # rounds down; exact, as a quotient below 2^12 by less than 2^40 cannot round up
+        return x.astype(np.int32)  # rounds down, exactly: numerators below 2^53, quotients below 2^12
 
     def add(self, at, bits: np.ndarray, taken: np.ndarray) -> None:
         """Count decisions, bool or int [layers, rows, cols], in contexts [layers, rows or 1, cols or 1]."""

@@ -130,6 +130,7 @@ def test_a_model_of_several_layers():
 def test_names():
     one = pack.StoredTensor((1,), {"kind": "fp8"}, np.ones(1, np.uint8), None)
     names = "0 1 a07 a08 a9 a09 a10 a b1.2 b1.3 b2.2 b2.3 b3.2 ä1\" ä2\" 1234567 1234568 1000000 ١ ٢ x.y x.z c1 c3"
+    names += " a17000 a17001 a99999 a999998 a999999 a1000000"
     roundtrip(dict.fromkeys(names.split(), one))
     roundtrip({})
 
@@ -216,7 +217,7 @@ def test_nearly_certain_bits(monkeypatch):
     for cols in range(3000, 3005):  # stacks of one row: the mean of one is the guess for all of the next
         scales = rng.permutation(np.uint8([80, 120] * (cols // 2) + [100] * (cols % 2)))[None]
         tensors.append(pack.StoredTensor((cols,), ternary(1, "log8"), np.ones(cols, np.int8), scales))
-    x = rng.choice(np.int8([-14, -16 + 3]), (150, 60))  # + 15: 1, 2
+    x = rng.choice(np.int8([-14, -13]), (150, 60))  # + 15: 1, 2
     tensors.append(pack.StoredTensor(x.shape, integer(5, 1), x, np.ones(x.shape, np.uint8)))
     model_roundtrip(monkeypatch, *tensors)
 
