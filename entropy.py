@@ -187,7 +187,9 @@ class Model:
 
     def start_rows(self, block: slice) -> None:
         """Forget the contexts of the last rows."""
-        self.row = Counts(self.detailed, self.layer.ones.shape[1], block.stop - block.start, 1)
+        self.height = block.stop - block.start
+        # A row of one segment never learns from itself.
+        self.row = Counts(self.detailed, self.layer.ones.shape[1], self.height, 1) if self.segments > 1 else None
 
     def end_rows(self, block: slice, rows: np.ndarray) -> None:
         self.seen = block.stop
@@ -203,7 +205,7 @@ class Model:
         node: which decision, an int, or an array that names each lane's. level: chooses the weights. truth: the
         answers, None when decoding. more: further inputs, logits in excess of the layer's.
         """
-        shape = self.layer.ones.shape[1], self.row.ones.shape[2], columns.stop - columns.start
+        shape = self.layer.ones.shape[1], self.height, columns.stop - columns.start
         alike = isinstance(node, int)
         if alike:
             at_all, at_layer, at_row, at_column = node, node, node, (node, slice(None), slice(None), columns)
@@ -213,8 +215,8 @@ class Model:
             at_row, at_column = (node, layers, rows, 0), (node, layers, 0, cols)
         layer = self.layer.share(at_layer, self.everywhere.share(at_all, 0, 0), LAYER)
         base = logit(layer)
-        inputs = [logit(self.row.share(at_row, layer, ROW)) - base,
-                  logit(self.column.share(at_column, layer, COLUMN)) - base, *more]
+        by_row = np.zeros((1, 1, 1), np.int32) if self.row is None else logit(self.row.share(at_row, layer, ROW)) - base
+        inputs = [by_row, logit(self.column.share(at_column, layer, COLUMN)) - base, *more]
         weights = self.weights.setdefault((level, self.seen.bit_length()), Weights(len(inputs)))
         p = np.broadcast_to(weights.mix(base, inputs), shape)
         if active is None:
@@ -229,7 +231,8 @@ class Model:
             self.column.add(at_column, bits, taken)
             ones, total = reduced(bits, (shape[0], shape[1], 1)), reduced(taken, (shape[0], shape[1], 1))
             for counts in (self.row, self.layer, self.everywhere):
-                counts.add(node, ones, total)
+                if counts is not None:
+                    counts.add(node, ones, total)
         else:
             for counts, at in ((self.column, at_column), (self.row, at_row), (self.layer, at_layer),
                                (self.everywhere, at_all)):
@@ -316,7 +319,7 @@ class Table(Model):
 
     def start_rows(self, block: slice) -> None:
         super().start_rows(block)
-        self.apart = np.zeros((*self.row.ones.shape[1:3], min(self.seen, REFERENCES)))  # squared distance
+        self.apart = np.zeros((len(self.past), self.height, min(self.seen, REFERENCES)))  # squared distance
 
     def end_rows(self, block: slice, rows: np.ndarray) -> None:
         super().end_rows(block, rows)

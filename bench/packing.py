@@ -42,7 +42,7 @@ def order0(codes: np.ndarray) -> float:
 # models: which context pays
 # ---------------------------------------------------------------------------------------------------------------
 
-NEVER = 1 << 40  # as a strength of the parent: the context says nothing
+NEVER = 2.0**40  # as a strength of the parent: the context says nothing
 
 
 class Neighbours(entropy.Ternary):
@@ -90,7 +90,7 @@ def coded(arrays: list[np.ndarray], constants: dict, transposed: bool, model: ty
     constants, held = dict(constants), {name: getattr(entropy, name) for name in constants if name != "FIXED"}
     start, trust, kept = entropy.Weights.START, entropy.Weights.TRUST, entropy.Ternary
     if constants.pop("FIXED", False):
-        entropy.Weights.START, entropy.Weights.TRUST = entropy.WEIGHT, NEVER << 20
+        entropy.Weights.START, entropy.Weights.TRUST = entropy.WEIGHT, 1 << 60
     arrays = [np.ascontiguousarray(a.T) for a in arrays] if transposed else arrays
     try:
         for name, value in constants.items():
