@@ -1,9 +1,9 @@
 """What packing costs and saves, measured on artifacts.
 
     python bench/packing.py models FILE ...        # the ternary codes under simpler and richer models
-    python bench/packing.py field FILE ...         # the whole file against the same tensors in PR 367's format
+    python bench/packing.py field RUN ...          # a run's file against the same model in PR 367's format
     python bench/packing.py formats DATA RUN ...   # trained latents in other scale and vector formats: bytes and bpb
-    python bench/packing.py synthetic OUT [settings of train_gpt.py]   # an artifact of a random model of that shape
+    python bench/packing.py synthetic OUT [settings of train_gpt.py]   # a random model of that shape: plan, file, field
     python bench/packing.py time FILE              # seconds and memory of decoding and encoding, by thread count
 
 LOG.md holds what these printed, with the artifacts that they were run on.
@@ -58,10 +58,10 @@ class Neighbours(entropy.Ternary):
         self.rows = np.concatenate([self.rows, rows], 1)[:, -2:]
 
     def decide(self, node, columns, level, truth, active=None, more=()):
-        general = self.everywhere.share(node, 0, 0)
+        general = self.everywhere.share(node, 0, 0).item()
         above = (self.rows[:, 0, columns] + 1) * 3 + self.rows[:, 1, columns] + 1
         contexts = [(self.above, (node, above)), (self.place, (node, np.arange(columns.start, columns.stop) % 128))]
-        hints = [entropy.logit(c.share(at, general[0], 16)) - entropy.logit(general[0]) for c, at in contexts]
+        hints = [entropy.logit(c.share(at, general, 16)) - entropy.STRETCH[general] for c, at in contexts]
         hints = [h[:, None] if h.ndim == 2 else h[None, None] for h in hints]
         bits = super().decide(node, columns, level, truth, active, [*more, *hints])
         taken = np.ones(bits.shape, bool) if active is None else active
@@ -147,71 +147,79 @@ def models(paths: list[str]) -> None:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def field_entry(t: pack.StoredTensor, floats: bool) -> dict:
-    """A tensor as train_bitnet.py of PR 367 stores it: base 3 with fp16 scales per 64, everything else fp16.
+def field_entry(t: pack.StoredTensor, latent, kinder: bool) -> dict:
+    """A tensor as train_bitnet.py of PR 367 stores it: base 3 with fp16 scales mean|w| per 64, everything else fp16.
 
-    floats=False is kinder to it than it is: int codes stay codes (two 4-bit ones per byte), fp8 stays a byte.
+    The codes are ours, which differ from those of groups of 64 only where the groups' means do. kinder: more than it
+    does: int codes stay codes, packed, with fp16 scales, and fp8 stays a byte.
     """
     import torch
+    import torch.nn.functional as F
 
     from train_gpt import Ternary, decode_scales, from_pack
 
     stored, fmt = from_pack(t)
     if isinstance(fmt, Ternary):
-        rows = t.codes.reshape(-1, t.shape[-1])
-        size = fmt.group_size or rows.shape[1]
-        scales = decode_scales(stored.scales, fmt.scale)
-        scales = scales.expand(len(rows), -1) if fmt.group_size == 0 else scales
-        per64 = scales.repeat_interleave(size, 1)[:, : rows.shape[1]][:, ::64].half()
-        padded = np.pad(rows, ((0, 0), (0, -rows.shape[1] % 64)))
-        return {"type": "ternary", "packed": pack.pack_base3(padded), "scale": per64.reshape(-1),
-                "shape": list(t.shape), "padded_cols": padded.shape[1], "group_size": 64, "n_trits": padded.size}
-    if floats or t.format["kind"] not in ("int", "fp8"):
-        return {"type": "fp16", "data": fmt.dequantize(stored).half()}
-    if t.format["kind"] == "fp8":
+        pad = (0, -t.shape[-1] % 64)
+        codes, groups = F.pad(stored.codes, pad).numpy(), F.pad(latent.float(), pad).reshape(-1, 64)
+        return {"type": "ternary", "packed": pack.pack_base3(codes), "scale": groups.abs().mean(-1).half(),
+                "shape": list(t.shape), "padded_cols": codes.shape[1], "group_size": 64, "n_trits": codes.size}
+    if kinder and t.format["kind"] == "fp8":
         return {"type": "fp8", "data": torch.from_numpy(t.codes.copy())}
-    return {"type": "int", "packed": pack.pack_bits(t.codes, f"int{t.format['bits']}"), "shape": list(t.shape),
-            "scale": decode_scales(stored.scales, fmt.scale).half()}
+    if kinder and t.format["kind"] == "int":
+        return {"type": "int", "packed": pack.pack_bits(t.codes, f"int{t.format['bits']}"), "shape": list(t.shape),
+                "scale": decode_scales(stored.scales, fmt.scale).half()}
+    return {"type": "fp16", "data": fmt.dequantize(stored).half()}
 
 
-def field_bytes(tensors: dict[str, pack.StoredTensor], floats: bool) -> int:
+def field_bytes(tensors: dict[str, pack.StoredTensor], latents: dict, kinder: bool, bare: bool = False) -> int:
+    """Bytes of torch.save and lzma 9; bare: with scales that cost nothing."""
     import torch
 
+    entries = {name: field_entry(t, latents[name], kinder) for name, t in tensors.items()}
+    if bare:
+        for entry in entries.values():
+            entry["scale"] = torch.zeros_like(entry["scale"])
     buffer = io.BytesIO()
-    torch.save({name: field_entry(t, floats) for name, t in tensors.items()}, buffer)
+    torch.save(entries, buffer)
     return len(lzma.compress(buffer.getvalue(), preset=9))
 
 
-def field(paths: list[str]) -> None:
-    for path in paths:
-        data = Path(path).read_bytes()
-        header, (tensors, _) = pack.parse_header(data), pack.decode_artifact(data)
-        theirs, kinder = field_bytes(tensors, True), field_bytes(tensors, False)
-        print(f"\n{path}: {len(data):,} bytes; PR 367's format {theirs:,} ({100 * (1 - len(data) / theirs):.1f}% more "
-              f"than ours saves), with int codes and fp8 kept {kinder:,} ({100 * (1 - len(data) / kinder):.1f}%)")
-        print(f"{'part':<34}{'theirs':>12}{'ours':>12}{'saved':>12}")
-        groups: dict[str, dict] = {}
-        for name, t in tensors.items():
-            groups.setdefault(pack.format_label(t.format), {})[name] = t
-        spent = 0
-        for label, some in groups.items():
-            streams = [s for s in header.streams if pack.format_label(header.formats[s.format]) == label]
-            ours = sum(s.bytes for s in streams)
-            if "ternary" in label:  # codes and scales apart: what base 3, and what the scales, cost the field
-                bare = {n: pack.StoredTensor(t.shape, t.format, t.codes, np.zeros_like(t.scales))
-                        for n, t in some.items()}
-                codes = field_bytes(bare, False)
-                for role, size in (("codes", codes), ("scales", field_bytes(some, False) - codes)):
-                    mine = sum(s.bytes for s in streams if s.role == role)
-                    print(f"{label + ' ' + role:<34}{size:>12,}{mine:>12,}{size - mine:>12,}")
-                    spent += size
-            else:
-                size = field_bytes(some, False)
-                print(f"{label:<34}{size:>12,}{ours:>12,}{size - ours:>12,}")
-                spent += size
-        rest = kinder - spent
-        print(f"{'header; less overlap of the parts':<34}{rest:>12,}{header.header_bytes:>12,}"
-              f"{rest - header.header_bytes:>12,}")
+def field_report(name: str, data: bytes, latents: dict) -> None:
+    header, (tensors, _) = pack.parse_header(data), pack.decode_artifact(data)
+    theirs, kinder = (field_bytes(tensors, latents, kind) for kind in (False, True))
+    less, least = (f"{100 * (1 - len(data) / size):.1f}%" for size in (theirs, kinder))
+    print(f"\n{name}: {len(data):,} bytes; in PR 367's format {theirs:,}: ours is {less} smaller; than that format "
+          f"with int codes and fp8 {kinder:,}: {least}")
+    print(f"{'part':<34}{'theirs':>12}{'kinder':>12}{'ours':>12}{'saved':>12}")
+    groups: dict[str, dict] = {}
+    for n, t in tensors.items():
+        groups.setdefault(pack.format_label(t.format), {})[n] = t
+    spent = [0, 0]
+
+    def line(part: str, their: int, kind: int, ours: int) -> None:
+        spent[0], spent[1] = spent[0] + their, spent[1] + kind
+        print(f"{part:<34}{their:>12,}{kind:>12,}{ours:>12,}{their - ours:>12,}")
+
+    for label, some in groups.items():
+        ours = {s.role: s.bytes for s in header.streams if pack.format_label(header.formats[s.format]) == label}
+        their, kind = (field_bytes(some, latents, k) for k in (False, True))
+        if "ternary" in label:  # codes and scales apart
+            codes = field_bytes(some, latents, True, bare=True)
+            line(label + " codes", codes, codes, ours["codes"])
+            line(label + " scales", their - codes, kind - codes, ours["scales"])
+        else:
+            line(label, their, kind, sum(ours.values()))
+    line("header; parts' overlap", theirs - spent[0], kinder - spent[1], header.header_bytes)
+
+
+def field(runs: list[str]) -> None:
+    from train_gpt import load_checkpoint
+
+    for run in runs:
+        state, _ = load_checkpoint(run)
+        latents = {name.removeprefix("latent/"): x for name, x in state.items() if name.startswith("latent/")}
+        field_report(run, (Path(run) / "model.tern").read_bytes(), latents)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -268,19 +276,22 @@ def synthetic(out: str, argv: list[str]) -> None:
     """Normal latents in every tensor, also in those that training starts at zero or one."""
     import torch
 
-    from train_gpt import GPT, artifact_meta, format_of, resolve_settings, to_pack
+    from train_gpt import GPT, artifact_meta, format_of, predicted_bytes, resolve_settings, to_pack
 
     _, config, _, _ = resolve_settings(argv, {})
     torch.manual_seed(config.seed)
     with torch.device("meta"):
         shapes = {n: p.shape for n, p in GPT(config).named_parameters()}
+    latents = {n: torch.randn(s) * 0.1 if len(s) == 2 else 1 + torch.randn(s) * 0.3 for n, s in shapes.items()}
     tensors = {}
-    for name, shape in shapes.items():
-        fmt = format_of(config, name, len(shape))
-        latent = torch.randn(shape) * 0.1 if len(shape) == 2 else 1 + torch.randn(shape) * 0.3
+    for name, latent in latents.items():
+        fmt = format_of(config, name, latent.ndim)
         tensors[name] = to_pack(fmt.quantize(latent), fmt)
     size = pack.write_artifact(out, tensors, artifact_meta(config))
-    print(f"{out}: {size:,} bytes, {sum(t.codes.size for t in tensors.values()):,} parameters")
+    planned = round(sum(size for *_, size in predicted_bytes(config).values()))
+    print(f"{out}: {size:,} bytes, planned {planned:,} ({100 * (planned / size - 1):+.2f}%), "
+          f"{sum(t.codes.size for t in tensors.values()):,} parameters")
+    field_report(out, Path(out).read_bytes(), latents)
 
 
 def time_once(path: str) -> dict:

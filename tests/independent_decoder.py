@@ -123,7 +123,8 @@ def symbols(codec, data, kind, shapes):
 
 class RangeDecoder:
     def __init__(self, data):
-        self.words = iter(np.frombuffer(data, "<u4").tolist())
+        self.data, self.coded, self.shifts = np.frombuffer(data, "<u4").tolist(), False, 0
+        self.words = iter(self.data)
         self.lower, self.range = 0, 2**64 - 1
         self.point = next(self.words, 0) << 32 | next(self.words, 0)
 
@@ -143,8 +144,18 @@ class RangeDecoder:
             while range_ < 2**32:
                 lower, range_ = lower << 32 & mask, range_ << 32
                 point = point << 32 & mask | next(self.words, 0)
+                self.shifts += 1
         self.lower, self.range, self.point = lower, range_, point
+        self.coded |= bool(out)
         return np.array(out, np.int64)
+
+    def check_end(self):
+        """The words before are checked by the bits they coded; one was written at each shift."""
+        end = []
+        if self.coded:
+            end = [(self.lower + 2**32 - 1 >> 32) % 2**32]
+            end += [0] * ((self.lower + self.range >> 32) % 2**32 == end[0])
+        assert self.data[self.shifts :] == end, "damaged"
 
 
 ST = np.array([round(1024 * math.log((x + 0.5) / (4095.5 - x))) for x in range(4096)])
@@ -375,6 +386,7 @@ def model(data, kind, shapes):
                 x = x + (models[1].stack(*shape) << (width - 1))
             for i, array in zip(part, x.reshape(len(part), -1), strict=True):
                 out[i] = array.reshape(shapes[i])
+    decoder.check_end()
     return out
 
 
