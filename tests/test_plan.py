@@ -34,7 +34,7 @@ def test_parts_are_all_parameters():
         parameters = sum(p.numel() for p in GPT(config).parameters())
     parts = predicted_bytes(config)
     assert sum(n for part, (_, n, _) in parts.items() if part.endswith("codes")) == parameters
-    assert parts["matrices scales"][1] == 3168 and parts["embedding scales"][1] == 1024
+    assert parts["matrices scales"][1] == 3296 and parts["embedding scales"][1] == 1024
 
 
 def test_prediction_of_a_ternary_model_is_within_one_percent():
