@@ -3,6 +3,8 @@
     python bench/packing.py models FILE ...        # the ternary codes under simpler and richer models
     python bench/packing.py field RUN ...          # a run's file against the same model in PR 367's format
     python bench/packing.py formats DATA RUN ...   # trained latents in other scale and vector formats: bytes and bpb
+    python bench/packing.py bits RUN               # what a symbol of each format takes, from a run's latents
+    python bench/packing.py repack PROGRAMS FILE OUT   # an older file, read by the pack.py of the folder PROGRAMS
     python bench/packing.py synthetic OUT [settings of train_gpt.py]   # a random model of that shape: plan, file, field
     python bench/packing.py time FILE              # seconds and memory of decoding and encoding, by thread count
 
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import importlib.util
 import io
 import json
 import lzma
@@ -268,6 +271,41 @@ def formats(data: str, runs: list[str]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# bits, repack
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def bits(run: str) -> None:
+    """Bits per symbol of every format, made of a run's latents after training: what pack.BITS is taken from."""
+    from train_gpt import SCALE_DTYPES, Float, Int, Ternary, load_checkpoint, to_pack
+
+    state, _ = load_checkpoint(run)
+    latents = {name.removeprefix("latent/"): x for name, x in state.items() if name.startswith("latent/")}
+    embedding = [x for name, x in latents.items() if name == "tok_emb.weight"]
+    matrices = [x for name, x in latents.items() if name.endswith(".weight") and name != "tok_emb.weight"]
+    vectors = [x for name, x in latents.items() if not name.endswith(".weight")]
+    cases = [("matrices", matrices, Ternary(scale=scale)) for scale in SCALE_DTYPES]
+    cases += [("embedding", embedding, Int(b)) for b in range(2, 9)]
+    cases += [(part, some, Float(kind)) for part, some in (("embedding", embedding), ("vectors", vectors))
+              for kind in ("fp8", "bf16", "fp16")]
+    for part, some, fmt in cases:
+        tensors = {str(i): to_pack(fmt.quantize(x), fmt) for i, x in enumerate(some)}
+        found = pack.describe(pack.encode_artifact(tensors, {}))["streams"]
+        each = ", ".join(f"{s['role']} {8 * s['bytes'] / s['count']:.3f} ({s['codec']})" for s in found)
+        print(f"{part:<10}{pack.format_label(fmt.spec()):<20}{each}", flush=True)
+
+
+def repack(programs: str, path: str, out: str) -> None:
+    """A file of an older format in today's; the same codes and scales."""
+    spec = importlib.util.spec_from_file_location("older_pack", Path(programs) / "pack.py")
+    older = sys.modules["older_pack"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(older)
+    tensors, meta = older.read_artifact(path)
+    tensors = {n: pack.StoredTensor(t.shape, t.format, t.codes, t.scales) for n, t in tensors.items()}
+    print(f"{out}: {pack.write_artifact(out, tensors, meta):,} bytes, {Path(path).stat().st_size:,} before")
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # synthetic, time
 # ---------------------------------------------------------------------------------------------------------------
 
@@ -296,6 +334,11 @@ def synthetic(out: str, argv: list[str]) -> None:
 
 def time_once(path: str) -> dict:
     data = Path(path).read_bytes()
+    header, streams = pack.parse_header(data), {}
+    for s in header.streams:  # one by one, for the table; then all, as a reader does
+        began = time.perf_counter()
+        pack.CODECS[s.codec].decode(memoryview(data)[s.offset : s.offset + s.bytes], s.kind, s.shapes)
+        streams[f"{s.role} {s.kind} {s.count:,}"] = round(time.perf_counter() - began, 1)
     began = time.perf_counter()
     tensors, meta = pack.decode_artifact(data)
     decoded = time.perf_counter()
@@ -305,7 +348,7 @@ def time_once(path: str) -> dict:
     for t in tensors.values():
         for array in (t.codes, t.scales):
             digest.update(b"" if array is None else array.tobytes())
-    return {"decode_s": decoded - began, "encode_s": encoded - decoded, "same_bytes": same,
+    return {"streams": streams, "decode_s": decoded - began, "encode_s": encoded - decoded, "same_bytes": same,
             "tensors_sha256": digest.hexdigest()[:16],
             "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
 
@@ -319,11 +362,12 @@ def time_threads(path: str) -> None:
         r = json.loads(done.stdout)
         print(f"{threads} thread(s): decode {r['decode_s']:.1f} s, encode {r['encode_s']:.1f} s, peak "
               f"{r['peak_mb']:,.0f} MB, encoded again to {'the same' if r['same_bytes'] else 'OTHER'} bytes, tensors "
-              f"{r['tensors_sha256']}", flush=True)
+              f"{r['tensors_sha256']}; decode by stream {r['streams']}", flush=True)
 
 
 def main() -> None:
     commands = {"models": models, "field": field, "formats": lambda rest: formats(rest[0], rest[1:]),
+                "bits": lambda rest: bits(rest[0]), "repack": lambda rest: repack(*rest),
                 "synthetic": lambda rest: synthetic(rest[0], rest[1:]), "time": lambda rest: time_threads(rest[0]),
                 "time-once": lambda rest: print(json.dumps(time_once(rest[0])))}
     if len(sys.argv) < 3 or sys.argv[1] not in commands:
