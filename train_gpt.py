@@ -33,6 +33,7 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -502,6 +503,81 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
 
 
+Q_TILE, HEAD_TILE = 128, 8  # queries and kv heads per tile: a tile's scores stay in the L2 cache (LOG.md)
+
+
+def attention_tiles(q: Tensor) -> Iterator[tuple[slice, slice, slice]]:
+    """(kv heads, queries, keys) of each tile of causal attention over q [kv heads, .., time, head_dim]."""
+    for g in range(0, q.shape[0], HEAD_TILE):
+        for start in reversed(range(0, q.shape[2], Q_TILE)):
+            end = min(start + Q_TILE, q.shape[2])
+            yield slice(g, g + HEAD_TILE), slice(start, end), slice(0, end)
+
+
+@torch.library.custom_op("train_gpt::causal_attention", mutates_args=())
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """softmax(q k^T / sqrt(head_dim)) v under a causal mask, for training on a CPU.
+
+    q: [n, r, time, head_dim], r query heads for each of the n key and value heads k, v: [n, time, head_dim]. Returns
+    the output in q's shape, and the probabilities of each tile, which the backward needs. The mathematics is that of
+    F.scaled_dot_product_attention, whose CPU backward takes three times as long as these matrix products (LOG.md).
+    A score is rounded to the dtype of q, as in any attention made of matrix products; the softmax is fp32 inside.
+    """
+    r, time, dim = q.shape[1:]
+    out, probabilities = torch.empty_like(q, memory_format=torch.contiguous_format), []
+    above, q = torch.full((Q_TILE, Q_TILE), -math.inf, dtype=q.dtype).triu(1), q * dim**-0.5
+    for heads, rows, keys in attention_tiles(q):
+        n = rows.stop - rows.start
+        scores = torch.bmm(q[heads, :, rows].flatten(1, 2), k[heads, keys].mT)
+        scores.unflatten(1, (r, n))[..., rows] += above[:n, :n]
+        p = torch.softmax(scores, -1)
+        out[heads, :, rows] = torch.bmm(p, v[heads, keys]).unflatten(1, (r, n))
+        probabilities.append(p)
+    return out, probabilities
+
+
+@torch.library.custom_op("train_gpt::causal_attention_backward", mutates_args=())
+def causal_attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, probabilities: list[Tensor]
+                              ) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v from that of the output: the softmax's backward between four matrix products."""
+    r, scale = q.shape[1], q.shape[-1] ** -0.5
+    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+    dk, dv = torch.empty(k.shape), torch.empty(v.shape)  # fp32: a key's gradient is a sum over tiles
+    for p, (heads, rows, keys) in zip(probabilities, attention_tiles(q), strict=True):
+        g, queries = grad[heads, :, rows].flatten(1, 2), q[heads, :, rows].flatten(1, 2)
+        ds = torch._softmax_backward_data(torch.bmm(g, v[heads, keys].mT), p, -1, p.dtype)
+        dq[heads, :, rows] = torch.bmm(ds, k[heads, keys]).unflatten(1, (r, -1))
+        add = Tensor.copy_ if keys.stop == k.shape[1] else Tensor.add_  # the first tile of a head sees every key
+        add(dv[heads, keys], torch.bmm(p.mT, g))
+        add(dk[heads, keys], torch.bmm(ds.mT, queries))
+    return dq * scale, (dk * scale).to(k.dtype), dv.to(v.dtype)
+
+
+@causal_attention.register_fake
+def _(q, k, v):
+    rows = [(len(range(q.shape[0])[heads]), q.shape[1] * (queries.stop - queries.start), keys.stop)
+            for heads, queries, keys in attention_tiles(q)]
+    return q.new_empty(q.shape), [q.new_empty(shape) for shape in rows]
+
+
+@causal_attention_backward.register_fake
+def _(grad, q, k, v, probabilities):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+causal_attention.register_autograd(
+    lambda ctx, grad, _: causal_attention_backward(grad, *ctx.saved_tensors[:3], list(ctx.saved_tensors[3:])),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs, *output[1]))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention of q [batch, heads, time, head_dim] to k, v [batch, kv_heads, time, head_dim]."""
+    if q.device.type == "cpu" and torch.is_grad_enabled():
+        out, _ = causal_attention(q.unflatten(1, (k.shape[1], -1)).flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1))
+        return out.view_as(q)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+
+
 class Attention(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
@@ -520,7 +596,7 @@ class Attention(nn.Module):
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
         q = rotate(norm(q), cos, sin) * self.q_gain[:, None, None]
         k = rotate(norm(k), cos, sin)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.heads != self.kv_heads)
+        y = attend(q, k, v)
         return self.proj(norm(y.transpose(1, 2).reshape(batch, time, -1)))
 
 
@@ -623,40 +699,157 @@ def model_from_stored(tensors: dict[str, pack.StoredTensor], meta: dict) -> GPT:
 # ---------------------------------------------------------------------------------------------------------------
 
 
+class RankLost(RuntimeError):
+    """Another process of the run does not answer."""
+
+
+class Ranks:
+    """The processes of a run and all that they say to each other. With one process nothing is said."""
+
+    def __init__(self, rank: int = 0, world: int = 1, group: dist.ProcessGroup | None = None):
+        self.rank, self.world, self.group = rank, world, group
+        self.sent = {"gradients": 0, "codes": 0}  # bytes that this rank gave away; of a broadcast, once
+
+    def call(self, function: Callable, *args, **kwargs):
+        """function(*args), or None with one process; a failure of the backend becomes a RankLost."""
+        if self.world == 1:
+            return None
+        try:
+            return function(*args, **kwargs)
+        except RuntimeError as e:  # gloo's and NCCL's errors have no type of their own
+            raise RankLost(str(e).partition("\n")[0]) from e
+
+    def sum(self, x: Tensor) -> Tensor:
+        """x <- sum over all ranks, on all ranks."""
+        self.call(dist.all_reduce, x, group=self.group)
+        return x
+
+    def reduce(self, x: Tensor, owner: int) -> dist.Work | None:
+        """Begin: x <- sum over all ranks, on the owner only; elsewhere x becomes undefined."""
+        self.sent["gradients"] += x.nbytes * (owner != self.rank)
+        return self.call(dist.reduce, x, dst=owner, group=self.group, async_op=True) if x.numel() else None
+
+    def broadcast(self, x: Tensor, owner: int) -> dist.Work | None:
+        """Begin: x <- the owner's x, on all ranks."""
+        self.sent["codes"] += x.nbytes * (owner == self.rank)
+        return self.call(dist.broadcast, x, src=owner, group=self.group, async_op=True) if x.numel() else None
+
+    def wait(self, work: dist.Work | None) -> None:
+        if work is not None:
+            self.call(work.wait)
+
+    def gather(self, x: Tensor, owner: int) -> Tensor:
+        """The owner's x, of equal shape on all ranks, on rank 0; collective, as all of these."""
+        if owner and self.rank == owner:
+            self.call(dist.send, x, dst=0, group=self.group)
+        elif owner and self.rank == 0:
+            self.call(dist.recv, x, src=owner, group=self.group)
+        return x
+
+
+def owners(config: Config, world: int) -> dict[str, int]:
+    """Parameter name -> the rank that updates it: each in turn, the costliest first, to the rank with the least work.
+
+    Cost in flops: the products of Newton-Schulz, and 100 for each element that is read and written.
+    """
+    with torch.device("meta"):
+        shapes = {name: tuple(p.shape) for name, p in GPT(config).named_parameters()}
+
+    def cost(name: str) -> int:
+        numel, products = math.prod(shapes[name]), 0
+        if optimizer_of(name) == "muon":
+            small, large = sorted(shapes[name])
+            products = config.muon_backend_steps * (4 * small * small * large + 2 * small**3)
+        return products + 100 * numel
+
+    load, owner = [0] * world, {}
+    for name in sorted(shapes, key=cost, reverse=True):  # a stable sort: the same on every rank
+        owner[name] = load.index(min(load))
+        load[owner[name]] += cost(name)
+    return {name: owner[name] for name in shapes}
+
+
+def optimizer_of(name: str) -> str:
+    """"muon" for the block matrices; "embed" or "scalar", AdamW at its own learning rate, for the rest."""
+    muon = name.startswith("blocks.") and name.endswith(".weight")
+    return "muon" if muon else "embed" if name == "tok_emb.weight" else "scalar"
+
+
+def to_wire(stored: Stored, fmt: Format) -> Tensor:
+    """uint8 [bytes] that an owner sends: ternary codes five to a byte (as pack.pack_base3), others and scales as is."""
+    codes = stored.codes.flatten()
+    if isinstance(fmt, Ternary):
+        digits = F.pad((codes + 1).to(torch.uint8), (0, -len(codes) % 5)).view(-1, 5)
+        codes = sum(3**i * digits[:, i] for i in range(5))
+    parts = [codes] if stored.scales is None else [codes, stored.scales.flatten()]
+    return torch.cat([x.view(torch.uint8) for x in parts])
+
+
+TRITS = torch.tensor([[byte // 3**i % 3 - 1 for i in range(5)] for byte in range(3**5)], dtype=torch.int8)
+
+
+def from_wire(data: Tensor, fmt: Format, like: Stored) -> Stored:
+    """The inverse of to_wire; like has the shapes and dtypes."""
+    count, ternary = like.codes.numel(), isinstance(fmt, Ternary)
+    size = -(-count // 5) if ternary else like.codes.nbytes
+    codes, scales = data[:size].clone(), data[size:].clone()  # clones: a 16-bit view needs an even address
+    codes = TRITS.to(data.device)[codes.int()].flatten()[:count] if ternary else codes.view(like.codes.dtype)
+    scales = None if like.scales is None else scales.view(like.scales.dtype).view(like.scales.shape)
+    return Stored(codes.view(like.codes.shape), scales)
+
+
 @dataclass
 class Bank:
-    """Same-shape parameters of one format, stacked so that each optimizer operation is one call for all of them."""
+    """Same-shape parameters of one format and one owner, stacked: each optimizer operation is one call for all."""
 
     names: list[str]
     params: list[nn.Parameter]
     format: Format
     optimizer: str  # "muon", "embed" or "scalar"
-    latent: Tensor  # fp32 [n, *shape]
+    owner: int  # rank
+    latent: Tensor | None  # fp32 [n, *shape], the owner's only
     grad: Tensor  # fp32 [n, *shape], a view of Latents.flat_grad
-    stored: Stored
+    like: Stored  # shapes and dtypes of the stored form, on the meta device
+    stored: Stored | None  # the owner's only
+    wire: Tensor  # uint8, a view of Latents.wire; empty with one process
 
 
 class Latents:
-    """Owner of every parameter's latent; `refresh` is the only place that writes the model's params."""
+    """Every parameter's latent, on the rank that owns it; `refresh` is the only place that writes the model's params.
 
-    def __init__(self, model: GPT, config: Config):
-        members: dict[tuple, list[tuple[str, nn.Parameter]]] = {}
+    Over several ranks (ZeRO, arXiv 1910.02054, with codes in place of weights) a step is: gradients are summed on their
+    owners (reduce), owners update latents, and send what the file would hold of them (refresh).
+    """
+
+    def __init__(self, model: GPT, config: Config, ranks: Ranks | None = None):
+        self.ranks = ranks = ranks or Ranks()
+        owner, members = owners(config, ranks.world), {}
         for name, p in model.named_parameters():
-            muon = name.startswith("blocks.") and name.endswith(".weight")
-            kind = "muon" if muon else "embed" if name == "tok_emb.weight" else "scalar"
-            members.setdefault((kind, tuple(p.shape)), []).append((name, p))
+            members.setdefault((owner[name], optimizer_of(name), tuple(p.shape)), []).append((name, p))
+        members = dict(sorted(members.items(), key=lambda item: item[0][0]))  # one segment per owner
         sizes = [sum(p.numel() for _, p in group) for group in members.values()]
-        device = next(model.parameters()).device
-        self.flat_grad = torch.zeros(sum(sizes) + 1, device=device)  # all gradients and, last, the loss
+        self.flat_grad = torch.zeros(sum(sizes) + 1, device=next(model.parameters()).device)  # and, last, the loss
         self.banks: list[Bank] = []
-        for (kind, shape), group, grad in zip(members, members.values(), self.flat_grad[:-1].split(sizes), strict=True):
+        wires = []
+        for (rank, kind, shape), group, grad in zip(members, members.values(), self.flat_grad[:-1].split(sizes),
+                                                    strict=True):
             names, params = [n for n, _ in group], [p for _, p in group]
             fmt = format_of(config, names[0], len(shape))
             latent = torch.stack([p.detach() for p in params]).float()
-            grad = grad.view(latent.shape)
-            self.banks.append(Bank(names, params, fmt, kind, latent, grad, fmt.quantize(latent)))
+            stored, mine = fmt.quantize(latent), rank == ranks.rank
+            like = Stored(stored.codes.to("meta"), None if stored.scales is None else stored.scales.to("meta"))
+            wires.append(to_wire(stored, fmt) if ranks.world > 1 else self.flat_grad.new_empty(0, dtype=torch.uint8))
+            self.banks.append(Bank(names, params, fmt, kind, rank, latent if mine else None, grad.view(latent.shape),
+                                   like, stored if mine else None, wires[-1]))
             for p in params:
                 p.data = torch.empty_like(p, dtype=torch.bfloat16)
+        self.wire = torch.cat(wires)
+        for bank, view in zip(self.banks, self.wire.split([len(w) for w in wires]), strict=True):
+            bank.wire = view
+        self.mine = [b for b in self.banks if b.owner == ranks.rank]
+        spans = [[b for b in self.banks if b.owner == r] for r in range(ranks.world)]
+        self.grad_segments = self.flat_grad[:-1].split([sum(b.grad.numel() for b in span) for span in spans])
+        self.wire_segments = self.wire.split([sum(len(b.wire) for b in span) for span in spans])
         self.refresh()
         covered = sorted(n for b in self.banks for n in b.names)
         assert covered == sorted(n for n, _ in model.named_parameters()), "a parameter has no format, or two"
@@ -667,16 +860,31 @@ class Latents:
 
         Returns (zero_frac, churn) of the ternary codes, or NaN unless measure. churn: share changed by this refresh.
         """
-        zeros = changed = total = 0
-        for bank in self.banks:
+        counts = torch.zeros(3, dtype=torch.int64, device=self.flat_grad.device)  # zeros, changed, all
+        for bank in self.mine:
             stored = bank.format.quantize(bank.latent)
             if measure and isinstance(bank.format, Ternary):
-                zeros += int((stored.codes == 0).sum())
-                changed += int((stored.codes != bank.stored.codes).sum())
-                total += stored.codes.numel()
+                counts[0] += (stored.codes == 0).sum()
+                counts[1] += (stored.codes != bank.stored.codes).sum()
+                counts[2] += stored.codes.numel()
             bank.stored = stored
-            torch._foreach_copy_([p.data for p in bank.params], list(bank.format.dequantize(stored).unbind()))
+            if self.ranks.world > 1:
+                bank.wire.copy_(to_wire(stored, bank.format))
+        works = [self.ranks.broadcast(segment, r) for r, segment in enumerate(self.wire_segments)]
+        for bank in sorted(self.banks, key=lambda b: b.owner != self.ranks.rank):  # one's own while others arrive
+            if bank.stored is None:
+                self.ranks.wait(works[bank.owner])
+            param = bank.format.dequantize(self.stored(bank))
+            torch._foreach_copy_([p.data for p in bank.params], list(param.unbind()))
+        self.ranks.wait(works[self.ranks.rank])
+        if not measure:
+            return math.nan, math.nan
+        zeros, changed, total = self.ranks.sum(counts).tolist()
         return (zeros / total, changed / total) if total else (math.nan, math.nan)
+
+    def stored(self, bank: Bank) -> Stored:
+        """What the file would hold of a bank, whoever owns it."""
+        return bank.stored or from_wire(bank.wire, bank.format, bank.like)
 
     @torch.no_grad()
     def accumulate(self, loss: Tensor, micro_batches: int) -> None:
@@ -688,21 +896,37 @@ class Latents:
                 p.grad = None
         self.flat_grad[-1] += loss.detach() / micro_batches
 
-    def named(self) -> Iterator[tuple[str, Format, Tensor, Stored]]:
-        """(name, format, latent, stored) of each parameter."""
+    @torch.no_grad()
+    def total_loss(self) -> tuple[float, bool]:
+        """(the loss over all ranks, whether every rank's loss and gradients are finite). Waits for the device."""
+        word = torch.stack((self.flat_grad[-1], self.flat_grad.sum()))
+        loss, total = self.ranks.sum(word).tolist()
+        return loss, math.isfinite(loss) and math.isfinite(total)
+
+    def reduce(self) -> list[dist.Work | None]:
+        """Begin to sum the gradients on their owners and wait for this rank's own; the rest is to be waited for."""
+        works = [self.ranks.reduce(segment, r) for r, segment in enumerate(self.grad_segments)]
+        self.ranks.wait(works[self.ranks.rank])
+        return works
+
+    def named(self) -> Iterator[tuple[str, Format, Tensor | None, Stored]]:
+        """(name, format, latent if this rank owns it, stored) of each parameter."""
         for bank in self.banks:
-            scales = bank.stored.scales if bank.stored.scales is not None else [None] * len(bank.names)
-            for row in zip(bank.names, bank.latent, bank.stored.codes, scales, strict=True):
+            stored, n = self.stored(bank), len(bank.names)
+            scales = stored.scales if stored.scales is not None else [None] * n
+            latent = bank.latent if bank.latent is not None else [None] * n
+            for row in zip(bank.names, latent, stored.codes, scales, strict=True):
                 yield row[0], bank.format, row[1], Stored(row[2], row[3])
 
     def first_non_finite(self, order: list[str]) -> str | None:
         """The first latent, else the first gradient, in the model's order, that is not finite; None if all are."""
-        if bool(torch.isfinite(self.flat_grad.sum())) and all(bool(torch.isfinite(b.latent.sum())) for b in self.banks):
+        latents = {n: x for b in self.mine for n, x in zip(b.names, b.latent, strict=True)}
+        grads = {n: x for b in self.banks for n, x in zip(b.names, b.grad, strict=True)}
+        if bool(torch.isfinite(self.flat_grad.sum())) and all(bool(torch.isfinite(b.latent.sum())) for b in self.mine):
             return None
-        for what, attribute in (("weights", "latent"), ("gradient", "grad")):
-            tensors = {n: x for b in self.banks for n, x in zip(b.names, getattr(b, attribute), strict=True)}
+        for what, tensors in (("weights", latents), ("gradient", grads)):
             for name in order:
-                if not bool(torch.isfinite(tensors[name]).all()):
+                if name in tensors and not bool(torch.isfinite(tensors[name]).all()):
                     return f"the {what} of {name}"
         return None
 
@@ -729,28 +953,32 @@ def newton_schulz(g: Tensor, steps: int) -> Tensor:
 
 
 class Optimizer:
-    """Muon for the block matrices, AdamW for the embedding and the vectors, on fp32 latents and fp32 state."""
+    """Muon for the block matrices, AdamW for the embedding and the vectors, on the fp32 latents that this rank owns."""
 
     def __init__(self, latents: Latents, config: Config):
         self.config, self.latents = config, latents
-        self.muon = [b for b in latents.banks if b.optimizer == "muon"]
+        self.muon = [b for b in latents.mine if b.optimizer == "muon"]
         self.momentum = [torch.zeros_like(b.latent) for b in self.muon]
-        self.adam_banks = [b for b in latents.banks if b.optimizer != "muon"]
+        self.adam_banks = [b for b in latents.mine if b.optimizer != "muon"]
         lrs = {"embed": config.tied_embed_lr, "scalar": config.scalar_lr}
         groups = [{"params": [b.latent], "lr": lrs[b.optimizer], "base_lr": lrs[b.optimizer]} for b in self.adam_banks]
         for b in self.adam_banks:
             b.latent.grad = b.grad
         betas = (config.beta1, config.beta2)
-        self.adam = torch.optim.AdamW(groups, betas=betas, eps=config.adam_eps, weight_decay=0.0, fused=True)
+        self.adam = torch.optim.AdamW(groups or [torch.zeros(0)], betas=betas, eps=config.adam_eps, weight_decay=0.0,
+                                      fused=True)  # a rank may own no vector, which AdamW does not allow
         held = [n for b in (*self.muon, *self.adam_banks) for n in b.names]
-        assert len(held) == len(set(held)) == sum(len(b.names) for b in latents.banks), "not one group per parameter"
+        assert len(held) == len(set(held)) == sum(len(b.names) for b in latents.mine), "not one group per parameter"
 
     @torch.no_grad()
     def step(self, lr_scale: float, momentum: float) -> None:
         """One update of the latents from the accumulated gradients, which are cleared; params are not refreshed."""
-        flat = self.latents.flat_grad[:-1]
+        latents = self.latents
+        works = latents.reduce()
         if self.config.grad_clip_norm > 0:
-            flat *= (self.config.grad_clip_norm / (flat.norm() + 1e-6)).clamp(max=1.0)
+            own = latents.grad_segments[latents.ranks.rank]
+            norm = latents.ranks.sum(own.square().sum()).sqrt()
+            own *= (self.config.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0)
         lr = self.config.matrix_lr * lr_scale
         for bank, buffer in zip(self.muon, self.momentum, strict=True):
             buffer.mul_(momentum).add_(bank.grad)
@@ -758,49 +986,65 @@ class Optimizer:
             rows, cols = update.shape[-2:]
             bank.latent.mul_(1 - lr * self.config.muon_wd)
             bank.latent.add_(update.float(), alpha=-lr * max(1, rows / cols) ** 0.5)
-        for group in self.adam.param_groups:
+        for group in self.adam.param_groups if self.adam_banks else []:
             group["lr"] = group["base_lr"] * lr_scale
         self.adam.step()
-        self.latents.flat_grad.zero_()
+        for work in works:
+            latents.ranks.wait(work)
+        latents.flat_grad.zero_()
+
+    def moments(self, bank: Bank) -> dict[str, Tensor]:
+        """The optimizer's fp32 state of a bank that this rank owns, in the latent's shape."""
+        if bank.optimizer == "muon":
+            return {"momentum": self.momentum[next(i for i, b in enumerate(self.muon) if b is bank)]}
+        state = self.adam.state[bank.latent]
+        return {k: state.get(k, torch.zeros_like(bank.latent)) for k in ("exp_avg", "exp_avg_sq")}
+
+    def state_names(self, bank: Bank) -> list[str]:
+        return ["latent", "momentum"] if bank.optimizer == "muon" else ["latent", "exp_avg", "exp_avg_sq"]
 
     def state(self) -> dict[str, Tensor]:
-        """By name: latent/*, momentum/*, exp_avg/*, exp_avg_sq/*, adam_step/*; and codes/* and scales/*, carried so
-        that what a file must hold is never derived again on another machine."""
+        """By name, on rank 0, of all ranks: latent/*, momentum/*, exp_avg/*, exp_avg_sq/*; and codes/* and scales/*,
+        carried so that what a file must hold is never derived again on another machine."""
         out = {}
-        for name, _, latent, stored in self.latents.named():
-            out |= {f"latent/{name}": latent, f"codes/{name}": stored.codes}
+        for bank in self.latents.banks:
+            for what in self.state_names(bank):
+                mine = bank.owner == self.latents.ranks.rank
+                x = (self.moments(bank) | {"latent": bank.latent})[what] if mine else torch.empty_like(bank.grad)
+                x = self.latents.ranks.gather(x, bank.owner)
+                out |= {f"{what}/{n}": row for n, row in zip(bank.names, x, strict=True)}
+        for name, _, _, stored in self.latents.named():
+            out[f"codes/{name}"] = stored.codes
             out |= {f"scales/{name}": stored.scales} if stored.scales is not None else {}
-        for bank, buffer in zip(self.muon, self.momentum, strict=True):
-            out |= {f"momentum/{n}": x for n, x in zip(bank.names, buffer, strict=True)}
-        for bank in self.adam_banks:
-            moments = self.adam.state[bank.latent] or {
-                "exp_avg": torch.zeros_like(bank.latent), "exp_avg_sq": torch.zeros_like(bank.latent),
-                "step": torch.zeros((), device=bank.latent.device),
-            }
-            for key in ("exp_avg", "exp_avg_sq"):
-                out |= {f"{key}/{n}": x for n, x in zip(bank.names, moments[key], strict=True)}
-            out[f"adam_step/{bank.names[0]}"] = moments["step"]
         return out
 
     @torch.no_grad()
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        """Restore what state() gave, and refresh the params. Raises KeyError or ValueError on a wrong state."""
-        expected = self.state()
+    def load_state(self, state: dict[str, Tensor], step: int) -> None:
+        """Restore what state() gave after that many steps, each rank its own, and refresh the params.
+
+        Raises KeyError or ValueError on a wrong state. The state may come from another number of ranks.
+        """
+        expected = {}
+        for bank in self.latents.banks:
+            for i, n in enumerate(bank.names):
+                expected |= {f"{what}/{n}": bank.grad[i] for what in self.state_names(bank)}
+                expected |= {f"codes/{n}": bank.like.codes[i]}
+                expected |= {f"scales/{n}": bank.like.scales[i]} if bank.like.scales is not None else {}
         if wrong := sorted(expected.keys() ^ state.keys()):
             raise ValueError(f"tensor {wrong[0]} is missing or not known")
         for name, x in expected.items():
             if x.shape != state[name].shape or x.dtype != state[name].dtype:
                 raise ValueError(f"tensor {name} is {state[name].dtype} {tuple(state[name].shape)}, not {x.dtype} "
                                  f"{tuple(x.shape)}")
-        for bank in self.latents.banks:
-            bank.latent.copy_(torch.stack([state[f"latent/{n}"] for n in bank.names]))
-        for bank, buffer in zip(self.muon, self.momentum, strict=True):
-            buffer.copy_(torch.stack([state[f"momentum/{n}"] for n in bank.names]))
-        for bank in self.adam_banks:
-            step = state[f"adam_step/{bank.names[0]}"]
-            moments = {k: torch.stack([state[f"{k}/{n}"] for n in bank.names]) for k in ("exp_avg", "exp_avg_sq")}
-            device = bank.latent.device
-            self.adam.state[bank.latent] = {k: v.to(device).clone() for k, v in (moments | {"step": step}).items()}
+        for bank in self.latents.mine:
+            loaded = {what: torch.stack([state[f"{what}/{n}"] for n in bank.names]) for what in self.state_names(bank)}
+            bank.latent.copy_(loaded.pop("latent"))
+            if bank.optimizer == "muon":
+                self.moments(bank)["momentum"].copy_(loaded["momentum"])
+            else:
+                device = bank.latent.device
+                moments = {k: v.to(device) for k, v in loaded.items()}
+                self.adam.state[bank.latent] = moments | {"step": torch.tensor(float(step), device=device)}
         self.latents.refresh()
 
 
@@ -1046,6 +1290,8 @@ class Interrupted(Exception):
         self.signum = signum
 
 
+SILENCE = timedelta(seconds=45)  # after which a rank that does not answer is lost
+
 RUN_STATE = ("step", "elapsed", "step_seconds", "tokens_seen", "finished")  # a Trainer's, kept in its checkpoints
 
 
@@ -1058,6 +1304,7 @@ class Trainer:
         if cuda and not torch.cuda.is_available():
             raise ConfigError("device='cuda': this machine has no CUDA device; use --device cpu")
         self.device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+        self.ranks = Ranks(rank, world)
         self.seconds: dict[str, float] = {}  # phase -> seconds
         self.signal, self.signalled = 0, 0.0  # number of the last signal, and when it came
         self.log: Log | None = None
@@ -1095,7 +1342,9 @@ class Trainer:
         torch.manual_seed(c.seed)
         self.model = GPT(c).to(self.device)
         self.order = [name for name, _ in self.model.named_parameters()]
-        self.latents = Latents(self.model, c)
+        if self.world > 1:  # in the loop a rank that is silent for this long is lost; setting up may take longer
+            self.ranks.group = dist.new_group(timeout=SILENCE)
+        self.latents = Latents(self.model, c, self.ranks)
         self.optimizer = Optimizer(self.latents, c)
         self.compiled: Callable[[Tensor, Tensor], Tensor] = self.model
         self.log = Log(self.folder, self.rank, append=loaded is not None)
@@ -1162,9 +1411,12 @@ class Trainer:
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Write the checkpoint on rank 0; every rank checks first that there is something worth keeping."""
-        if bad := self.latents.first_non_finite(self.order):
-            raise TrainingError(f"step {self.step}: {bad} is not finite; the last good checkpoint is kept")
+        """Write the checkpoint of all ranks on rank 0, after each has seen that its own part is worth keeping."""
+        bad = self.latents.first_non_finite(self.order)
+        if int(self.ranks.sum(torch.tensor(bad is not None, dtype=torch.int64, device=self.device))):
+            raise TrainingError(f"step {self.step}: {bad or 'what another rank owns'} is not finite; the last good "
+                                "checkpoint is kept")
+        tensors = self.optimizer.state()
         if self.rank == 0:
             rng = {"rng/cpu": torch.get_rng_state()}
             if self.device.type == "cuda":
@@ -1173,7 +1425,7 @@ class Trainer:
                 "schema": METRICS_SCHEMA, "position": self.loader.position, "config": asdict(self.config),
                 "data": self.data.identity, "source": folder_identity(self.source_sha256),
             }
-            save_checkpoint(self.checkpoint_path, self.optimizer.state() | rng, state)
+            save_checkpoint(self.checkpoint_path, tensors | rng, state)
 
     def restore(self, tensors: dict[str, Tensor], state: dict) -> None:
         mine, theirs = asdict(self.config), state.get("config")
@@ -1190,7 +1442,7 @@ class Trainer:
         self.source_changed = state.get("source") != folder_identity(self.source_sha256)
         rng = {n: tensors.pop(n) for n in list(tensors) if n.startswith("rng/")}
         try:
-            self.optimizer.load_state(tensors)
+            self.optimizer.load_state(tensors, int(state["step"]))
             torch.set_rng_state(rng["rng/cpu"])
             if self.device.type == "cuda" and "rng/cuda" in rng:
                 torch.cuda.set_rng_state(rng["rng/cuda"], self.device)
@@ -1207,15 +1459,13 @@ class Trainer:
         return max(plan.batch_tokens // (self.world * self.micro_tokens), 1)
 
     def forward_backward(self, seq_len: int, micro_batches: int) -> None:
-        """Accumulate gradients and loss of one step in latents.flat_grad; over ranks, their mean."""
+        """Accumulate this rank's share of a step's gradients and loss, which are means, in latents.flat_grad."""
         for micro in range(micro_batches):
             rows = self.micro_tokens // seq_len
             ids, targets = self.loader.batch(rows, seq_len, micro, self.rank, self.world)
             loss = self.compiled(ids.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True))
             loss.backward()
             self.latents.accumulate(loss, micro_batches * self.world)
-        if self.world > 1:
-            dist.all_reduce(self.latents.flat_grad)
 
     def warm_up(self) -> None:
         """Compile and prime every shape of the run. Nothing is updated, so there is nothing to undo."""
@@ -1224,6 +1474,8 @@ class Trainer:
             self.log.line("notice      no C++ compiler found, so torch.compile is off; training will be slower")
         elif c.compile:
             torch._dynamo.config.recompile_limit = max(8, len(sequence_lengths(c)) + 1)  # one graph per length
+            # The compiler's cache does not look into causal_attention, so another program must be another key.
+            torch.compiler.config.cache_key_tag = folder_identity(self.source_sha256)
             self.compiled = torch.compile(self.model, dynamic=False, fullgraph=True)
         for seq_len in sequence_lengths(c):
             for _ in range(c.warmup_steps):
@@ -1232,6 +1484,12 @@ class Trainer:
                 self.latents.flat_grad.zero_()
                 self.synchronize()
                 last = time.perf_counter() - start
+        if self.world > 1:  # wait for the slowest compiler, then open the connections
+            self.ranks.call(dist.barrier)
+            self.latents.reduce()
+            self.latents.refresh()
+            self.latents.flat_grad.zero_()
+            self.ranks.sent = dict.fromkeys(self.ranks.sent, 0)
         self.seconds["compile"] = time.perf_counter() - began
         expect = f"{c.iterations:,}"
         if c.max_wallclock_seconds and last:
@@ -1248,7 +1506,7 @@ class Trainer:
         if self.world == 1:
             return progress, stop, self.signal
         word = torch.tensor([progress, stop, self.signal], dtype=torch.float64, device=self.device)
-        dist.broadcast(word, src=0)
+        self.ranks.call(dist.broadcast, word, src=0, group=self.ranks.group)
         progress, stop, signum = word.tolist()
         return progress, bool(stop), int(signum)
 
@@ -1256,7 +1514,7 @@ class Trainer:
         """Train to the wallclock cap or the number of iterations, whichever comes first."""
         c, log, cap = self.config, self.log, self.config.max_wallclock_seconds
         self.synchronize()
-        began = time.perf_counter() - self.elapsed
+        self.first_step, began = self.step, time.perf_counter() - self.elapsed
         while not self.finished:
             self.elapsed = time.perf_counter() - began
             progress = max(self.step / c.iterations if c.iterations else 0.0, self.elapsed / cap if cap else 0.0)
@@ -1267,15 +1525,14 @@ class Trainer:
                 break
             if signum:
                 self.save()
-                if self.world > 1:
-                    dist.barrier()  # a rank that leaves early would have the others killed, rank 0 while it writes
+                self.ranks.call(dist.barrier)  # one that left would have rank 0 killed while it writes
                 raise Interrupted(signum, f"stopped by signal {signum} after step {self.step}, checkpoint in "
                                   f"{self.checkpoint_path}: the same command with --resume auto continues")
             plan = schedule(c, self.step, progress)
             micro_batches = self.micro_batches(plan)
             self.forward_backward(plan.seq_len, micro_batches)
-            loss = float(self.latents.flat_grad[-1])  # waits for the device, so the clock below is true
-            if not math.isfinite(loss) or not bool(torch.isfinite(self.latents.flat_grad.sum())):
+            loss, finite = self.latents.total_loss()  # waits for the device, so the clock below is true
+            if not finite:
                 raise self.diverged(loss, plan.seq_len)
             self.optimizer.step(plan.lr_scale, plan.momentum)
             self.step += 1
@@ -1300,6 +1557,7 @@ class Trainer:
             log.line(f"stopping_early: wallclock_cap train_time:{1000 * self.elapsed:.0f}ms "
                      f"step:{self.step}/{c.iterations}")
         self.check_replicas()
+        self.report_memory()
         self.save()
         self.phase("train", f", {self.step:,} steps, {self.tokens_seen:,} tokens")
 
@@ -1333,34 +1591,73 @@ class Trainer:
                 f"the output of {name or 'the model'}")
 
         hooks = [m.register_forward_hook(look(n)) for n, m in self.model.named_modules()]
-        weights = self.latents.first_non_finite(self.order) or ""
+        weights = self.latents.first_non_finite(self.order) or ""  # of this rank
         if not weights.startswith("the weights"):  # a bad activation makes all gradients bad: look for it, eagerly
             ids, targets = self.loader.batch(1, seq_len, 0, self.rank, self.world)
             self.model(ids.to(self.device), targets.to(self.device))
         for hook in hooks:
             hook.remove()
-        first = (bad or [weights or "the sum of the gradients"])[0]
+        first = (bad or [weights or "the sum of the gradients, or another rank's,"])[0]
         kept = f"the last good checkpoint is {self.checkpoint_path}" if self.checkpoint_path.exists() else (
             "no checkpoint was written yet")
         return TrainingError(f"step {self.step + 1}: {first} is not finite (loss {loss}); {kept}; lower the learning "
                              "rates or check the data")
 
+    def lost(self, e: RankLost) -> int:
+        """Say once, from whichever rank comes first, that a rank was lost; the exit status."""
+        kept = f"continue from {self.checkpoint_path} with --resume auto" if self.checkpoint_path.exists() else (
+            "no checkpoint was written yet: start again")
+        text = f"error: a process of this run was lost at step {self.step + 1}, so all stop ({e}); {kept}"
+        self.log.line(text, console=False)
+        store = dist.distributed_c10d._get_default_store()
+        try:
+            store.set_timeout(timedelta(seconds=5))
+            first = store.add("lost", 1) == 1
+        except RuntimeError:  # the store went with the lost process
+            first = True
+        if first:
+            print(text, file=sys.stderr, flush=True)
+        return 1
+
     def check_replicas(self) -> None:
-        """Every rank must hold the same bits: compare sha256 of latents and codes."""
+        """Every rank must hold the same model: compare sha256 of all params. Report what was sent for that."""
         digest = hashlib.sha256()
-        for _, _, latent, stored in self.latents.named():
-            for x in (latent, stored.codes):
-                digest.update(x.detach().cpu().contiguous().view(torch.uint8).numpy())
+        for p in self.model.parameters():
+            digest.update(p.detach().cpu().contiguous().view(torch.uint8).numpy())
         self.replica_sha256 = digest.hexdigest()
         if self.world == 1:
             return
         mine = torch.tensor(list(digest.digest()), dtype=torch.int64, device=self.device)
         every = [torch.empty_like(mine) for _ in range(self.world)]
-        dist.all_gather(every, mine)
+        self.ranks.call(dist.all_gather, every, mine, group=self.ranks.group)
         differ = [r for r, other in enumerate(every) if not torch.equal(other, every[0])]
         if differ:
             raise TrainingError(f"replicas differ: ranks {differ} do not hold the same bits as rank 0")
-        self.log.line(f"replicas    {self.world} ranks hold identical latents and codes ({self.replica_sha256[:16]})")
+        self.log.line(f"replicas    {self.world} ranks hold identical params ({self.replica_sha256[:16]})")
+
+    def report_memory(self) -> None:
+        """Bytes of state on each rank, and what the optimizer sent in a step, counted where it was sent."""
+        steps = max(self.step - self.first_step, 1)
+        held = {id(x.untyped_storage()): x.untyped_storage().nbytes() for x in self.state_tensors()}
+        table = torch.zeros(self.world, 3, dtype=torch.int64, device=self.device)
+        table[self.rank] = torch.tensor([sum(held.values()), *(v // steps for v in self.ranks.sent.values())])
+        state, gradients, codes = self.ranks.sum(table).T.tolist()
+        ternary = sum(b.grad.numel() for b in self.latents.banks if isinstance(b.format, Ternary))
+        self.log.line(f"memory      {', '.join(f'{n:,}' for n in state)} bytes of params, gradients and optimizer state"
+                      f"{' on the ranks' if self.world > 1 else ''}")
+        if self.world > 1:
+            self.log.line(
+                f"sent/step   gradients {sum(gradients):,} bytes to their owners, codes and scales {sum(codes):,} back "
+                f"({sum(codes) / max(ternary, 1):.3f} per ternary weight), over all {self.world} ranks")
+        self.log.record("memory", state_bytes=state, gradient_bytes=gradients, code_bytes=codes, ternary=ternary)
+
+    def state_tensors(self) -> Iterator[Tensor]:
+        """All that this rank keeps between steps."""
+        yield from (p.data for p in self.model.parameters())
+        yield from (self.latents.flat_grad, self.latents.wire)
+        for bank in self.latents.mine:
+            yield from (bank.latent, *self.optimizer.moments(bank).values(), bank.stored.codes)
+            yield from [bank.stored.scales] if bank.stored.scales is not None else []
 
     def validate(self, batch_seqs: int):
         """Chunked score of the model in memory."""
@@ -1495,7 +1792,7 @@ def main(argv: list[str] | None = None) -> int:
             torch.use_deterministic_algorithms(True)
             torch.utils.deterministic.fill_uninitialized_memory = False
         if world > 1:
-            dist.init_process_group("nccl" if trainer.device.type == "cuda" else "gloo")
+            dist.init_process_group("nccl" if trainer.device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
 
         def on_signal(signum: int, _frame) -> None:
             if trainer.signal and time.monotonic() - trainer.signalled > 2:  # launchers repeat a signal within moments
@@ -1516,6 +1813,8 @@ def main(argv: list[str] | None = None) -> int:
         return 128 + e.signum
     except ConfigError as e:
         return fail(e, 2)
+    except RankLost as e:
+        return trainer.lost(e)
     except (DataError, AuditError, CheckpointError, TrainingError, pack.ArtifactError, OSError) as e:
         return fail(e, 1)
     finally:

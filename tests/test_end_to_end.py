@@ -114,7 +114,7 @@ def test_a_signal_finishes_the_step_and_saves(tiny_run, data_dir, tmp_path, sign
 def test_two_ranks_are_identical_replicas_with_the_loss_curve_of_one(tiny_run, data_dir, tmp_path):
     done = run(*tiny_args(data_dir, tmp_path), ranks=2)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "2 ranks hold identical latents and codes" in done.stdout
+    assert "2 ranks hold identical params" in done.stdout
     assert "roundtrip gap             0.00000000" in done.stdout
     one = [r["loss"] for r in metrics(tiny_run[0], "train")]
     two = [r["loss"] for r in metrics(tmp_path / "tiny_seed1337", "train")]

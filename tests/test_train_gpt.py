@@ -406,7 +406,7 @@ def test_optimizer_state_survives_a_checkpoint(tmp_path):
     tensors, state = load_checkpoint(tmp_path / "c")
     assert state == {"step": 1}
     b = make(99)
-    b[2].load_state(tensors)
+    b[2].load_state(tensors, 1)
     for seed in (2, 3):
         train_step(*a, seed)
         train_step(*b, seed)
@@ -414,7 +414,7 @@ def test_optimizer_state_survives_a_checkpoint(tmp_path):
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
     assert all(torch.equal(p, q) for p, q in zip(a[0].parameters(), b[0].parameters(), strict=True))
     with pytest.raises(ValueError, match="missing or not known"):
-        b[2].load_state({k: v for k, v in tensors.items() if k != "latent/skip_weights"})
+        b[2].load_state({k: v for k, v in tensors.items() if k != "latent/skip_weights"}, 1)
 
 
 @pytest.mark.parametrize("damage", ["truncate", "garbage", "empty", "missing", "no state"])
