@@ -1,7 +1,8 @@
-"""The byte budget of a model before it is trained: `python train_gpt.py --plan [settings]`.
+"""The budget of a model before it is trained: `python train_gpt.py --plan [settings]`.
 
 Parameters and predicted bytes of each part, and the widest MLP, the most layers and the largest vocabulary that fit
-the cap with everything else as it is. Bits per symbol are pack.expected_bits, measured on trained artifacts.
+the cap with everything else as it is. Bits per symbol are pack.expected_bits, measured on trained artifacts. Then what
+a step costs on H100s (costs.py).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+import costs
 import pack
 import submission
 import train_gpt
@@ -63,8 +65,8 @@ def changed(config: Config, name: str, value: int) -> Config | None:
         return None
 
 
-def report(preset: str, config: Config) -> str:
-    """The plan of a configuration, as text. Trains nothing, reads no data."""
+def report(preset: str, config: Config, gpus: tuple[int, ...] = (1, 8)) -> str:
+    """The plan of a configuration, as text, its costs for each number of GPUs. Trains nothing, reads no data."""
     c = config
     parts = predicted_bytes(c)
     model, code = model_bytes(c), bundle_bytes()
@@ -113,7 +115,7 @@ def report(preset: str, config: Config) -> str:
             more = ternary_weights(best) - PR367_TERNARY
             lines.append(f"{'':<14}{more:+,} ternary parameters against PR 367's {PR367_TERNARY:,} in "
                          f"{PR367_BYTES:,} bytes")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *costs.report(c, gpus)])
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -717,7 +718,7 @@ class Ranks:
         try:
             return function(*args, **kwargs)
         except RuntimeError as e:  # gloo's and NCCL's errors have no type of their own
-            raise RankLost(str(e).partition("\n")[0]) from e
+            raise RankLost(re.sub(r"^\[[^ ]*\] |\. This is .*|\n.*", "", str(e), flags=re.S)) from e
 
     def sum(self, x: Tensor) -> Tensor:
         """x <- sum over all ranks, on all ranks."""
@@ -1642,14 +1643,16 @@ class Trainer:
         table = torch.zeros(self.world, 3, dtype=torch.int64, device=self.device)
         table[self.rank] = torch.tensor([sum(held.values()), *(v // steps for v in self.ranks.sent.values())])
         state, gradients, codes = self.ranks.sum(table).T.tolist()
-        ternary = sum(b.grad.numel() for b in self.latents.banks if isinstance(b.format, Ternary))
+        ternary = [b for b in self.latents.banks if isinstance(b.format, Ternary)]
+        each = sum(len(b.wire) for b in ternary) / max(sum(b.grad.numel() for b in ternary), 1)
         self.log.line(f"memory      {', '.join(f'{n:,}' for n in state)} bytes of params, gradients and optimizer state"
                       f"{' on the ranks' if self.world > 1 else ''}")
         if self.world > 1:
             self.log.line(
                 f"sent/step   gradients {sum(gradients):,} bytes to their owners, codes and scales {sum(codes):,} back "
-                f"({sum(codes) / max(ternary, 1):.3f} per ternary weight), over all {self.world} ranks")
-        self.log.record("memory", state_bytes=state, gradient_bytes=gradients, code_bytes=codes, ternary=ternary)
+                f"({each:.3f} for a ternary weight), over all {self.world} ranks")
+        self.log.record("memory", state_bytes=state, gradient_bytes=gradients, code_bytes=codes,
+                        bytes_per_ternary_weight=each)
 
     def state_tensors(self) -> Iterator[Tensor]:
         """All that this rank keeps between steps."""
