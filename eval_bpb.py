@@ -284,8 +284,10 @@ HEAD_ROWS = 8192  # positions per pass through the output head: bounds the fp32 
 
 
 def position_losses(model, ids: Tensor, targets: Tensor, scored: Tensor) -> Tensor:
-    """Losses in nats, fp32 [number of True in scored]. ids, targets, scored: [batch, time]."""
-    hidden = model.hidden(ids)[scored]
+    """Losses in nats, fp32 [number of True in scored]. ids: [batch, time]; targets, scored: [batch, last], of the last
+    positions; a model with hidden_last computes no more than they need."""
+    last = scored.shape[1]
+    hidden = (model.hidden_last(ids, last) if hasattr(model, "hidden_last") else model.hidden(ids)[:, -last:])[scored]
     rows = zip(hidden.split(HEAD_ROWS), targets[scored].split(HEAD_ROWS), strict=True)
     return torch.cat([F.cross_entropy(model.head(h), t, reduction="none") for h, t in rows])
 
@@ -305,14 +307,17 @@ def evaluate(model, tokens, counter: ByteCounter, seq_len: int, stride: int, bat
     if not len(windows):
         raise DataError(f"nothing to score: the validation stream has {len(tokens)} token(s)")
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    batches = [slice(i, i + batch_seqs) for i in range(0, len(windows), batch_seqs)]
+    # The first window is scored whole, all others at their end only: apart, they need little of the last block.
+    starts = [0, *range(1, len(windows), batch_seqs)] if stride < seq_len else range(0, len(windows), batch_seqs)
+    batches = [slice(a, b) for a, b in zip(starts, [*starts[1:], len(windows)], strict=True)]
     sums = torch.zeros(len(windows), dtype=torch.float64, device=device)
     stream = torch.from_numpy(tokens)
     for batch in batches[rank::world]:
         start, end, score_from = (torch.from_numpy(column) for column in windows[batch].T)
         position = start[:, None] + torch.arange(int((end - start).max()))  # windows of one batch are equally long
-        scored = (position >= score_from[:, None]).to(device)
-        losses = position_losses(model, stream[position].to(device), stream[position + 1].to(device), scored)
+        at_end = position[:, -int((end - score_from).max()) :]
+        scored = (at_end >= score_from[:, None]).to(device)
+        losses = position_losses(model, stream[position].to(device), stream[at_end + 1].to(device), scored)
         padded = torch.zeros(scored.shape, dtype=torch.float64, device=device)
         padded[scored] = losses.double()
         sums[batch] = padded.sum(1)

@@ -504,33 +504,35 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
 
 
-Q_TILE, HEAD_TILE = 128, 8  # queries and kv heads per tile: a tile's scores stay in the L2 cache (LOG.md)
+Q_TILE, HEAD_TILE = 128, 16  # queries and kv heads per tile, so that a tile's scores stay near the core (LOG.md)
 
 
-def attention_tiles(q: Tensor) -> Iterator[tuple[slice, slice, slice]]:
-    """(kv heads, queries, keys) of each tile of causal attention over q [kv heads, .., time, head_dim]."""
-    for g in range(0, q.shape[0], HEAD_TILE):
-        for start in reversed(range(0, q.shape[2], Q_TILE)):
+def attention_tiles(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice, slice]]:
+    """(kv heads, queries, keys) of each tile of causal attention; q [n, r, queries, dim] are the last of k's times."""
+    before = k.shape[1] - q.shape[2]
+    for head in range(0, q.shape[0], HEAD_TILE):
+        for start in reversed(range(0, q.shape[2], Q_TILE)):  # the first tile of a head sees every key
             end = min(start + Q_TILE, q.shape[2])
-            yield slice(g, g + HEAD_TILE), slice(start, end), slice(0, end)
+            yield slice(head, head + HEAD_TILE), slice(start, end), slice(0, before + end)
 
 
 @torch.library.custom_op("train_gpt::causal_attention", mutates_args=())
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """softmax(q k^T / sqrt(head_dim)) v under a causal mask, for training on a CPU.
+    """softmax(q k^T / sqrt(head_dim)) v under a causal mask, on a CPU.
 
-    q: [n, r, time, head_dim], r query heads for each of the n key and value heads k, v: [n, time, head_dim]. Returns
-    the output in q's shape, and the probabilities of each tile, which the backward needs. The mathematics is that of
-    F.scaled_dot_product_attention, whose CPU backward takes three times as long as these matrix products (LOG.md).
-    A score is rounded to the dtype of q, as in any attention made of matrix products; the softmax is fp32 inside.
+    q: [n, r, queries, head_dim], r query heads for each of the n key and value heads k, v: [n, time, head_dim]; the
+    queries are those of the last positions. Returns the output in q's shape, and the probabilities of each tile, which
+    the backward needs. The mathematics is that of F.scaled_dot_product_attention, whose CPU backward takes three times
+    as long as these matrix products (LOG.md). A score is rounded to the dtype of q, as in any attention made of matrix
+    products; the softmax is fp32 inside.
     """
-    r, time, dim = q.shape[1:]
+    r, dim = q.shape[1], q.shape[3]
     out, probabilities = torch.empty_like(q, memory_format=torch.contiguous_format), []
     above, q = torch.full((Q_TILE, Q_TILE), -math.inf, dtype=q.dtype).triu(1), q * dim**-0.5
-    for heads, rows, keys in attention_tiles(q):
+    for heads, rows, keys in attention_tiles(q, k):
         n = rows.stop - rows.start
         scores = torch.bmm(q[heads, :, rows].flatten(1, 2), k[heads, keys].mT)
-        scores.unflatten(1, (r, n))[..., rows] += above[:n, :n]
+        scores.unflatten(1, (r, n))[..., -n:] += above[:n, :n]
         p = torch.softmax(scores, -1)
         out[heads, :, rows] = torch.bmm(p, v[heads, keys]).unflatten(1, (r, n))
         probabilities.append(p)
@@ -544,11 +546,11 @@ def causal_attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, pro
     r, scale = q.shape[1], q.shape[-1] ** -0.5
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     dk, dv = torch.empty(k.shape), torch.empty(v.shape)  # fp32: a key's gradient is a sum over tiles
-    for p, (heads, rows, keys) in zip(probabilities, attention_tiles(q), strict=True):
+    for p, (heads, rows, keys) in zip(probabilities, attention_tiles(q, k), strict=True):
         g, queries = grad[heads, :, rows].flatten(1, 2), q[heads, :, rows].flatten(1, 2)
         ds = torch._softmax_backward_data(torch.bmm(g, v[heads, keys].mT), p, -1, p.dtype)
         dq[heads, :, rows] = torch.bmm(ds, k[heads, keys]).unflatten(1, (r, -1))
-        add = Tensor.copy_ if keys.stop == k.shape[1] else Tensor.add_  # the first tile of a head sees every key
+        add = Tensor.copy_ if keys.stop == k.shape[1] else Tensor.add_
         add(dv[heads, keys], torch.bmm(p.mT, g))
         add(dk[heads, keys], torch.bmm(ds.mT, queries))
     return dq * scale, (dk * scale).to(k.dtype), dv.to(v.dtype)
@@ -556,9 +558,9 @@ def causal_attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, pro
 
 @causal_attention.register_fake
 def _(q, k, v):
-    rows = [(len(range(q.shape[0])[heads]), q.shape[1] * (queries.stop - queries.start), keys.stop)
-            for heads, queries, keys in attention_tiles(q)]
-    return q.new_empty(q.shape), [q.new_empty(shape) for shape in rows]
+    shapes = [(len(range(q.shape[0])[heads]), q.shape[1] * (rows.stop - rows.start), keys.stop)
+              for heads, rows, keys in attention_tiles(q, k)]
+    return q.new_empty(q.shape), [q.new_empty(shape) for shape in shapes]
 
 
 @causal_attention_backward.register_fake
@@ -572,11 +574,30 @@ causal_attention.register_autograd(
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention of q [batch, heads, time, head_dim] to k, v [batch, kv_heads, time, head_dim]."""
-    if q.device.type == "cpu" and torch.is_grad_enabled():
+    """Causal attention of q [batch, heads, queries, head_dim], the last of the times of k, v [batch, kv_heads, time,
+    head_dim]."""
+    queries, time, gqa = q.shape[2], k.shape[2], q.shape[1] != k.shape[1]
+    if q.device.type == "cpu":
         out, _ = causal_attention(q.unflatten(1, (k.shape[1], -1)).flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1))
         return out.view_as(q)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+    if queries == time:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
+    mask = torch.ones(queries, time, dtype=torch.bool, device=q.device).tril(time - queries)
+    return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=gqa)
+
+
+@torch.library.custom_op("train_gpt::rope_tables", mutates_args=())
+def rope_tables(ids: Tensor, half: int, base: float) -> tuple[Tensor, Tensor]:
+    """cos and sin of RoPE's angles, fp32 [time, half], for ids [.., time]. An op, so that a compiled step computes it
+    once: inlined into the kernels that use it, it costs a sine for each element of every q and k."""
+    frequency = base ** -(torch.arange(half, device=ids.device, dtype=torch.float32) / half)
+    angle = torch.arange(ids.shape[-1], device=ids.device, dtype=torch.float32)[:, None] * frequency
+    return angle.cos(), angle.sin()
+
+
+@rope_tables.register_fake
+def _(ids, half, base):
+    return (ids.new_empty(ids.shape[-1], half, dtype=torch.float32),) * 2
 
 
 class Attention(nn.Module):
@@ -589,16 +610,20 @@ class Attention(nn.Module):
         self.proj = nn.Linear(c.model_dim, c.model_dim, bias=False)
         self.q_gain = nn.Parameter(torch.full((c.num_heads,), c.qk_gain_init))
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, last: int) -> Tensor:
+        """The output at the last positions of x [batch, time, model_dim]: [batch, last, model_dim]."""
         batch, time = x.shape[:2]
+        x, kv = norm(x), (self.c_k.weight, self.c_v.weight)
         # One product over the three matrices, which stay three for Muon; joining them copies weights, not activations.
-        qkv = F.linear(norm(x), torch.cat((self.c_q.weight, self.c_k.weight, self.c_v.weight)))
-        qkv = qkv.view(batch, time, -1, self.head_dim).transpose(1, 2)
-        q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
-        q = rotate(norm(q), cos, sin) * self.q_gain[:, None, None]
+        parts = [F.linear(x, torch.cat((self.c_q.weight, *kv)))] if last == time else [
+            self.c_q(x[:, -last:]), F.linear(x, torch.cat(kv))]
+        heads = [part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in parts]
+        sizes = (self.heads, self.kv_heads, self.kv_heads)
+        q, k, v = heads[0].split(sizes, dim=1) if last == time else (heads[0], *heads[1].split(sizes[1:], dim=1))
+        q = rotate(norm(q), cos[-last:], sin[-last:]) * self.q_gain[:, None, None]
         k = rotate(norm(k), cos, sin)
         y = attend(q, k, v)
-        return self.proj(norm(y.transpose(1, 2).reshape(batch, time, -1)))
+        return self.proj(norm(y.transpose(1, 2).reshape(batch, last, -1)))
 
 
 class MLP(nn.Module):
@@ -619,9 +644,9 @@ class Block(nn.Module):
         self.mlp_scale = nn.Parameter(torch.ones(c.model_dim))
         self.resid_mix = nn.Parameter(torch.stack((torch.ones(c.model_dim), torch.zeros(c.model_dim))))
 
-    def forward(self, x: Tensor, x0: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, x0: Tensor, cos: Tensor, sin: Tensor, last: int) -> Tensor:
         x = self.resid_mix[0] * x + self.resid_mix[1] * x0
-        x = x + self.attn_scale * self.attn(x, cos, sin)
+        x = x[:, -last:] + self.attn_scale * self.attn(x, cos, sin, last)
         return x + self.mlp_scale * self.mlp(x)
 
 
@@ -641,17 +666,19 @@ class GPT(nn.Module):
 
     def hidden(self, ids: Tensor) -> Tensor:
         """Final normalised hidden states [batch, time, model_dim] of token ids [batch, time]."""
+        return self.hidden_last(ids, ids.shape[1])
+
+    def hidden_last(self, ids: Tensor, last: int) -> Tensor:
+        """hidden(ids)[:, -last:], for which the last block computes only keys and values of the other positions."""
         dtype, half = self.tok_emb.weight.dtype, self.config.model_dim // self.config.num_heads // 2
-        frequency = self.config.rope_base ** -(torch.arange(half, device=ids.device, dtype=torch.float32) / half)
-        angle = torch.arange(ids.shape[1], device=ids.device, dtype=torch.float32)[:, None] * frequency
-        cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+        cos, sin = (x.to(dtype) for x in rope_tables(ids, half, self.config.rope_base))
         # The table in fp32: its gradient sums thousands of rows per frequent token, which bf16 would lose.
         x = x0 = norm(F.embedding(ids, self.tok_emb.weight.float())).to(dtype)
         half_way, skips = self.config.num_layers // 2, []
         for i, block in enumerate(self.blocks):
             if i >= half_way and skips:
                 x = x + self.skip_weights[i - half_way] * skips.pop()
-            x = block(x, x0, cos, sin)
+            x = block(x, x0, cos, sin, last if i == self.config.num_layers - 1 else ids.shape[1])
             if i < half_way:
                 skips.append(x)
         return norm(x)
@@ -662,8 +689,11 @@ class GPT(nn.Module):
         return cap * torch.tanh(F.linear(hidden, self.tok_emb.weight).float() / cap)
 
     def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
-        """Mean loss in nats per token."""
-        return F.cross_entropy(self.head(self.hidden(ids)).flatten(0, 1), targets.flatten())
+        """Mean loss in nats per token: F.cross_entropy of the logits, in one pass over them."""
+        logits, cap = self.head(self.hidden(ids)), self.config.logit_softcap
+        target = (torch.arange(logits.shape[-1], device=ids.device) == targets[..., None]) * logits
+        shift = min(cap, 60.0)  # logits are below the cap, so their maximum need not be looked for
+        return ((logits - shift).exp().sum(-1).log() + shift - target.sum(-1)).mean()
 
 
 # What a model is rebuilt from, and so what an artifact's configuration holds; the rest of a run is in its log.
