@@ -52,6 +52,7 @@ from eval_bpb import (
     ByteCounter,
     DataError,
     audit_bytes,
+    can_compile,
     evaluate,
     folder_identity,
     keep_freed_memory,
@@ -1501,7 +1502,7 @@ class Trainer:
     def warm_up(self) -> None:
         """Compile and prime every shape of the run. Nothing is updated, so there is nothing to undo."""
         began, c, last = time.perf_counter(), self.config, 0.0
-        if c.compile and self.device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++"))):
+        if c.compile and not can_compile(self.device):
             self.log.line("notice      no C++ compiler found, so torch.compile is off; training will be slower")
         elif c.compile:
             torch._dynamo.config.recompile_limit = max(8, len(sequence_lengths(c)) + 1)  # one graph per length
