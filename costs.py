@@ -12,7 +12,7 @@ the plan prints too. Which stack ours is near is not known: the plan prints both
 
 Terms that six points cannot identify were dropped, tests/test_costs.py shows why: separate efficiencies of matrix
 products, attention and HBM, and a fixed time per step or per layer. All of them fit best where the hardware exceeds its
-peaks, on the word of one run, PR 2086.
+peaks or its products take no time; those for HBM and fixed times on the word of one run, PR 2086.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ RUNS = (
     # for: the quantizer is 1% of the traffic. Nor are its clipping to norm 1, its copies of k and v for every head, and
     # the two norms per block that it does not have.
     Run(666, SDPA, 119.38, 23_774, Shape(12, 768, 384, 2304, 1024, 1024, 524_288, 5)),
-    # README.md of the PR (mean of 3 seeds). Its settings as repeated in a public rerun's page of
-    # 2026-03-24_74M_Ternary_UNet_FP8_10L_8192BPE_YaRN_NeoMuon; the PR's own folder was not found in the stored index
+    # ms/step as in the table of submissions that this project started from; settings as a public rerun's page of
+    # 2026-03-24_74M_Ternary_UNet_FP8_10L_8192BPE_YaRN_NeoMuon repeats them. The PR's own folder was not found.
     Run(640, FA3, 91.8, 0, _PR640),
     # README.md of the PR (mean of 3 seeds)
     Run(920, FA3, 91.87, 0, Shape(10, 768, 384, 3072, 8192, 1024, 524_288, 3, embed_dim=312, fused_qkv=True)),

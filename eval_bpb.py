@@ -293,6 +293,11 @@ def can_compile(device: torch.device) -> bool:
     return device.type != "cpu" or any(map(shutil.which, ("g++", "clang++")))
 
 
+def tag_compiler_cache() -> None:
+    """Make the compiler's cache ask for this very program: it does not look into operators such as train_gpt's."""
+    torch.compiler.config.cache_key_tag = folder_identity({p.name: sha256_file(p) for p in pack.code_files()})
+
+
 def hidden_last(model, ids: Tensor, last: int) -> Tensor:
     """Hidden states [batch, last, model_dim] of the last positions of ids; all are computed where a model must."""
     return model.hidden_last(ids, last) if hasattr(model, "hidden_last") else model.hidden(ids)[:, -last:]
@@ -329,6 +334,8 @@ def evaluate(model, tokens, counter: ByteCounter, seq_len: int, stride: int, bat
     batches = [slice(a, b) for a, b in zip(starts, [*starts[1:], len(windows)], strict=True)]
     sums = torch.zeros(len(windows), dtype=torch.float64, device=device)
     stream = torch.from_numpy(tokens)
+    if compiled:
+        tag_compiler_cache()
     fast = torch.compile(hidden_last, dynamic=False, fullgraph=True) if compiled else hidden_last
     for batch in batches[rank::world]:
         start, end, score_from = (torch.from_numpy(column) for column in windows[batch].T)

@@ -587,10 +587,10 @@ def check_tensor(name: str, t: StoredTensor) -> None:
 # Bits that a symbol of a trained model takes here, the mean over artifacts (LOG.md, "bits of trained models"; int2 to
 # int8 but int4, fp16, fp32, log4 and log8: from random values). What `expected_bits` and so every plan assumes.
 BITS = {
-    "ternary": 1.577, "int2": 1.4, "int3": 2.0, "int4": 2.80, "int5": 3.8, "int6": 4.8, "int7": 5.8, "int8": 6.8,
-    "fp8": 7.0, "bf16": 10.9, "fp16": 13.9, "fp32": 32.0,  # of either sign, like an embedding
+    "ternary": 1.577, "int2": 0.7, "int3": 1.8, "int4": 2.80, "int5": 3.8, "int6": 4.7, "int7": 5.7, "int8": 6.8,
+    "fp8": 5.4, "bf16": 10.9, "fp16": 13.9, "fp32": 32.0,  # of either sign, like an embedding
     "vector fp8": 4.7, "vector bf16": 8.6, "vector fp16": 11.6,  # near one, like gains
-    "scale log4": 0.7, "scale log5": 1.2, "scale log6": 1.95, "scale log7": 2.9, "scale log8": 3.9,
+    "scale log4": 0.2, "scale log5": 1.1, "scale log6": 1.95, "scale log7": 2.9, "scale log8": 3.8,
     "scale bf16": 6.8, "scale fp16": 9.1,
 }
 

@@ -33,6 +33,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -61,6 +62,7 @@ from eval_bpb import (
     read_shard,
     sha256_file,
     shard_tokens,
+    tag_compiler_cache,
 )
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -123,6 +125,7 @@ class Config:
     vector_format: str = setting("bf16", "format of gains, scales, mixes and skips: fp8, bf16 or fp16")
     group_size: int = setting(128, "weights per scale along the input dimension; 0: one scale per tensor", 0)
     threshold: float = setting(0.5, "a ternary code is zero up to threshold * mean|w| (0.5: BitNet b1.58)", 0)
+    activation_bits: int = setting(16, "8: int8 activations and products in the blocks; not measured on a GPU")
     scale_dtype: str = setting("log7", "scales: bf16, fp16 or log4..log8 (2^bits steps over 16 octaves)")
     # optimizer
     matrix_lr: float = setting(0.04, "Muon learning rate of block matrices", 0)
@@ -172,6 +175,10 @@ class Config:
         need(self.iterations > 0 or self.max_wallclock_seconds > 0, "iterations", "must be positive without a cap")
         for name in ("matrix_format", "embed_format", "vector_format"):
             make_format(self, name)
+        need(self.activation_bits in (8, 16), "activation_bits", "must be 8 or 16")
+        per_row = self.group_size == 0 or self.group_size >= max(self.model_dim, self.hidden_dim)
+        need(self.activation_bits == 16 or self.matrix_format == "ternary" and per_row, "activation_bits",
+             "8 needs matrix_format ternary and one scale per row: group_size 0, or no less than any input width")
 
     @property
     def hidden_dim(self) -> int:
@@ -236,7 +243,7 @@ def resolve_settings(argv: list[str], env: Mapping[str, str]) -> tuple[str, Conf
     """(preset, settings, where each came from, notices). Raises ConfigError; argparse exits on an unknown flag."""
     kinds = {f.name: type(f.default) for f in fields(Config)}
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    p.add_argument("--plan", action="store_true", help="do not train: predict the bytes and what else would fit")
+    p.add_argument("--plan", action="store_true", help="do not train: predict bytes, what else fits, time on H100s")
     p.add_argument("--preset", choices=PRESETS, help="named settings (default: cpu without a GPU, pr367 with one)")
     for f in fields(Config):
         shown = "on" if f.default is True else "off" if f.default is False else f.default
@@ -518,14 +525,14 @@ def attention_tiles(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice, slice]
 
 
 @torch.library.custom_op("train_gpt::causal_attention", mutates_args=())
-def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, list[Tensor]]:
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, keep: bool) -> tuple[Tensor, list[Tensor]]:
     """softmax(q k^T / sqrt(head_dim)) v under a causal mask, on a CPU.
 
     q: [n, r, queries, head_dim], r query heads for each of the n key and value heads k, v: [n, time, head_dim]; the
-    queries are those of the last positions. Returns the output in q's shape, and the probabilities of each tile, which
-    the backward needs. The mathematics is that of F.scaled_dot_product_attention, whose CPU backward takes three times
-    as long as these matrix products (LOG.md). A score is rounded to the dtype of q, as in any attention made of matrix
-    products; the softmax is fp32 inside.
+    queries are those of the last positions. Returns the output in q's shape and, if keep, the probabilities of each
+    tile, which the backward needs. The mathematics is that of F.scaled_dot_product_attention, whose CPU backward takes
+    three times as long as these matrix products (LOG.md). A score is rounded to the dtype of q, as in any attention
+    made of matrix products; the softmax is fp32 inside.
     """
     r, dim = q.shape[1], q.shape[3]
     out, probabilities = torch.empty_like(q, memory_format=torch.contiguous_format), []
@@ -536,7 +543,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, list[Tens
         scores.unflatten(1, (r, n))[..., -n:] += above[:n, :n]
         p = torch.softmax(scores, -1)
         out[heads, :, rows] = torch.bmm(p, v[heads, keys]).unflatten(1, (r, n))
-        probabilities.append(p)
+        probabilities += [p] if keep else []
     return out, probabilities
 
 
@@ -558,9 +565,9 @@ def causal_attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, pro
 
 
 @causal_attention.register_fake
-def _(q, k, v):
+def _(q, k, v, keep):
     shapes = [(len(range(q.shape[0])[heads]), q.shape[1] * (rows.stop - rows.start), keys.stop)
-              for heads, rows, keys in attention_tiles(q, k)]
+              for heads, rows, keys in attention_tiles(q, k) if keep]
     return q.new_empty(q.shape), [q.new_empty(shape) for shape in shapes]
 
 
@@ -570,8 +577,8 @@ def _(grad, q, k, v, probabilities):
 
 
 causal_attention.register_autograd(
-    lambda ctx, grad, _: causal_attention_backward(grad, *ctx.saved_tensors[:3], list(ctx.saved_tensors[3:])),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs, *output[1]))
+    lambda ctx, grad, _: (*causal_attention_backward(grad, *ctx.saved_tensors[:3], list(ctx.saved_tensors[3:])), None),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:3], *output[1]))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -579,8 +586,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     head_dim]."""
     queries, time, gqa = q.shape[2], k.shape[2], q.shape[1] != k.shape[1]
     if q.device.type == "cpu":
-        out, _ = causal_attention(q.unflatten(1, (k.shape[1], -1)).flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1))
-        return out.view_as(q)
+        q = q.unflatten(1, (k.shape[1], -1)).flatten(0, 1)
+        out, _ = causal_attention(q, k.flatten(0, 1), v.flatten(0, 1), torch.is_grad_enabled())
+        return out.view(len(k), -1, *out.shape[2:])
     if queries == time:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
     mask = torch.ones(queries, time, dtype=torch.bool, device=q.device).tril(time - queries)
@@ -588,36 +596,74 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("train_gpt::rope_tables", mutates_args=())
-def rope_tables(ids: Tensor, half: int, base: float) -> tuple[Tensor, Tensor]:
-    """cos and sin of RoPE's angles, fp32 [time, half], for ids [.., time]. An op, so that a compiled step computes it
-    once: inlined into the kernels that use it, it costs a sine for each element of every q and k."""
+def rope_tables(ids: Tensor, half: int, base: float) -> Tensor:
+    """cos and sin of RoPE's angles, fp32 [2, time, half], for ids [.., time]. An op, so that a compiled step computes
+    them once: inlined into the kernels that use them, they cost a sine for each element of every q and k."""
     frequency = base ** -(torch.arange(half, device=ids.device, dtype=torch.float32) / half)
     angle = torch.arange(ids.shape[-1], device=ids.device, dtype=torch.float32)[:, None] * frequency
-    return angle.cos(), angle.sin()
+    return torch.stack((angle.cos(), angle.sin()))
 
 
 @rope_tables.register_fake
 def _(ids, half, base):
-    return (ids.new_empty(ids.shape[-1], half, dtype=torch.float32),) * 2
+    return ids.new_empty(2, ids.shape[-1], half, dtype=torch.float32)
+
+
+class Int8Product(torch.autograd.Function):
+    """x w^T with int8 operands and int32 sums, for a ternary w with one scale per row (BitNet b1.58's W1.58A8).
+
+    The codes of w are exact in int8; x [.., inputs] is rounded per token to 127 steps of its largest magnitude
+    (arXiv 2402.17764, section 2). The rounding is passed straight through: gradients are those of the 16-bit product.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        tokens = x.flatten(0, -2).float()
+        step = tokens.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127
+        sums = torch._int_mm((tokens / step).round().to(torch.int8), w.sign().to(torch.int8).mT)
+        return (sums * step * w.abs().amax(-1).float()).to(x.dtype).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, w = ctx.saved_tensors
+        return grad @ w, grad.flatten(0, -2).mT @ x.flatten(0, -2)
+
+
+def product(x: Tensor, w: Tensor, activation_bits: int) -> Tensor:
+    """x [.., inputs] w^T [inputs, outputs]."""
+    return F.linear(x, w) if activation_bits == 16 else Int8Product.apply(x, w)
+
+
+class Linear(nn.Linear):
+    """A block matrix [outputs, inputs]."""
+
+    def __init__(self, inputs: int, outputs: int, activation_bits: int):
+        super().__init__(inputs, outputs, bias=False)
+        self.activation_bits = activation_bits
+
+    def forward(self, x: Tensor) -> Tensor:
+        return product(x, self.weight, self.activation_bits)
 
 
 class Attention(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = c.num_heads, c.num_kv_heads, c.model_dim // c.num_heads
-        self.c_q = nn.Linear(c.model_dim, c.model_dim, bias=False)
-        self.c_k = nn.Linear(c.model_dim, c.num_kv_heads * self.head_dim, bias=False)
-        self.c_v = nn.Linear(c.model_dim, c.num_kv_heads * self.head_dim, bias=False)
-        self.proj = nn.Linear(c.model_dim, c.model_dim, bias=False)
+        bits = c.activation_bits
+        self.c_q = Linear(c.model_dim, c.model_dim, bits)
+        self.c_k = Linear(c.model_dim, c.num_kv_heads * self.head_dim, bits)
+        self.c_v = Linear(c.model_dim, c.num_kv_heads * self.head_dim, bits)
+        self.proj = Linear(c.model_dim, c.model_dim, bits)
         self.q_gain = nn.Parameter(torch.full((c.num_heads,), c.qk_gain_init))
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, last: int) -> Tensor:
         """The output at the last positions of x [batch, time, model_dim]: [batch, last, model_dim]."""
-        batch, time = x.shape[:2]
+        (batch, time), bits = x.shape[:2], self.c_q.activation_bits
         x, kv = norm(x), (self.c_k.weight, self.c_v.weight)
         # One product over the three matrices, which stay three for Muon; joining them copies weights, not activations.
-        parts = [F.linear(x, torch.cat((self.c_q.weight, *kv)))] if last == time else [
-            self.c_q(x[:, -last:]), F.linear(x, torch.cat(kv))]
+        parts = [product(x, torch.cat((self.c_q.weight, *kv)), bits)] if last == time else [
+            self.c_q(x[:, -last:]), product(x, torch.cat(kv), bits)]
         heads = [part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in parts]
         sizes = (self.heads, self.kv_heads, self.kv_heads)
         q, k, v = heads[0].split(sizes, dim=1) if last == time else (heads[0], *heads[1].split(sizes[1:], dim=1))
@@ -630,8 +676,8 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
-        self.fc = nn.Linear(c.model_dim, c.hidden_dim, bias=False)
-        self.proj = nn.Linear(c.hidden_dim, c.model_dim, bias=False)
+        self.fc = Linear(c.model_dim, c.hidden_dim, c.activation_bits)
+        self.proj = Linear(c.hidden_dim, c.model_dim, c.activation_bits)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(norm(self.fc(norm(x)).relu().square()))
@@ -672,7 +718,7 @@ class GPT(nn.Module):
     def hidden_last(self, ids: Tensor, last: int) -> Tensor:
         """hidden(ids)[:, -last:], for which the last block computes only keys and values of the other positions."""
         dtype, half = self.tok_emb.weight.dtype, self.config.model_dim // self.config.num_heads // 2
-        cos, sin = (x.to(dtype) for x in rope_tables(ids, half, self.config.rope_base))
+        cos, sin = rope_tables(ids, half, self.config.rope_base).to(dtype)
         # The table in fp32: its gradient sums thousands of rows per frequent token, which bf16 would lose.
         x = x0 = norm(F.embedding(ids, self.tok_emb.weight.float())).to(dtype)
         half_way, skips = self.config.num_layers // 2, []
@@ -693,8 +739,9 @@ class GPT(nn.Module):
         """Mean loss in nats per token: F.cross_entropy of the logits, in one pass over them."""
         logits, cap = self.head(self.hidden(ids)), self.config.logit_softcap
         target = (torch.arange(logits.shape[-1], device=ids.device) == targets[..., None]) * logits
-        shift = min(cap, 60.0)  # logits are below the cap, so their maximum need not be looked for
-        return ((logits - shift).exp().sum(-1).log() + shift - target.sum(-1)).mean()
+        # All logits lie within the cap: below 40 no exponential leaves fp32, and the maximum need not be looked for.
+        shift = torch.full_like(logits[..., :1], cap) if cap <= 40 else logits.detach().amax(-1, keepdim=True)
+        return ((logits - shift).exp().sum(-1).log() + shift[..., 0] - target.sum(-1)).mean()
 
 
 # What a model is rebuilt from, and so what an artifact's configuration holds; the rest of a run is in its log.
@@ -703,16 +750,22 @@ MODEL_SETTINGS = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_
 
 
 def artifact_meta(config: Config) -> dict:
-    return {"config": {name: getattr(config, name) for name in MODEL_SETTINGS}}
+    settings = {name: getattr(config, name) for name in MODEL_SETTINGS}
+    return {"config": settings | ({"activation_bits": 8} if config.activation_bits == 8 else {})}
 
 
 def model_from_stored(tensors: dict[str, pack.StoredTensor], meta: dict) -> GPT:
     """The model of an artifact. Raises ConfigError unless its tensors are exactly those of its configuration."""
     try:
         settings = {name: meta["config"][name] for name in MODEL_SETTINGS}
-        config = Config(**settings, train_batch_tokens=settings["train_seq_len"], eval_stride=0)
+        bits = meta["config"].get("activation_bits", 16)
+        config = Config(**settings, activation_bits=bits, group_size=128 * (bits == 16), eval_stride=0,
+                        train_batch_tokens=settings["train_seq_len"])
     except (KeyError, TypeError) as e:
         raise ConfigError(f"the artifact's configuration is not one of this trainer: {e!r}") from None
+    if bits == 8 and any(t.format["kind"] != "ternary" or t.scales.shape[-1] != 1 for n, t in tensors.items()
+                         if n.startswith("blocks.") and n.endswith(".weight")):
+        raise ConfigError("activation_bits 8 needs ternary block matrices with one scale per row")
     if config.num_layers > len(tensors):  # do not build what the file cannot hold
         raise ConfigError(f"{config.num_layers} layers cannot be made of {len(tensors)} tensors")
     with torch.device("meta"):
@@ -742,14 +795,21 @@ class Ranks:
         self.rank, self.world, self.group = rank, world, group
         self.sent = {"gradients": 0, "codes": 0}  # bytes that this rank gave away; of a broadcast, once
 
-    def call(self, function: Callable, *args, **kwargs):
-        """function(*args), or None with one process; a failure of the backend becomes a RankLost."""
-        if self.world == 1:
-            return None
+    @contextmanager
+    def talking(self) -> Iterator[None]:
+        """Within it a failure of the backend becomes a RankLost."""
         try:
-            return function(*args, **kwargs)
+            yield
         except RuntimeError as e:  # gloo's and NCCL's errors have no type of their own
+            if self.world == 1:
+                raise
             raise RankLost(re.sub(r"^\[[^ ]*\] |\. This is .*|\n.*", "", str(e), flags=re.S)) from e
+
+    def call(self, function: Callable, *args, **kwargs):
+        """function(*args), or None with one process."""
+        if self.world > 1:
+            with self.talking():
+                return function(*args, **kwargs)
 
     def sum(self, x: Tensor) -> Tensor:
         """x <- sum over all ranks, on all ranks."""
@@ -1384,7 +1444,7 @@ class Trainer:
             self.restore(*loaded)
         if self.world > 1:  # every rank has looked for its checkpoint, and all found the same
             steps = torch.tensor([self.step, -self.step], device=self.device)
-            dist.all_reduce(steps, op=dist.ReduceOp.MAX)
+            self.ranks.call(dist.all_reduce, steps, op=dist.ReduceOp.MAX)
             if int(steps.sum()):
                 raise CheckpointError(f"{self.checkpoint_path}: the ranks do not see the same checkpoint; share the "
                                       "folder between the machines")
@@ -1506,8 +1566,7 @@ class Trainer:
             self.log.line("notice      no C++ compiler found, so torch.compile is off; training will be slower")
         elif c.compile:
             torch._dynamo.config.recompile_limit = max(8, len(sequence_lengths(c)) + 1)  # one graph per length
-            # The compiler's cache does not look into causal_attention, so another program must be another key.
-            torch.compiler.config.cache_key_tag = folder_identity(self.source_sha256)
+            tag_compiler_cache()
             self.compiled = torch.compile(self.model, dynamic=False, fullgraph=True)
         for seq_len in sequence_lengths(c):
             for _ in range(c.warmup_steps):
@@ -1588,6 +1647,7 @@ class Trainer:
         if cap and self.step < c.iterations:
             log.line(f"stopping_early: wallclock_cap train_time:{1000 * self.elapsed:.0f}ms "
                      f"step:{self.step}/{c.iterations}")
+        self.check_compiled()
         self.check_replicas()
         self.report_memory()
         self.save()
@@ -1635,12 +1695,24 @@ class Trainer:
         return TrainingError(f"step {self.step + 1}: {first} is not finite (loss {loss}); {kept}; lower the learning "
                              "rates or check the data")
 
+    def check_compiled(self) -> None:
+        """What was trained is the compiled model, what is scored the eager one: both must be the same function."""
+        if self.compiled is self.model:
+            return
+        seq_len = self.config.train_seq_len
+        batch = self.loader.batch(self.micro_tokens // seq_len, seq_len, 0, self.rank, self.world)
+        compiled, eager = (float(f(*(x.to(self.device) for x in batch)).detach()) for f in (self.compiled, self.model))
+        if not abs(compiled - eager) <= 0.002 * eager:  # fused kernels round bf16 at other places
+            raise TrainingError(f"the compiled model's loss on a batch is {compiled:.5f}, the eager one's {eager:.5f}: "
+                                "torch.compile changed the model; train with --compile 0 and report it")
+
     def lost(self, e: RankLost) -> int:
         """Say once, from whichever rank comes first, that a rank was lost; the exit status."""
         kept = f"continue from {self.checkpoint_path} with --resume auto" if self.checkpoint_path.exists() else (
             "no checkpoint was written yet: start again")
         text = f"error: a process of this run was lost at step {self.step + 1}, so all stop ({e}); {kept}"
-        self.log.line(text, console=False)
+        if self.log is not None:
+            self.log.line(text, console=False)
         store = dist.distributed_c10d._get_default_store()
         try:
             store.set_timeout(timedelta(seconds=5))
@@ -1696,7 +1768,8 @@ class Trainer:
     def validate(self, batch_seqs: int):
         """Chunked score of the model in memory."""
         c = self.config
-        return evaluate(self.model, self.val_tokens, self.counter, c.train_seq_len, c.train_seq_len, batch_seqs)
+        with self.ranks.talking():
+            return evaluate(self.model, self.val_tokens, self.counter, c.train_seq_len, c.train_seq_len, batch_seqs)
 
     # -- pack and score -------------------------------------------------------------------------------------------
 
@@ -1859,4 +1932,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # One module under both names: eval_bpb imports train_gpt, and the operators above must not be registered twice.
+    sys.modules["train_gpt"] = sys.modules["__main__"]
     sys.exit(main())

@@ -44,6 +44,12 @@ def test_a_run_ends_with_the_final_block(tiny_run):
     assert last["step"] == 30 and last["loss"] < first["loss"] - 0.3
 
 
+def test_a_run_with_int8_activations_has_no_gap(data_dir, tmp_path):
+    done = run(*tiny_args(data_dir, tmp_path, "--activation-bits", 8, "--group-size", 0, "--iterations", 5))
+    assert done.returncode == 0, done.stderr
+    assert "roundtrip gap             0.00000000   (logits identical bit for bit)" in done.stdout
+
+
 def test_the_fields_log_grammar_and_the_header(tiny_run):
     folder, _ = tiny_run
     text = (folder / "log.txt").read_text()

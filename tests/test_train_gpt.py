@@ -20,11 +20,15 @@ from train_gpt import (
     ConfigError,
     Latents,
     Optimizer,
+    Ternary,
     TokenLoader,
+    artifact_meta,
     format_of,
     load_checkpoint,
     micro_batch_tokens,
+    model_from_stored,
     newton_schulz,
+    product,
     resolve_settings,
     save_checkpoint,
     schedule,
@@ -380,6 +384,55 @@ def test_weight_decay_and_clipping_do_something():
     total = sum(m.square().sum() for m in clipped.momentum) + sum(
         (clipped.adam.state[b.latent]["exp_avg"] / 0.1).square().sum() for b in clipped.adam_banks)
     assert math.sqrt(total) == pytest.approx(0.5, rel=1e-3)
+
+
+# -- int8 products -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("group_size", [0, 200])
+def test_int8_products_are_exact_but_for_the_rounding_of_tokens(group_size):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 7, 200, generator=generator)
+    x[0, 0] = 0.0
+    fmt = Ternary(group_size)
+    w = torch.randn(48, 200, generator=generator)
+    w[5] = 0.0 if group_size else w[5]  # a zero row has a zero scale
+    w = fmt.dequantize(fmt.quantize(w)).float()
+    x.requires_grad_(), w.requires_grad_()
+    y = product(x, w, 8)
+    tokens = x.detach().double()
+    step = tokens.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127
+    exact = (tokens / step).round() * step @ w.detach().double().T
+    assert torch.allclose(y.double(), exact, rtol=1e-5, atol=1e-5)
+    error = (y.double() - tokens @ w.detach().double().T).abs()
+    assert (error <= 0.5 * step * w.detach().double().abs().sum(1) + 1e-4).all() and error.max() > 1e-3
+    grad = torch.randn(y.shape, generator=generator)
+    mine = torch.autograd.grad(y, (x, w), grad)
+    theirs = torch.autograd.grad(product(x, w, 16), (x, w), grad)  # the rounding is passed straight through
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(mine, theirs, strict=True))
+
+
+def test_int8_activations_are_part_of_the_model_and_need_one_scale_per_row():
+    for bad in (dict(group_size=32), dict(group_size=0, matrix_format="int4"), dict(group_size=0, activation_bits=4)):
+        with pytest.raises(ConfigError, match="activation_bits"):
+            replace(TINY, **{"activation_bits": 8} | bad)
+    config = replace(TINY, activation_bits=8, group_size=0)
+    torch.manual_seed(0)
+    model = GPT(config)
+    for p in model.parameters():
+        p.data += 0.02 * torch.randn_like(p)
+    latents, ids = Latents(model, config), torch.arange(40)[None]
+    packed = latents.pack([n for n, _ in model.named_parameters()])
+    assert artifact_meta(config)["config"]["activation_bits"] == 8
+    assert "activation_bits" not in artifact_meta(TINY)["config"]
+    with torch.no_grad():
+        again = model_from_stored(packed, artifact_meta(config))
+        assert torch.equal(again.hidden(ids), model.hidden(ids))
+        other = model_from_stored(packed, artifact_meta(TINY))
+        assert not torch.equal(other.hidden(ids), model.hidden(ids))  # it would be another model
+    grouped = Latents(GPT(TINY), TINY).pack([n for n, _ in model.named_parameters()])
+    with pytest.raises(ConfigError, match="one scale per row"):
+        model_from_stored(grouped, artifact_meta(config))
 
 
 # -- checkpoints -------------------------------------------------------------------------------------------------

@@ -1,0 +1,254 @@
+"""Attention made of matrix products, the loss in one pass over the logits, and scores of the end of a window only."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from eval_bpb import can_compile, evaluate
+from train_gpt import GPT, HEAD_TILE, PRESETS, Q_TILE, Config, Latents, attend, causal_attention, norm, rope_tables
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
+
+from textbook import evaluate_textbook
+
+# Three layers, so that the second half has a block without a skip; two query heads for each of two key heads.
+SMALL = replace(Config(**PRESETS["tiny"]), num_layers=3, model_dim=48, num_heads=4, num_kv_heads=2, vocab_size=97,
+                tied_embed_init_std=1.0)
+needs_compiler = pytest.mark.skipif(not can_compile(torch.device("cpu")), reason="torch.compile needs a C++ compiler")
+
+
+def small_model(**changes: object) -> GPT:
+    """An fp32 model as it is before Latents; no projection is zero, as blocks that are the identity hide a mistake."""
+    torch.manual_seed(0)
+    model = GPT(replace(SMALL, **changes))
+    with torch.no_grad():
+        for p in model.parameters():
+            if not p.any():
+                p.normal_(std=0.1)
+    return model
+
+
+def tokens(*shape: int) -> Tensor:
+    return torch.randint(SMALL.vocab_size, shape, generator=torch.Generator().manual_seed(1))
+
+
+def error(x: Tensor, reference: Tensor) -> float:
+    """Norm of the error relative to that of the reference, and absolute where the reference is zero."""
+    scale = float(reference.double().norm())
+    return float((x.double() - reference.double()).norm()) / (scale or 1.0)
+
+
+# -- attention ---------------------------------------------------------------------------------------------------
+
+# kv heads, query heads for each, queries, time, head dim
+SHAPES = [
+    (1, 1, 1, 1, 8),
+    (3, 3, 1, 1, 16),
+    (HEAD_TILE, 1, 64, 64, 32),
+    (5, 3, Q_TILE - 1, Q_TILE - 1, 16),
+    (2, 1, Q_TILE, Q_TILE, 64),
+    (HEAD_TILE + 1, 1, Q_TILE + 1, Q_TILE + 1, 16),
+    (2 * HEAD_TILE + 1, 3, 300, 300, 32),
+    (2, 1, 2 * Q_TILE, 2 * Q_TILE, 64),
+    (4, 3, 1, 200, 32),
+    (5, 1, 64, 256, 64),
+    (HEAD_TILE + 2, 3, Q_TILE + 2, 2 * Q_TILE + 1, 16),
+]
+
+
+def inputs(n: int, r: int, queries: int, time: int, dim: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """q, k, v and a gradient of the output, of the sizes that the model gives them: normed q and k, a gain of 1.5."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, grad = (torch.randn(*shape, dim, generator=generator)
+                     for shape in ((n, r, queries), (n, time), (n, time), (n, r, queries)))
+    return tuple(x.to(dtype) for x in (1.5 * norm(q), norm(k), v, grad))
+
+
+def definition(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention as it is written down, all scores at once."""
+    queries, time = q.shape[2], k.shape[1]
+    future = torch.ones(queries, time, dtype=torch.bool).triu(time - queries + 1)
+    scores = (q @ k[:, None].mT / q.shape[-1] ** 0.5).masked_fill(future, -torch.inf)
+    return scores.softmax(-1) @ v[:, None]
+
+
+def torchs(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    queries, time = q.shape[2], k.shape[1]
+    if queries == time:
+        return F.scaled_dot_product_attention(q, k[:, None], v[:, None], is_causal=True, enable_gqa=True)
+    mask = torch.ones(queries, time, dtype=torch.bool).tril(time - queries)
+    return F.scaled_dot_product_attention(q, k[:, None], v[:, None], mask, enable_gqa=True)
+
+
+def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return causal_attention(q, k, v, True)[0]
+
+
+def forward_backward(attention, q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> dict[str, Tensor]:
+    leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+    out = attention(*leaves)
+    return dict(zip(("out", "dq", "dk", "dv"), (out.detach(), *torch.autograd.grad(out, leaves, grad)), strict=True))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_attention_is_its_definition_in_fp32(shape):
+    given = inputs(*shape, torch.float32)
+    exact = forward_backward(definition, *(x.double() for x in given))
+    for name, x in forward_backward(ours, *given).items():
+        assert x.shape == exact[name].shape and x.dtype == torch.float32
+        assert error(x, exact[name]) < 1e-5, name
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_attention_in_bf16_is_about_as_exact_as_torchs(shape):
+    """Against float64 of the same bf16 inputs. Scores and probabilities are rounded to bf16 on the way, as products
+    of matrices must."""
+    given = inputs(*shape, torch.bfloat16)
+    exact = forward_backward(definition, *(x.double() for x in given))
+    theirs = forward_backward(torchs, *given)
+    for name, x in forward_backward(ours, *given).items():
+        assert x.dtype == torch.bfloat16
+        assert error(x, exact[name]) <= 3.5 * error(theirs[name], exact[name]) + 1e-7, name  # scores in bf16
+
+
+@pytest.mark.parametrize(("queries", "time"), [(150, 150), (20, 150)])
+def test_query_heads_share_key_heads_as_in_torchs(queries, time):
+    """Query heads 0 and 1 are those of key head 0, 2 and 3 of key head 1, and so on, in every row of the batch."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 6, queries, 16), torch.randn(3, 3, time, 16), torch.randn(3, 3, time, 16)
+    mask = torch.ones(queries, time, dtype=torch.bool).tril(time - queries)
+    expected = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+    assert error(attend(q, k, v), expected) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("queries", [300, 180])
+def test_later_keys_and_values_do_not_reach_earlier_outputs(queries, dtype):
+    """Nor does the gradient of an earlier output reach later keys and values: to the bit, not to a tolerance."""
+    time = 300
+    q, k, v, grad = inputs(HEAD_TILE + 1, 3, queries, time, 16, dtype)
+    out = ours(q, k, v)
+    for at in (121, Q_TILE, 2 * Q_TILE + 1, time - 1):
+        other_k, other_v = k.clone(), v.clone()
+        other_k[:, at:], other_v[:, at:] = v[:, at:], k[:, at:]
+        other, first = ours(q, other_k, other_v), at - (time - queries)  # the first query that sees a change
+        assert torch.equal(out[:, :, :first], other[:, :, :first])
+        assert (out[:, :, first:] != other[:, :, first:]).any(-1).all(), "nothing was changed, so nothing was tested"
+        early = grad.clone()
+        early[:, :, first:] = 0
+        got = forward_backward(ours, q, k, v, early)
+        for name in ("dk", "dv"):
+            assert not got[name][:, at:].any() and got[name][:, at - 1].any(), name
+        assert not got["dq"][:, :, first:].any()
+
+
+def test_the_ops_are_what_they_tell_torch():
+    """Schema, fake shapes, autograd, and a traced forward and backward; several tiles of heads and of queries."""
+    for queries, dtype in ((Q_TILE + 2, torch.float32), (7, torch.bfloat16)):
+        q, k, v, _ = inputs(HEAD_TILE + 1, 2, queries, Q_TILE + 2, 8, dtype)
+        torch.library.opcheck(causal_attention, (*(x.requires_grad_() for x in (q, k, v)), True))
+    torch.library.opcheck(rope_tables, (tokens(2, 9), 4, 10000.0))
+
+
+# -- model -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("softcap", [30.0, 100.0, 1000.0])
+def test_the_loss_in_one_pass_is_cross_entropy(softcap):
+    model = small_model(logit_softcap=softcap)
+    ids, targets = tokens(3, 41)[:, :-1], tokens(3, 41)[:, 1:]
+    logits = model.head(model.hidden(ids))
+    assert logits.max() > 20 and logits.min() < -20  # where the cap of 30 bends and an exponential is large
+    losses = model(ids, targets), F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    mine, theirs = (torch.autograd.grad(loss, list(model.parameters())) for loss in losses)
+    assert float(losses[0]) == pytest.approx(float(losses[1]), rel=1e-6)
+    for (name, _), a, b in zip(model.named_parameters(), mine, theirs, strict=True):
+        assert b.any() and error(a, b) < 1e-5, name
+
+
+@pytest.mark.parametrize("last", [1, 5, 150])
+@torch.inference_mode()
+def test_the_last_hidden_states_are_the_end_of_all(last):
+    model, ids = small_model(), tokens(3, 150)
+    every, end = model.hidden(ids), model.hidden_last(ids, last)
+    torch.testing.assert_close(end, every[:, -last:], rtol=1e-6, atol=1e-6)
+    assert error(every[:, -1], every[:, -2]) > 0.1  # not the same at every position
+
+
+@needs_compiler
+@pytest.mark.parametrize(("bf16", "loss_bound", "grad_bound"), [(False, 1e-5, 1e-4), (True, 2e-3, 0.1)])
+def test_a_compiled_model_has_the_loss_and_gradients_of_the_eager_one(bf16, loss_bound, grad_bound):
+    """In bf16 a kernel rounds once what eager rounds often, which shows in sums that cancel, such as q_gain's."""
+    model = small_model()
+    if bf16:
+        Latents(model, SMALL)  # bf16 params, as in training
+    compiled = torch.compile(model, dynamic=False, fullgraph=True)
+    ids, targets = tokens(3, Q_TILE + 3)[:, :-1], tokens(3, Q_TILE + 3)[:, 1:]
+    losses = model(ids, targets), compiled(ids, targets)
+    eager, fast = (torch.autograd.grad(loss, list(model.parameters())) for loss in losses)
+    assert float(losses[1]) == pytest.approx(float(losses[0]), rel=loss_bound)
+    for (name, _), a, b in zip(model.named_parameters(), fast, eager, strict=True):
+        assert a.dtype == b.dtype and error(a, b) < grad_bound, name
+
+
+# -- score -------------------------------------------------------------------------------------------------------
+
+
+class OneByteEach:
+    """A byte counter for random tokens."""
+
+    def count(self, prev_ids, ids) -> np.ndarray:
+        return np.ones(len(ids), dtype=np.int64)
+
+
+def textbook_score(model: GPT, stream: np.ndarray, seq_len: int, stride: int):
+    """All logits of all windows, one window at a time."""
+    return evaluate_textbook(lambda ids: model.head(model.hidden(ids)), stream, OneByteEach(), seq_len, stride, 1)
+
+
+@pytest.mark.parametrize(("count", "seq_len", "stride", "batch_seqs"), [
+    (500, 64, 16, 4),
+    (470, 150, 40, 3),  # more keys than a tile of queries
+    (300, 64, 1, 32),
+    (500, 64, 64, 4),  # chunked
+    (40, 64, 8, 4),  # one short window
+])
+def test_a_score_of_ends_is_the_score_of_whole_windows(count, seq_len, stride, batch_seqs):
+    model, stream = small_model(), tokens(count + 1).numpy().astype(np.uint16)
+    score = evaluate(model, stream, OneByteEach(), seq_len, stride, batch_seqs)
+    expected = textbook_score(model, stream, seq_len, stride)
+    assert (score.tokens, score.bytes) == (expected.tokens, expected.bytes) == (count, count)
+    assert score.val_loss == pytest.approx(expected.val_loss, rel=1e-6)
+    assert score.val_bpb == pytest.approx(expected.val_bpb, rel=1e-6)
+
+
+@needs_compiler
+def test_a_compiled_score_is_the_eager_one(monkeypatch):
+    model, stream, calls = small_model(), tokens(521).numpy().astype(np.uint16), []
+    compile_ = torch.compile
+
+    def counting(function, **options):
+        fast = compile_(function, **options)
+        return lambda *args: calls.append(args[1].shape) or fast(*args)
+
+    monkeypatch.setattr(torch, "compile", counting)
+    eager, compiled = (evaluate(model, stream, OneByteEach(), 64, 16, 4, compiled=c) for c in (False, True))
+    assert calls == [(4, 64)] * 7  # 30 windows: the first, 7 batches of 4, and one left over, not worth a compilation
+    assert compiled.val_loss == pytest.approx(eager.val_loss, rel=1e-6)
+    assert (compiled.tokens, compiled.bytes) == (eager.tokens, eager.bytes)
+
+
+def test_a_model_without_hidden_last_is_scored_alike():
+    model, stream = small_model(), tokens(301).numpy().astype(np.uint16)
+    stub = SimpleNamespace(hidden=model.hidden, head=model.head, parameters=model.parameters)
+    score = evaluate(stub, stream, OneByteEach(), 64, 16, 4)
+    assert score.val_loss == pytest.approx(textbook_score(model, stream, 64, 16).val_loss, rel=1e-6)
