@@ -289,8 +289,8 @@ COMPILE_FROM = 4_000_000
 
 
 def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile has what it needs: on a CPU, a C++ compiler."""
-    return device.type != "cpu" or any(map(shutil.which, ("g++", "clang++")))
+    """Whether torch.compile finds a compiler: of C++ for a CPU, of C for a GPU."""
+    return any(map(shutil.which, ("g++", "clang++") if device.type == "cpu" else ("cc", "gcc", "clang")))
 
 
 def tag_compiler_cache() -> None:
@@ -303,10 +303,10 @@ def hidden_last(model, ids: Tensor, last: int) -> Tensor:
     return model.hidden_last(ids, last) if hasattr(model, "hidden_last") else model.hidden(ids)[:, -last:]
 
 
-def position_losses(model, ids: Tensor, targets: Tensor, scored: Tensor, hidden_last=hidden_last) -> Tensor:
+def position_losses(model, ids: Tensor, targets: Tensor, scored: Tensor, forward=hidden_last) -> Tensor:
     """Losses in nats, fp32 [number of True in scored]. ids: [batch, time]; targets, scored: [batch, last], of the last
     positions of ids."""
-    hidden = hidden_last(model, ids, scored.shape[1])[scored]
+    hidden = forward(model, ids, scored.shape[1])[scored]
     rows = zip(hidden.split(HEAD_ROWS), targets[scored].split(HEAD_ROWS), strict=True)
     return torch.cat([F.cross_entropy(model.head(h), t, reduction="none") for h, t in rows])
 

@@ -584,8 +584,8 @@ def check_tensor(name: str, t: StoredTensor) -> None:
                 raise ArtifactError(f"tensor {name!a}: {e}") from None
 
 
-# Bits that a symbol of a trained model takes here, the mean over artifacts (LOG.md, "bits of trained models"; int2 to
-# int8 but int4, fp16, fp32, log4 and log8: from random values). What `expected_bits` and so every plan assumes.
+# Bits that a symbol of a trained model takes here (LOG.md, "bits of trained models"; fp32 is not compressed). What
+# `expected_bits` and so every plan assumes.
 BITS = {
     "ternary": 1.577, "int2": 0.7, "int3": 1.8, "int4": 2.80, "int5": 3.8, "int6": 4.7, "int7": 5.7, "int8": 6.8,
     "fp8": 5.4, "bf16": 10.9, "fp16": 13.9, "fp32": 32.0,  # of either sign, like an embedding

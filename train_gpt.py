@@ -20,6 +20,7 @@ rebuilt from the file is the model that was trained, bit for bit.
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import math
@@ -179,6 +180,9 @@ class Config:
         per_row = self.group_size == 0 or self.group_size >= max(self.model_dim, self.hidden_dim)
         need(self.activation_bits == 16 or self.matrix_format == "ternary" and per_row, "activation_bits",
              "8 needs matrix_format ternary and one scale per row: group_size 0, or no less than any input width")
+        widths = (self.model_dim, self.hidden_dim, self.model_dim // self.num_heads * self.num_kv_heads)
+        need(self.activation_bits == 16 or not any(n % 8 for n in widths), "activation_bits",
+             f"8 needs widths that are multiples of 8, not {widths}")
 
     @property
     def hidden_dim(self) -> int:
@@ -620,9 +624,11 @@ class Int8Product(torch.autograd.Function):
     def forward(ctx, x: Tensor, w: Tensor) -> Tensor:
         ctx.save_for_backward(x, w)
         tokens = x.flatten(0, -2).float()
+        rows = len(tokens)
+        tokens = F.pad(tokens, (0, 0, 0, max(32 - rows, 0)))  # CUDA's int8 product takes no fewer than 17
         step = tokens.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127
         sums = torch._int_mm((tokens / step).round().to(torch.int8), w.sign().to(torch.int8).mT)
-        return (sums * step * w.abs().amax(-1).float()).to(x.dtype).view(*x.shape[:-1], -1)
+        return (sums * step * w.abs().amax(-1).float())[:rows].to(x.dtype).view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -697,6 +703,14 @@ class Block(nn.Module):
         return x + self.mlp_scale * self.mlp(x)
 
 
+def cross_entropy(logits: Tensor, targets: Tensor, cap: float) -> Tensor:
+    """F.cross_entropy of logits [.., vocab_size] within +-cap and targets [..], in one pass over the logits."""
+    target = torch.where(torch.arange(logits.shape[-1], device=logits.device) == targets[..., None], logits, 0.0)
+    # With a cap of 40 no exponential leaves fp32, so that the maximum need not be looked for first.
+    shift = torch.full_like(logits[..., :1], cap) if cap <= 40 else logits.detach().amax(-1, keepdim=True)
+    return ((logits - shift).exp().sum(-1).log() + shift[..., 0] - target.sum(-1)).mean()
+
+
 class GPT(nn.Module):
     """Token ids [batch, time] -> hidden states -> logits. Born with fp32 initial latents; Latents makes it bf16."""
 
@@ -736,12 +750,8 @@ class GPT(nn.Module):
         return cap * torch.tanh(F.linear(hidden, self.tok_emb.weight).float() / cap)
 
     def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
-        """Mean loss in nats per token: F.cross_entropy of the logits, in one pass over them."""
-        logits, cap = self.head(self.hidden(ids)), self.config.logit_softcap
-        target = (torch.arange(logits.shape[-1], device=ids.device) == targets[..., None]) * logits
-        # All logits lie within the cap: below 40 no exponential leaves fp32, and the maximum need not be looked for.
-        shift = torch.full_like(logits[..., :1], cap) if cap <= 40 else logits.detach().amax(-1, keepdim=True)
-        return ((logits - shift).exp().sum(-1).log() + shift[..., 0] - target.sum(-1)).mean()
+        """Mean loss in nats per token."""
+        return cross_entropy(self.head(self.hidden(ids)), targets, self.config.logit_softcap)
 
 
 # What a model is rebuilt from, and so what an artifact's configuration holds; the rest of a run is in its log.
@@ -801,7 +811,7 @@ class Ranks:
         try:
             yield
         except RuntimeError as e:  # gloo's and NCCL's errors have no type of their own
-            if self.world == 1:
+            if self.world == 1 or isinstance(e, torch.OutOfMemoryError | torch.AcceleratorError):
                 raise
             raise RankLost(re.sub(r"^\[[^ ]*\] |\. This is .*|\n.*", "", str(e), flags=re.S)) from e
 
@@ -877,7 +887,11 @@ def to_wire(stored: Stored, fmt: Format) -> Tensor:
     return torch.cat([x.view(torch.uint8) for x in parts])
 
 
-TRITS = torch.tensor([[byte // 3**i % 3 - 1 for i in range(5)] for byte in range(3**5)], dtype=torch.int8)
+@functools.cache
+def trits(device: torch.device) -> Tensor:
+    """Byte -> its five codes, int8 [243, 5]."""
+    rows = [[byte // 3**i % 3 - 1 for i in range(5)] for byte in range(3**5)]
+    return torch.tensor(rows, dtype=torch.int8, device=device)
 
 
 def from_wire(data: Tensor, fmt: Format, like: Stored) -> Stored:
@@ -885,7 +899,7 @@ def from_wire(data: Tensor, fmt: Format, like: Stored) -> Stored:
     count, ternary = like.codes.numel(), isinstance(fmt, Ternary)
     size = -(-count // 5) if ternary else like.codes.nbytes
     codes, scales = data[:size].clone(), data[size:].clone()  # clones: a 16-bit view needs an even address
-    codes = TRITS.to(data.device)[codes.int()].flatten()[:count] if ternary else codes.view(like.codes.dtype)
+    codes = trits(data.device)[codes.int()].flatten()[:count] if ternary else codes.view(like.codes.dtype)
     scales = None if like.scales is None else scales.view(like.scales.dtype).view(like.scales.shape)
     return Stored(codes.view(like.codes.shape), scales)
 
@@ -1435,7 +1449,8 @@ class Trainer:
         self.model = GPT(c).to(self.device)
         self.order = [name for name, _ in self.model.named_parameters()]
         if self.world > 1:  # in the loop a rank that is silent for this long is lost; setting up may take longer
-            self.ranks.group = dist.new_group(timeout=SILENCE)
+            self.ranks.call(dist.barrier)  # rank 0 has audited the validation text meanwhile
+            self.ranks.group = self.ranks.call(dist.new_group, timeout=SILENCE)
         self.latents = Latents(self.model, c, self.ranks)
         self.optimizer = Optimizer(self.latents, c)
         self.compiled: Callable[[Tensor, Tensor], Tensor] = self.model
@@ -1518,6 +1533,7 @@ class Trainer:
                 "data": self.data.identity, "source": folder_identity(self.source_sha256),
             }
             save_checkpoint(self.checkpoint_path, tensors | rng, state)
+        self.ranks.call(dist.barrier)  # among all, who wait long enough for a slow disk; and nobody leaves before it
 
     def restore(self, tensors: dict[str, Tensor], state: dict) -> None:
         mine, theirs = asdict(self.config), state.get("config")
@@ -1593,11 +1609,12 @@ class Trainer:
             torch.cuda.synchronize()
 
     def control(self, progress: float, stop: bool) -> tuple[float, bool, int]:
-        """Rank 0's word on progress, stopping and signals, the same on every rank."""
+        """Rank 0's word on progress and stopping, and any rank's signal, the same on every rank."""
         if self.world == 1:
             return progress, stop, self.signal
-        word = torch.tensor([progress, stop, self.signal], dtype=torch.float64, device=self.device)
-        self.ranks.call(dist.broadcast, word, src=0, group=self.ranks.group)
+        word = [progress, stop, self.signal] if self.rank == 0 else [0.0, 0.0, self.signal]
+        word = torch.tensor(word, dtype=torch.float64, device=self.device)
+        self.ranks.call(dist.all_reduce, word, op=dist.ReduceOp.MAX, group=self.ranks.group)
         progress, stop, signum = word.tolist()
         return progress, bool(stop), int(signum)
 
@@ -1616,7 +1633,6 @@ class Trainer:
                 break
             if signum:
                 self.save()
-                self.ranks.call(dist.barrier)  # one that left would have rank 0 killed while it writes
                 raise Interrupted(signum, f"stopped by signal {signum} after step {self.step}, checkpoint in "
                                   f"{self.checkpoint_path}: the same command with --resume auto continues")
             plan = schedule(c, self.step, progress)
@@ -1702,7 +1718,8 @@ class Trainer:
         seq_len = self.config.train_seq_len
         batch = self.loader.batch(self.micro_tokens // seq_len, seq_len, 0, self.rank, self.world)
         compiled, eager = (float(f(*(x.to(self.device) for x in batch)).detach()) for f in (self.compiled, self.model))
-        if not abs(compiled - eager) <= 0.002 * eager:  # fused kernels round bf16 at other places
+        differs = not abs(compiled - eager) <= 0.002 * eager  # fused kernels round bf16 at other places
+        if int(self.ranks.sum(torch.tensor(int(differs), device=self.device))):
             raise TrainingError(f"the compiled model's loss on a batch is {compiled:.5f}, the eager one's {eager:.5f}: "
                                 "torch.compile changed the model; train with --compile 0 and report it")
 
@@ -1742,7 +1759,7 @@ class Trainer:
     def report_memory(self) -> None:
         """Bytes of state on each rank, and what the optimizer sent in a step, counted where it was sent."""
         steps = max(self.step - self.first_step, 1)
-        held = {id(x.untyped_storage()): x.untyped_storage().nbytes() for x in self.state_tensors()}
+        held = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in self.state_tensors()}
         table = torch.zeros(self.world, 3, dtype=torch.int64, device=self.device)
         table[self.rank] = torch.tensor([sum(held.values()), *(v // steps for v in self.ranks.sent.values())])
         state, gradients, codes = self.ranks.sum(table).T.tolist()
@@ -1873,7 +1890,7 @@ def main(argv: list[str] | None = None) -> int:
         if trainer is not None and trainer.log is not None:
             trainer.log.clear_bar()
             trainer.log.line(f"error: {e}", console=False)
-        if rank == 0 or status != 2:
+        if rank == 0 or status != 2 and not isinstance(e, TrainingError):  # which all ranks raise together
             print(f"error: {f'rank {rank}: ' if rank else ''}{e}", file=sys.stderr, flush=True)
         return status
 

@@ -30,9 +30,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]  # also where a test imports this file
 
-import textbook  # noqa: E402
-
 import eval_bpb  # noqa: E402
+import textbook  # noqa: E402
 import train_gpt  # noqa: E402
 
 # Ternary weights of the three: 0.5, 2.3 and 8.0 million.

@@ -14,7 +14,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eval_bpb import can_compile, evaluate
-from train_gpt import GPT, HEAD_TILE, PRESETS, Q_TILE, Config, Latents, attend, causal_attention, norm, rope_tables
+from train_gpt import (
+    GPT,
+    HEAD_TILE,
+    PRESETS,
+    Q_TILE,
+    Config,
+    Latents,
+    attend,
+    causal_attention,
+    cross_entropy,
+    norm,
+    rope_tables,
+)
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 
@@ -173,6 +185,15 @@ def test_the_loss_in_one_pass_is_cross_entropy(softcap):
     assert float(losses[0]) == pytest.approx(float(losses[1]), rel=1e-6)
     for (name, _), a, b in zip(model.named_parameters(), mine, theirs, strict=True):
         assert b.any() and error(a, b) < 1e-5, name
+
+
+@pytest.mark.parametrize(("cap", "value"), [(30.0, 30.0), (30.0, -30.0), (400.0, 200.0), (400.0, -90.0)])
+def test_the_loss_in_one_pass_holds_at_the_ends_of_the_cap(cap, value):
+    """Where all logits are far from the cap, or at it, a fixed shift would overflow, or underflow to a sum of zero."""
+    logits = torch.full((2, 3, 50), value) + torch.linspace(-1, 0, 50)
+    targets = torch.tensor([[0, 7, 49], [1, 1, 30]])
+    expected = float(F.cross_entropy(logits.flatten(0, 1).double(), targets.flatten()))
+    assert float(cross_entropy(logits, targets, cap)) == pytest.approx(expected, abs=2e-5)
 
 
 @pytest.mark.parametrize("last", [1, 5, 150])
