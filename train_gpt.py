@@ -189,8 +189,8 @@ class Config:
         return self.mlp_hidden or self.mlp_mult * self.model_dim
 
 
-CPU_TRACK = dict(  # an int4 embedding beats a ternary one with a wider MLP at these bytes, fp8 vectors cost 0.001 bpb
-    cap_bytes=128_000, cap_counts_code=False, embed_format="int4", vector_format="fp8", mlp_hidden=184,
+CPU_TRACK = dict(  # an int4 embedding beats a ternary one with a wider MLP at these bytes
+    cap_bytes=128_000, cap_counts_code=False, embed_format="int4", mlp_hidden=184,
     train_seq_len=256, train_batch_tokens=8192, val_batch_size=8192, tied_embed_lr=0.01,
 )
 PR367 = dict(  # run_8xh100.sh and train_bitnet.py of PR 367

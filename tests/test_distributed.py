@@ -54,7 +54,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason=
 @dataclass
 class Ended:
     folder: Path  # of the run
-    status: int  # of the first agent
+    statuses: list[int]  # of each agent
     out: str
     err: str
     seconds: float = 0.0  # from the loss of a process to the end of the last
@@ -69,6 +69,7 @@ class Torchrun:
 
     def __init__(self, logs: Path, args: list[str], ranks: int, nodes: int = 1):
         self.mark, self.logs, self.agents = uuid.uuid4().hex, logs, []
+        self.saved_before = modified(folder_in(logs))
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
@@ -118,11 +119,11 @@ class Torchrun:
             assert time.monotonic() < deadline, self.text("out") + self.text("err")
             time.sleep(0.01)
 
-    def workers_at_first_checkpoint(self, folder: Path) -> dict[str, int]:
+    def workers_at_next_checkpoint(self, folder: Path) -> dict[str, int]:
         """Rank -> pid, as soon as the run has saved."""
         def saved() -> bool:
             assert all(agent.poll() is None for agent in self.agents), self.text("out") + self.text("err")
-            return (folder / "checkpoint.safetensors").exists()
+            return modified(folder) > self.saved_before
 
         self.until(saved, 90)
         workers = {rank: pid for pid, rank in self.processes().items() if rank}
@@ -137,51 +138,63 @@ class Torchrun:
         began = time.monotonic()
         self.until(lambda: all(agent.poll() is not None for agent in self.agents) and not self.processes(), seconds)
         took = time.monotonic() - began
-        return Ended(folder, self.agents[0].returncode, self.text("out"), self.text("err"), took)
+        return Ended(folder, [agent.returncode for agent in self.agents], self.text("out"), self.text("err"), took)
+
+
+def modified(folder: Path) -> int:
+    path = folder / "checkpoint.safetensors"
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
+def folder_in(out: Path) -> Path:
+    return out / "tiny_seed1337"
 
 
 def args_of(data: Path, out: Path, *more: object) -> list[str]:
     return tiny_args(data, out, "--eval-stride", 0, *more)
 
 
-def lose(data: Path, out: Path, choose: Callable[[Torchrun, dict[str, int]], list[int]], nodes: int = 1) -> Ended:
-    """Two ranks that save after every step; once they have saved, the processes that choose names get SIGKILL."""
-    folder = out / "tiny_seed1337"
-    with Torchrun(out, args_of(data, out, "--checkpoint-every", 1), 2, nodes) as running:
-        running.kill(*choose(running, running.workers_at_first_checkpoint(folder)))
-        return running.ended(folder, 60)
+def lose(data: Path, out: Path, choose: Callable[[Torchrun, dict[str, int]], list[int]], ranks: int = 2, nodes: int = 1
+         ) -> Ended:
+    """A run that saves after every step; once it has saved, the processes that choose names get SIGKILL."""
+    args = args_of(data, out, "--checkpoint-every", 1, "--resume", "auto")
+    with Torchrun(out, args, ranks, nodes) as running:
+        running.kill(*choose(running, running.workers_at_next_checkpoint(folder_in(out))))
+        return running.ended(folder_in(out), 60)
 
 
 @pytest.fixture(scope="module")
 def whole(data_dir, tmp_path_factory) -> Ended:
-    """Two ranks from beginning to end."""
+    """Two ranks from beginning to end, on two nodes that share the folder."""
     out = tmp_path_factory.mktemp("whole")
-    with Torchrun(out, args_of(data_dir, out), 2) as running:
-        return running.ended(out / "tiny_seed1337")
+    with Torchrun(out, args_of(data_dir, out), ranks=2, nodes=2) as running:
+        return running.ended(folder_in(out))
 
 
 @pytest.fixture(scope="module")
 def killed(data_dir, tmp_path_factory) -> Callable[[int], Ended]:
-    """By the rank that got SIGKILL: what was left of two."""
+    """0: what was left of two ranks when rank 0 got SIGKILL. 1: of four, which went on from there, when rank 1 did."""
     @cache
     def of(rank: int) -> Ended:
-        return lose(data_dir, tmp_path_factory.mktemp("killed"), lambda _, workers: [workers[str(rank)]])
+        out = tmp_path_factory.mktemp(f"killed{rank}")
+        if rank == 1:
+            shutil.copytree(of(0).folder, folder_in(out))
+        return lose(data_dir, out, lambda _, workers: [workers[str(rank)]], ranks=4 if rank else 2)
 
     return of
 
 
 @pytest.fixture(scope="module")
 def resumed(data_dir, tmp_path_factory, killed) -> Callable[[int], Ended]:
-    """By number of ranks: the end of a run that two ranks began, from their checkpoint."""
+    """By number of ranks: the end of a run that two ranks began. Of the four, one was lost on the way."""
     @cache
     def on(ranks: int) -> Ended:
         out = tmp_path_factory.mktemp(f"resumed{ranks}")
-        begun, folder = killed({1: 1, 2: 0, 4: 1}[ranks]), out / "tiny_seed1337"
-        shutil.copytree(begun.folder, folder)
-        args = args_of(data_dir, out, "--resume", "auto")
+        folder, args = folder_in(out), args_of(data_dir, out, "--resume", "auto")
+        shutil.copytree(killed(1 if ranks == 4 else 0).folder, folder)
         if ranks == 1:
             done = run(*args)
-            return Ended(folder, done.returncode, done.stdout, done.stderr)
+            return Ended(folder, [done.returncode], done.stdout, done.stderr)
         with Torchrun(out, args, ranks) as running:
             return running.ended(folder)
 
@@ -192,7 +205,7 @@ def resumed(data_dir, tmp_path_factory, killed) -> Callable[[int], Ended]:
 def several(request) -> tuple[int, Ended]:
     """A number of ranks, and a run that they ended: 2 ran all of it, 4 what another two had begun."""
     done = request.getfixturevalue("whole") if request.param == 2 else request.getfixturevalue("resumed")(4)
-    assert done.status == 0, done.out + done.err
+    assert not any(done.statuses), done.out + done.err
     return request.param, done
 
 
@@ -304,18 +317,22 @@ def test_memory_falls_with_the_number_of_ranks(tiny_run, whole, resumed):
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_what_two_ranks_saved_resumes_on_any_number(resumed, tiny_run, ranks):
     done = resumed(ranks)
-    assert done.status == 0, done.out + done.err
-    header = metrics(done.folder, "header")[-1]
-    assert header["resumed_at"] > 0 and header["world_size"] == ranks
+    assert not any(done.statuses), done.out + done.err
+    headers = metrics(done.folder, "header")
+    assert [h["world_size"] for h in headers] == {1: [2, 1], 2: [2, 2], 4: [2, 4, 4]}[ranks]
+    at = [h["resumed_at"] for h in headers]
+    assert at[0] == 0 and all(x < y for x, y in zip(at, at[1:], strict=False)), at  # each went on from the one before
     one, mine = losses(tiny_run[0]), losses(done.folder)
     assert [mine[step] for step in one] == pytest.approx(list(one.values()), abs=0.06)
     assert metrics(done.folder, "final")[0]["tokens_seen"] == 30 * 1024  # none skipped or repeated
 
 
 @needs_proc
-def test_a_run_that_lost_a_rank_ends_with_the_same_file(resumed, whole):
+def test_a_lost_rank_and_the_nodes_do_not_change_the_file(resumed, whole):
+    """One run lost a rank and was resumed, on one node; the other went through, on two nodes of a process each."""
     done = resumed(2)
-    assert done.status == 0, done.out + done.err
+    assert done.statuses == [0] and whole.statuses == [0, 0], done.err + whole.err
+    assert whole.out.count("2 ranks hold identical params") == 1
     assert (done.folder / "model.tern").read_bytes() == (whole.folder / "model.tern").read_bytes()
     mine, theirs = (load_checkpoint(x.folder)[0] for x in (done, whole))
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
@@ -330,7 +347,7 @@ def assert_one_line(done: Ended) -> None:
     assert f"continue from {done.folder / 'checkpoint.safetensors'} with --resume auto" in errors[0]
     assert 'train_gpt.py", line' not in done.err and "terminate called" not in done.err, done.err
     assert not (done.folder / "model.tern").exists()
-    assert done.status not in (0, None) and done.seconds < 60
+    assert done.statuses[0] == 1 and done.seconds < 60
 
 
 @needs_proc
@@ -340,17 +357,6 @@ def test_a_killed_rank_ends_the_run_with_one_line(killed, rank):
     assert_one_line(done)
     state = load_checkpoint(done.folder)[1]  # whole, though its writer may have died at any moment
     assert 0 < state["step"] < 30 and not state["finished"]
-
-
-@needs_proc
-def test_two_nodes_hold_identical_replicas(data_dir, tmp_path, whole):
-    folder = tmp_path / "tiny_seed1337"
-    with Torchrun(tmp_path, args_of(data_dir, tmp_path), ranks=2, nodes=2) as running:
-        done = running.ended(folder)
-        assert [agent.returncode for agent in running.agents] == [0, 0], done.out + done.err
-    assert done.out.count("2 ranks hold identical params") == 1
-    assert metrics(folder, "final")[0]["roundtrip_gap"] == 0.0
-    assert (folder / "model.tern").read_bytes() == (whole.folder / "model.tern").read_bytes()
 
 
 @needs_proc
@@ -391,7 +397,7 @@ def test_owners_by_hand():
     assert {r for n, r in owner.items() if not n.endswith(".weight")} == {3}
 
 
-@pytest.mark.parametrize(("preset", "bound"), [("pr367", 1.01), ("golf16mb", 1.01)])
+@pytest.mark.parametrize(("preset", "bound"), [("pr367", 1.001), ("golf16mb", 1.01)])
 def test_eight_owners_have_about_the_same_work(preset, bound):
     config = Config(**PRESETS[preset])
     load, owner = [0.0] * 8, owners(config, 8)
