@@ -556,8 +556,26 @@ def report(result: dict) -> str:
     return "\n".join(lines)
 
 
+def leave(status: int) -> int:
+    """The status of a command that is over; one of several processes ends here and now with it.
+
+    A process group that the compiler has seen outlives its destruction: its threads run on while the interpreter is
+    taken down, and one that still lets go of a tensor then aborts the process ("terminate called without an active
+    exception"), after the work is done.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
+
+
 def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
+    return leave(run(parse_args(argv)))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Score, or sample, as the arguments say; the exit status."""
     world, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":

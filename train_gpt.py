@@ -58,6 +58,7 @@ from eval_bpb import (
     evaluate,
     folder_identity,
     keep_freed_memory,
+    leave,
     load_artifact,
     open_data,
     read_shard,
@@ -534,9 +535,9 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, keep: bool) -> tuple[Tenso
 
     q: [n, r, queries, head_dim], r query heads for each of the n key and value heads k, v: [n, time, head_dim]; the
     queries are those of the last positions. Returns the output in q's shape and, if keep, the probabilities of each
-    tile, which the backward needs. The mathematics is that of F.scaled_dot_product_attention, whose CPU backward takes
-    three times as long as these matrix products (LOG.md). A score is rounded to the dtype of q, as in any attention
-    made of matrix products; the softmax is fp32 inside.
+    tile, which the backward needs. The mathematics is that of F.scaled_dot_product_attention, which takes two to three
+    times as long on a CPU (LOG.md). A score is rounded to the dtype of q, as in any attention made of matrix products;
+    the softmax is fp32 inside.
     """
     r, dim = q.shape[1], q.shape[3]
     out, probabilities = torch.empty_like(q, memory_format=torch.contiguous_format), []
@@ -1663,10 +1664,10 @@ class Trainer:
         if cap and self.step < c.iterations:
             log.line(f"stopping_early: wallclock_cap train_time:{1000 * self.elapsed:.0f}ms "
                      f"step:{self.step}/{c.iterations}")
-        self.check_compiled()
         self.check_replicas()
         self.report_memory()
         self.save()
+        self.check_compiled()  # after saving: what was trained is not lost with the packing
         self.phase("train", f", {self.step:,} steps, {self.tokens_seen:,} tokens")
 
     def report_step(self, plan: StepPlan, loss: float, tokens: int, zero_frac: float, churn: float, logged: bool,
@@ -1741,7 +1742,7 @@ class Trainer:
         return 1
 
     def check_replicas(self) -> None:
-        """Every rank must hold the same model: compare sha256 of all params. Report what was sent for that."""
+        """Every rank must hold the same model: compare sha256 of all params."""
         digest = hashlib.sha256()
         for p in self.model.parameters():
             digest.update(p.detach().cpu().contiguous().view(torch.uint8).numpy())
@@ -1880,6 +1881,11 @@ class Trainer:
 
 
 def main(argv: list[str] | None = None) -> int:
+    return leave(run(sys.argv[1:] if argv is None else argv))
+
+
+def run(argv: list[str]) -> int:
+    """Train, pack and score as the settings say; the exit status."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
@@ -1895,7 +1901,6 @@ def main(argv: list[str] | None = None) -> int:
         return status
 
     try:
-        argv = sys.argv[1:] if argv is None else argv
         preset, config, origin, notices = resolve_settings(argv, os.environ)
         if "--plan" in argv:
             if pack.in_bundle():

@@ -126,6 +126,18 @@ def tiny_trainer(data_dir, tmp_path, *more):
     return trainer
 
 
+def test_a_compiler_that_changes_the_model_is_caught_and_nothing_is_lost(data_dir, tmp_path):
+    trainer = tiny_trainer(data_dir, tmp_path, "--compile", 1, "--iterations", 3)
+    trainer.compiled = lambda ids, targets: trainer.model(ids, targets) * 1.01  # as another function would train
+    with pytest.raises(train_gpt.TrainingError, match="torch.compile changed the model"):
+        trainer.train()
+    _, state = train_gpt.load_checkpoint(tmp_path / "tiny_seed1337")
+    assert state["step"] == 3 and state["finished"]
+    trainer.compiled = lambda ids, targets: trainer.model(ids, targets) * 1.001  # as bf16 rounds at another place
+    trainer.check_compiled()
+    trainer.log.close()
+
+
 def test_a_bad_activation_is_named(data_dir, tmp_path):
     trainer = tiny_trainer(data_dir, tmp_path)
     trainer.model.blocks[1].mlp.fc.weight.data[0, 0] = torch.inf

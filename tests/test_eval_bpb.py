@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -335,3 +338,12 @@ def test_sampling_continues_the_prompt_and_repeats_with_its_seed(tiny_run, data_
     sp = spm.SentencePieceProcessor(model_file=str(data_dir / "tokenizer.model"))
     texts = [sample(model, sp, "No. 1", 90, seed) for seed in (0, 0, 1)]  # longer than the window of 64
     assert texts[0] == texts[1] != texts[2] and all(t.startswith("No. 1") and len(t) > 60 for t in texts)
+
+
+@pytest.mark.parametrize("world, ending", [(1, "done\nfinalized\n"), (2, "done\n")])
+def test_one_of_several_processes_leaves_without_the_interpreter_s_end(world, ending):
+    program = ("import atexit, sys, eval_bpb; atexit.register(print, 'finalized'); print('done'); "
+               "sys.exit(eval_bpb.leave(3))")
+    env = os.environ | {"WORLD_SIZE": str(world)}
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (3, ending)
