@@ -1,6 +1,7 @@
 """Entropy coding of a model's stored tensors: an adaptive model of the symbols and constriction's range coder.
 
-    data = encode(arrays, kind)             # kind: ternary, int2 to int8, uint4 to uint8, u8 or u16, as in pack.py
+    data = encode(arrays, kind)             # kind: ternary, five, int2 to int8, uint4 to uint8,
+                                            # u8 or u16, as in pack.py
     arrays = decode(data, shapes, kind)
 
 Encoder and decoder run the same model over the same history, so nothing but the coded bits is stored: no tables, no
@@ -463,6 +464,8 @@ def models(coder: Encoder | Decoder, kind: str) -> list[tuple[Model, int, int]]:
     """(model, bits below its symbol, mask of its symbol) of a symbol's parts; a float is a magnitude and a sign."""
     if kind == "ternary":
         return [(Ternary(coder), 0, -1)]
+    if kind == "five":
+        return [(Table(coder, -2, 2), 0, -1)]
     bits = int(kind.lstrip("uint"))
     if kind.startswith("int"):
         limit = (1 << bits - 1) - 1

@@ -80,12 +80,15 @@ class StoredTensor:
     """A tensor as the file holds it.
 
     format: {"kind": "ternary", "group_size": 128, "scale": "bf16", ...}   codes int8 in {-1, 0, 1}
+            {"kind": "binary" or "five", "group_size": .., "scale": ..}    codes int8 in {-1, 1} or {-2 .. 2}
             {"kind": "int", "bits": 8, "group_size": 128, "scale": ...}    codes int8 in +-(2^(bits-1) - 1)
+            {"kind": "codebook", "entries": k, "group_size": ..}           codes int8 in -(k // 2) .. (k - 1) // 2
             {"kind": "fp8", "bf16", "fp16" or "fp32"}    codes uint8, uint16, uint16 or uint32: the values' bits
             Other keys are carried along and mean nothing here.
     codes:  in the tensor's shape
     scales: a scale per group, [rows, groups]: uint16 bit patterns of bf16 or fp16, or uint8 codes of log4 to log8
-            (0 is the scale 0, docs/format.md has the others); None for the float kinds. Groups run along
+            (0 is the scale 0, docs/format.md has the others); None for the float kinds. A codebook's are its values,
+            [rows, groups * entries], bf16 bit patterns. Groups run along
             the last dimension, the last one may be short, a 1-D tensor is one row; group_size 0 is one group, [1, 1].
     """
 
@@ -100,7 +103,7 @@ class StoredTensor:
 # ---------------------------------------------------------------------------------------------------------------
 
 # Symbol kinds: what a stream is made of, and how it lies in memory.
-SYMBOLS = {"ternary": "<i1", "u8": "<u1", "u16": "<u2", "u32": "<u4"}
+SYMBOLS = {"ternary": "<i1", "five": "<i1", "u8": "<u1", "u16": "<u2", "u32": "<u4"}
 SYMBOLS |= {f"int{bits}": "<i1" for bits in range(2, 9)} | {f"uint{bits}": "<u1" for bits in range(4, 9)}
 FLOAT_SYMBOLS = {"fp8": "u8", "bf16": "u16", "fp16": "u16", "fp32": "u32"}  # fp8: e4m3 (arXiv 2209.05433)
 EXPONENT = {"fp8": 0x7F, "bf16": 0x7F80, "fp16": 0x7C00, "fp32": 0x7F800000}  # all ones: infinite or not a number
@@ -109,34 +112,47 @@ EXPONENT = {"fp8": 0x7F, "bf16": 0x7F80, "fp16": 0x7C00, "fp32": 0x7F800000}  # 
 SCALES = {"bf16": "u16", "fp16": "u16"} | {f"log{bits}": f"uint{bits}" for bits in range(4, 9)}
 
 
+GROUPED = ("ternary", "binary", "five", "int")  # kinds of codes times a scale per group
+
+
 def bits_of(kind: str) -> int:
     """Bits of an int or uint symbol kind."""
     return int(kind.removeprefix("u").removeprefix("int"))
 
 
 def range_of(kind: str) -> tuple[int, int]:
-    """The smallest and largest symbol of a ternary, int or uint kind; codes are symmetric around zero."""
-    if kind == "ternary":
-        return -1, 1
+    """The smallest and largest symbol of a kind of one byte; codes are symmetric around zero."""
+    if kind in (levels := {"ternary": 1, "five": 2}):
+        return -levels[kind], levels[kind]
     high = 2 ** (bits_of(kind) - kind.startswith("int")) - 1
     return (-high if kind.startswith("int") else 0), high
 
 
 def scale_shape(format: dict, shape: tuple[int, ...]) -> tuple[int, int] | None:
-    """[rows, groups] of a tensor's scales; None for a format without scales."""
+    """[rows, groups] of a tensor's scales (of a codebook: groups * entries); None for a format without scales."""
     if format["kind"] in FLOAT_SYMBOLS:
         return None
+    each = format["entries"] if format["kind"] == "codebook" else 1
     if format["group_size"] == 0:
-        return 1, 1
-    return math.prod(shape[:-1]), -(-(shape[-1] if shape else 1) // format["group_size"])
+        return 1, each
+    return math.prod(shape[:-1]), -(-(shape[-1] if shape else 1) // format["group_size"]) * each
 
 
 def layout(format: dict, shape: tuple[int, ...]) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Role -> (symbol kind, shape) of what a file stores of a tensor: the one place that knows. Expects valid input."""
     kind, scales = format["kind"], scale_shape(format, shape)
-    symbol = FLOAT_SYMBOLS.get(kind) or (f"int{format['bits']}" if kind == "int" else kind)
-    roles = {"codes": (symbol, shape)}
-    return roles if scales is None else roles | {"scales": (SCALES[format["scale"]], scales)}
+    roles = {"codes": (FLOAT_SYMBOLS.get(kind) or code_symbol(format), shape)}
+    return roles if scales is None else roles | {"scales": (SCALES[format.get("scale", "bf16")], scales)}
+
+
+def code_symbol(format: dict) -> str:
+    """Symbol kind of a format's codes. Binary ones are ternary without zeros, which costs the model 0.0005 bits each; a
+    codebook's indices, around zero, are integers of one bit more than they need."""
+    if format["kind"] == "binary":
+        return "ternary"
+    if format["kind"] == "codebook":
+        return f"int{(format['entries'] - 1).bit_length() + 1}"
+    return f"int{format['bits']}" if format["kind"] == "int" else format["kind"]
 
 
 def is_int(value, low: int, high: int) -> bool:
@@ -146,14 +162,18 @@ def is_int(value, low: int, high: int) -> bool:
 def check_format(format) -> None:
     """Raises ArtifactError unless format is a dict whose keys, as far as pack.py interprets them, are valid."""
     kind = format.get("kind") if isinstance(format, dict) else None
-    ok = kind in ("ternary", "int", *FLOAT_SYMBOLS) if isinstance(kind, str) else False
+    ok = kind in (*GROUPED, "codebook", *FLOAT_SYMBOLS) if isinstance(kind, str) else False
     if ok and kind not in FLOAT_SYMBOLS:
-        ok = is_int(format.get("group_size"), 0, MAX_NUMEL) and format.get("scale") in tuple(SCALES)
-        ok = ok and (kind == "ternary" or is_int(format.get("bits"), 2, 8))
+        ok = is_int(format.get("group_size"), 0, MAX_NUMEL)
+    if ok and kind in GROUPED:
+        ok = format.get("scale") in tuple(SCALES) and (kind != "int" or is_int(format.get("bits"), 2, 8))
+    if ok and kind == "codebook":
+        ok = is_int(format.get("entries"), 2, 64)
     if not ok:
         raise ArtifactError(
-            f"format {str(format)[:200]!a} is not known: use kind ternary or int (with group_size >= 0, scale bf16, "
-            "fp16 or log4 to log8, and for int bits 2 to 8), or kind fp8, bf16, fp16 or fp32"
+            f"format {str(format)[:200]!a} is not known: use kind ternary, binary, five or int (with group_size >= 0, "
+            "scale bf16, fp16 or log4 to log8, and for int bits 2 to 8), codebook (group_size, entries 2 to 64), or "
+            "kind fp8, bf16, fp16 or fp32"
         )
 
 
@@ -424,14 +444,14 @@ PLAIN = {
     "base3": of_flat(("ternary",), lambda s, kind: pack_base3(s), lambda data, n, kind: unpack_base3(data, n),
                      lambda n, kind: -(-n // 5)),
     "bits": of_flat(INTS, pack_bits, unpack_bits, lambda n, kind: -(-n * bits_of(kind) // 8)),
-    "raw": of_flat((*INTS, *FLOATS), pack_raw, unpack_raw, raw_size),
+    "raw": of_flat(("five", *INTS, *FLOATS), pack_raw, unpack_raw, raw_size),
     "planes": of_flat(FLOATS[1:], pack_planes, unpack_planes, raw_size),
 }
 COMPRESSORS = {"zstd": (zstd_encode, zstd_decode), "lzma": (lzma_encode, lzma_decode)}
 # planes alone are as long as raw, so they are no codec
 CODECS = {name: codec for name, codec in PLAIN.items() if name != "planes"} | {
     f"{name}+{c}": with_compressor(codec, c, *both) for name, codec in PLAIN.items() for c, both in COMPRESSORS.items()
-} | {"model": Codec(("ternary", *INTS, "u8", "u16"), model_encode, model_decode, raw_size, "model",
+} | {"model": Codec(("ternary", "five", *INTS, "u8", "u16"), model_encode, model_decode, raw_size, "model",
                     entropy.suits, entropy.free_symbols, entropy.steps)}
 
 
@@ -587,7 +607,8 @@ def check_tensor(name: str, t: StoredTensor) -> None:
 # Bits that a symbol of a trained model takes here (LOG.md, "bits of trained models"; fp32 is not compressed). What
 # `expected_bits` and so every plan assumes.
 BITS = {
-    "ternary": 1.577, "int2": 0.7, "int3": 1.8, "int4": 2.80, "int5": 3.8, "int6": 4.7, "int7": 5.7, "int8": 6.8,
+    "ternary": 1.577, "binary": 1.0, "five": 2.18,
+    "int2": 0.7, "int3": 1.8, "int4": 2.80, "int5": 3.8, "int6": 4.7, "int7": 5.7, "int8": 6.8,
     "fp8": 5.4, "bf16": 10.9, "fp16": 13.9, "fp32": 32.0,  # of either sign, like an embedding
     "vector fp8": 4.7, "vector bf16": 8.6, "vector fp16": 11.6,  # near one, like gains
     "scale log4": 0.2, "scale log5": 1.1, "scale log6": 1.95, "scale log7": 2.9, "scale log8": 3.8,
@@ -599,8 +620,10 @@ def expected_bits(format: dict, vector: bool = False) -> dict[str, float]:
     """Role -> bits that one of its symbols is expected to take in the file of a trained model."""
     if format["kind"] in FLOAT_SYMBOLS:
         return {"codes": BITS[("vector " if vector else "") + format["kind"]]}
-    kind = f"int{format['bits']}" if format["kind"] == "int" else format["kind"]
-    return {"codes": BITS[kind], "scales": BITS[f"scale {format['scale']}"]}
+    if format["kind"] == "codebook":
+        return {"codes": math.log2(format["entries"]), "scales": BITS["bf16"]}
+    codes = BITS.get(format["kind"], BITS[code_symbol(format)])
+    return {"codes": codes, "scales": BITS[f"scale {format['scale']}"]}
 
 
 def encode_artifact(tensors: dict[str, StoredTensor], meta: dict) -> bytes:
@@ -855,7 +878,7 @@ def in_bundle() -> bool:
 def code_files() -> list[Path]:
     """The program's own files, all that training, packing and scoring need beside libraries."""
     here = Path(__file__).resolve()
-    names = [here.name] if in_bundle() else ["train_gpt.py", "pack.py", "eval_bpb.py", "entropy.py"]
+    names = [here.name] if in_bundle() else ["train_gpt.py", "formats.py", "pack.py", "eval_bpb.py", "entropy.py"]
     return [path for path in map(here.with_name, names) if path.is_file()]
 
 
@@ -868,8 +891,8 @@ def budget(model_path: str | Path, code_paths: Iterable[str | Path], cap: int, c
 def format_label(format: dict) -> str:
     if format["kind"] in FLOAT_SYMBOLS:
         return format["kind"]
-    bits = format["bits"] if format["kind"] == "int" else ""
-    return f"{format['kind']}{bits} g{format['group_size']} {format['scale']}"
+    number = format.get({"int": "bits", "codebook": "entries"}.get(format["kind"]), "")
+    return f"{format['kind']}{number} g{format['group_size']} {format.get('scale', 'bf16')}"
 
 
 def describe(data: bytes) -> dict:

@@ -83,7 +83,8 @@ RECORD_SEEDS, RECORD_NATS, RECORD_P = 3, 0.005, 0.01  # the competition's rule f
 # The one file
 # ---------------------------------------------------------------------------------------------------------------
 
-MODULES = ("entropy", "pack", "eval_bpb", "train_gpt")  # each imports only those before it when it is loaded
+MODULES = ("entropy", "pack", "formats", "eval_bpb", "train_gpt")  # when loaded, each imports only those before it
+YOUNGER = ("entropy", "formats")  # modules that the first submissions do not have
 LIBRARIES = ("torch", "numpy", "sentencepiece", "zstandard", "safetensors", "constriction")  # of these modules
 MAX_SOURCE, MAX_SOURCES = 1 << 20, 1 << 22  # bytes of one module, and of all
 
@@ -636,7 +637,7 @@ class Case:
     @property
     def sources(self) -> dict[str, bytes]:
         """File name -> bytes of the readable program."""
-        names = [f"{name}.py" for name in MODULES if name != "entropy" or "source/entropy.py" in self.files]
+        names = [f"{name}.py" for name in MODULES if name not in YOUNGER or f"source/{name}.py" in self.files]
         return {name: self.read(f"source/{name}") for name in names}
 
     @cached_property
@@ -667,11 +668,11 @@ def check_files(c: Case) -> Iterator[str]:
     if not re.fullmatch(r"\d{4}-\d\d-\d\d", c.found["date"]) or not c.found["name"]:
         yield "submission.json: date must be as 2026-01-31 and name not empty"
     expected = {"README.md", "submission.json", "requirements.txt", "train_gpt.py", "source/requirements.txt",
-                "source/data/prepare.py"} | {f"source/{name}.py" for name in MODULES if name != "entropy"}
+                "source/data/prepare.py"} | {f"source/{name}.py" for name in MODULES if name not in YOUNGER}
     expected |= {name for number in c.numbers for name in seed_names(number).values()}
     for name in sorted((expected | c.found["files"].keys()) - c.files.keys()):
         yield f"{name} is missing"
-    for name in sorted(c.files.keys() - expected - {"source/entropy.py"}):
+    for name in sorted(c.files.keys() - expected - {f"source/{name}.py" for name in YOUNGER}):
         yield f"{name} does not belong in a submission: remove it"
     for number in dict.fromkeys(c.numbers):
         names = seed_names(number)
@@ -891,6 +892,8 @@ def check_seconds(c: Case) -> Iterator[str]:
         for name, limit in limits.items():
             if not 0 <= seconds[name] <= limit:
                 yield f"seed {run.seed}: {seconds[name]:.1f} {name} seconds, track {c.track.name} allows {limit:.0f}"
+        if start := run.header["settings"].get("init_from"):
+            yield f"seed {run.seed}: init_from={start}: what was trained before is not in its seconds"
         phases = [(phase["name"], phase["seconds"]) for phase in run.phases]
         if sorted(phases) != sorted((name, seconds[name]) for name in PHASES):
             yield f"{metrics}: the seconds of its phases are not those of its final record"

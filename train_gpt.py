@@ -20,7 +20,6 @@ rebuilt from the file is the model that was trained, bit for bit.
 from __future__ import annotations
 
 import argparse
-import functools
 import hashlib
 import json
 import math
@@ -66,14 +65,29 @@ from eval_bpb import (
     shard_tokens,
     tag_compiler_cache,
 )
+from formats import (
+    SCALE_DTYPES,
+    VALUE_DTYPES,
+    Binary,
+    Codebook,
+    ConfigError,
+    ElasticTernary,
+    Five,
+    Float,
+    Format,
+    Int,
+    State,
+    Stored,
+    Ternary,
+    from_pack,
+    from_wire,
+    to_pack,
+    to_wire,
+)
 
 # ---------------------------------------------------------------------------------------------------------------
 # Settings
 # ---------------------------------------------------------------------------------------------------------------
-
-
-class ConfigError(ValueError):
-    """A setting that cannot be used; the message names it, its value and what to do."""
 
 
 def setting(default, why: str, low: float = -math.inf, high: float = math.inf):
@@ -122,13 +136,20 @@ class Config:
     qk_gain_init: float = setting(1.5, "initial gain of normalised queries, learned per head")
     tied_embed_init_std: float = setting(0.005, "initial standard deviation of the tied embedding", 1e-30)
     # storage formats
-    matrix_format: str = setting("ternary", "format of block matrices: ternary, int2..int8, fp8, bf16, fp16")
+    matrix_format: str = setting("ternary", "format of block matrices: ternary, binary, five, int2..int8, codebookK, "
+                                 "fp8, bf16, fp16 (formats.py)")
     embed_format: str = setting("bf16", "format of the tied embedding, likewise")
     vector_format: str = setting("bf16", "format of gains, scales, mixes and skips: fp8, bf16 or fp16")
     group_size: int = setting(128, "weights per scale along the input dimension; 0: one scale per tensor", 0)
+    ternary_rule: str = setting("absmean", "how ternary codes and scales are found: absmean, lsq, rms or elastic")
     threshold: float = setting(0.5, "a ternary code is zero up to threshold * mean|w| (0.5: BitNet b1.58)", 0)
+    codebook_decay: float = setting(0.99, "decay of a codebook's averages", 0, 0.999999)
+    commitment: float = setting(0.0, "weight of a codebook's commitment loss, sum (w - Q(w))^2", 0)
     activation_bits: int = setting(16, "8: int8 activations and products in the blocks; not measured on a GPU")
     scale_dtype: str = setting("log7", "scales: bf16, fp16 or log4..log8 (2^bits steps over 16 octaves)")
+    quantize_start: float = setting(0.0, "progress at which params begin to be quantized; 1: after training", 0, 1)
+    quantize_ramp: float = setting(0.0, "share of the run over which they move from latents to stored values", 0, 1)
+    init_from: str = setting("", "checkpoint, or run folder, whose latents training starts from; empty: random")
     # optimizer
     matrix_lr: float = setting(0.04, "Muon learning rate of block matrices", 0)
     scalar_lr: float = setting(0.04, "AdamW learning rate of vectors", 0)
@@ -279,190 +300,29 @@ def resolve_settings(argv: list[str], env: Mapping[str, str]) -> tuple[str, Conf
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Storage formats: latent -> stored -> param
+# Storage formats: which tensor has which (formats.py has them)
 # ---------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Stored:
-    """What the file holds of a tensor: codes in its shape, and scales [.., rows, groups] or None."""
-
-    codes: Tensor
-    scales: Tensor | None
-
-
-# dtype, and smallest scale of a group that is not zero (bf16: the smallest normal, which no device flushes to zero)
-FLOAT_DTYPES = {"bf16": (torch.bfloat16, 2.0**-126), "fp16": (torch.float16, 2.0**-24)}
-VALUE_DTYPES = {n: dtype for n, (dtype, _) in FLOAT_DTYPES.items()} | {"fp8": torch.float8_e4m3fn}
-
-
-def log_table(bits: int) -> Tensor:
-    """The scales that the codes of log<bits> stand for, fp32 [2^bits]: 16 octaves of 2^(bits - 4) steps from 2^-12.
-
-    Code 0 is a zero group. Code c is 2^(c / 2^(bits-4) - 12) with its mantissa rounded to bf16's 7 bits, so that the
-    table is exact in bf16 and the same on every machine.
-    """
-    steps = 2 ** (bits - 4)
-    values = [2.0 ** (c // steps - 12) * (1 + round(128 * (2 ** (c % steps / steps) - 1)) / 128)
-              for c in range(2**bits)]
-    return torch.tensor([0.0] + values[1:])
-
-
-LOG_TABLES = {f"log{bits}": log_table(bits) for bits in range(4, 9)}
-SCALE_DTYPES = (*FLOAT_DTYPES, *LOG_TABLES)
-
-
-def split_groups(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """View x [.., rows, cols] as groups [.., rows, groups, size], zero-padded, with each group's true size [groups, 1].
-
-    Groups run along the last (input) dimension; the last one is shorter where group_size does not divide it.
-    group_size 0: the whole matrix is one group, [.., 1, 1, rows * cols]. A 1-D tensor is one row.
-    """
-    if group_size == 0:
-        x = x.flatten(-2)[..., None, :] if x.ndim > 1 else x
-    cols = x.shape[-1]
-    size = min(group_size or cols, cols)
-    groups = -(-cols // size)
-    sizes = torch.full((groups, 1), float(size), device=x.device)
-    if groups * size != cols:
-        sizes[-1] = cols - (groups - 1) * size
-        x = F.pad(x, (0, groups * size - cols))
-    return x.unflatten(-1, (groups, size)), sizes
-
-
-def join_groups(grouped: Tensor, shape: torch.Size) -> Tensor:
-    """The inverse of split_groups: drop the padding and restore the tensor's shape."""
-    if grouped.shape[-3:-1].numel() == 1 and grouped.numel() == shape.numel():
-        return grouped.reshape(shape)
-    return grouped.flatten(-2)[..., : shape[-1]].reshape(shape)
-
-
-def encode_scales(scales: Tensor, nonzero: Tensor, dtype: str) -> Tensor:
-    """Scales as they are stored: zero exactly for zero groups, never rounded to zero or infinity for the others.
-
-    bf16 and fp16 are the values; log4 to log8 are uint8 codes, the nearest by ratio.
-    """
-    if dtype in LOG_TABLES:
-        steps = len(LOG_TABLES[dtype]) // 16
-        codes = ((scales.clamp(min=2.0**-126).log2() + 12) * steps).round().clamp(1, 16 * steps - 1)
-        return torch.where(nonzero, codes, 0.0).to(torch.uint8)
-    kind, smallest = FLOAT_DTYPES[dtype]
-    return torch.where(nonzero, scales.clamp(smallest, torch.finfo(kind).max), 0.0).to(kind)
-
-
-def decode_scales(stored: Tensor, dtype: str) -> Tensor:
-    """The fp32 values of stored scales."""
-    return LOG_TABLES[dtype].to(stored.device)[stored.long()] if dtype in LOG_TABLES else stored.float()
-
-
-class GroupFormat:
-    """Formats of codes times a scale per group: ternary and symmetric integers."""
-
-    group_size: int
-    scale: str
-
-    def dequantize(self, stored: Stored) -> Tensor:
-        """Param, bf16, in the codes' shape: codes * scale, computed in fp32 and rounded once."""
-        codes, _ = split_groups(stored.codes.float(), self.group_size)
-        param = codes * decode_scales(stored.scales, self.scale)[..., None]
-        return join_groups(param, stored.codes.shape).bfloat16()
-
-
-@dataclass(frozen=True)
-class Ternary(GroupFormat):
-    """Codes in {-1, 0, 1} and one scale per group, stored as `scale`: bf16, fp16 or log4 to log8.
-
-    absmean: scale = mean|w|, code = 0 where |w| <= threshold * mean|w|, else sign(w); with threshold 0.5 this is
-    RoundClip(w / mean|w|, -1, 1) of BitNet b1.58 (arXiv 2402.17764, section 2). Codes use the exact mean and only the
-    scale is rounded, so codes(c * W) == codes(W) for c > 0. A zero group has zero codes and a zero scale.
-    """
-
-    group_size: int = 128
-    rule: str = "absmean"
-    threshold: float = 0.5
-    scale: str = "bf16"
-
-    def __post_init__(self):
-        if self.rule != "absmean" or self.scale not in SCALE_DTYPES or self.group_size < 0 or not self.threshold >= 0:
-            raise ConfigError(f"{self}: rule absmean, scale one of {', '.join(SCALE_DTYPES)}, group_size and "
-                              "threshold >= 0 are needed")
-
-    def quantize(self, latent: Tensor) -> Stored:
-        """latent: fp32 [.., rows, cols] or [cols] -> codes int8 of its shape, scales [.., rows, groups]."""
-        w, sizes = split_groups(latent.float(), self.group_size)
-        magnitude = w.abs()
-        mean = magnitude.sum(-1, keepdim=True) / sizes
-        codes = w.sign() * (magnitude > self.threshold * mean)
-        nonzero = magnitude.amax(-1) > 0
-        codes = join_groups(codes.to(torch.int8), latent.shape)
-        return Stored(codes, encode_scales(mean[..., 0], nonzero, self.scale))
-
-    def spec(self) -> dict:
-        return {"kind": "ternary"} | asdict(self)
-
-
-@dataclass(frozen=True)
-class Int(GroupFormat):
-    """Symmetric integers of 2 to 8 bits: scale = max|w| / (2^(bits-1) - 1), code = round(w / scale)."""
-
-    bits: int = 8
-    group_size: int = 128
-    scale: str = "bf16"
-
-    def __post_init__(self):
-        if not 2 <= self.bits <= 8 or self.scale not in SCALE_DTYPES or self.group_size < 0:
-            raise ConfigError(f"{self}: 2 to 8 bits, scale one of {', '.join(SCALE_DTYPES)} and group_size >= 0 "
-                              "are needed")
-
-    def quantize(self, latent: Tensor) -> Stored:
-        """Shapes as in Ternary. Codes are rounded against the stored scale: the one that they will be multiplied by."""
-        w, _ = split_groups(latent.float(), self.group_size)
-        limit = 2 ** (self.bits - 1) - 1
-        biggest = w.abs().amax(-1)
-        scales = encode_scales(biggest / limit, biggest > 0, self.scale)
-        values = decode_scales(scales, self.scale)[..., None]
-        divisor = torch.where(values > 0, values, 1.0)
-        codes = (w / divisor).round().clamp(-limit, limit).to(torch.int8)
-        return Stored(join_groups(codes, latent.shape), scales)
-
-    def spec(self) -> dict:
-        return {"kind": "int"} | asdict(self)
-
-
-@dataclass(frozen=True)
-class Float:
-    """Floats of 16 bits, or of 8 (e4m3, arXiv 2209.05433: 8 steps per octave, up to 448); the codes are the values."""
-
-    dtype: str = "bf16"
-
-    def quantize(self, latent: Tensor) -> Stored:
-        if self.dtype == "fp8":  # the conversion does not saturate
-            latent = latent.clamp(-448.0, 448.0)
-        return Stored(latent.to(VALUE_DTYPES[self.dtype]), None)
-
-    def dequantize(self, stored: Stored) -> Tensor:
-        return stored.codes.bfloat16()
-
-    def spec(self) -> dict:
-        return {"kind": self.dtype}
-
-
-Format = Ternary | Int | Float
 
 
 def make_format(config: Config, name: str) -> Format:
     """The format that the setting `name` (matrix_format, embed_format or vector_format) asks for."""
-    value = getattr(config, name)
+    value, group, scale = getattr(config, name), config.group_size, config.scale_dtype
     if value in VALUE_DTYPES:
         return Float(value)
-    if config.scale_dtype not in SCALE_DTYPES:
-        raise ConfigError(f"scale_dtype={config.scale_dtype!r}: must be one of {', '.join(SCALE_DTYPES)}")
-    if name != "vector_format" and value == "ternary":
-        return Ternary(config.group_size, "absmean", config.threshold, config.scale_dtype)
-    if name != "vector_format" and value.startswith("int") and value[3:] in list("2345678"):
-        return Int(int(value[3:]), config.group_size, config.scale_dtype)
-    choices = "fp8, bf16 or fp16" if name == "vector_format" else "ternary, int2..int8, fp8, bf16 or fp16"
-    raise ConfigError(f"{name}={value!r}: must be {choices}")
+    if scale not in SCALE_DTYPES:
+        raise ConfigError(f"scale_dtype={scale!r}: must be one of {', '.join(SCALE_DTYPES)}")
+    if name == "vector_format":
+        raise ConfigError(f"{name}={value!r}: must be fp8, bf16 or fp16")
+    if value == "ternary" and config.ternary_rule != "elastic":
+        return Ternary(group, config.ternary_rule, config.threshold, scale)
+    if value in (simple := {"ternary": ElasticTernary, "binary": Binary, "five": Five}):
+        return simple[value](group, scale)
+    if value in [f"int{bits}" for bits in range(2, 9)]:
+        return Int(int(value[3:]), group, scale)
+    if entries := re.fullmatch(r"codebook([0-9]{1,2})", value):
+        return Codebook(int(entries[1]), group, config.codebook_decay, config.commitment)
+    raise ConfigError(f"{name}={value!r}: must be ternary, binary, five, int2..int8, codebook2..codebook64, fp8, bf16 "
+                      "or fp16")
 
 
 def format_of(config: Config, name: str, ndim: int) -> Format:
@@ -470,36 +330,6 @@ def format_of(config: Config, name: str, ndim: int) -> Format:
     if name == "tok_emb.weight":
         return make_format(config, "embed_format")
     return make_format(config, "matrix_format" if name.endswith(".weight") and ndim == 2 else "vector_format")
-
-
-def to_pack(stored: Stored, fmt: Format) -> pack.StoredTensor:
-    """A tensor as pack.py writes it: 16-bit floats become their bit patterns."""
-    def bits(x: Tensor) -> np.ndarray:
-        x = x.detach().cpu().contiguous()
-        return x.numpy() if not x.is_floating_point() else x.view(getattr(torch, f"uint{8 * x.itemsize}")).numpy()
-
-    scales = None if stored.scales is None else bits(stored.scales).reshape(-1, stored.scales.shape[-1])
-    return pack.StoredTensor(tuple(stored.codes.shape), fmt.spec(), bits(stored.codes), scales)
-
-
-def from_pack(tensor: pack.StoredTensor) -> tuple[Stored, Format]:
-    """The inverse of to_pack. Raises ConfigError on a format that this trainer does not know."""
-    spec = dict(tensor.format)
-    kind = spec.pop("kind")
-    try:
-        fmt = Ternary(**spec) if kind == "ternary" else Int(**spec) if kind == "int" else Float(kind, **spec)
-        if isinstance(fmt, Float) and kind not in VALUE_DTYPES:
-            raise TypeError(f"unknown kind {kind!r}")
-    except TypeError as e:
-        raise ConfigError(f"storage format {tensor.format}: {e}") from None
-
-    def values(array: np.ndarray, dtype: str) -> Tensor:
-        x = torch.from_numpy(array.copy())
-        return x.view(VALUE_DTYPES[dtype]) if dtype in VALUE_DTYPES else x
-
-    if isinstance(fmt, Float):
-        return Stored(values(tensor.codes, kind), None), fmt
-    return Stored(torch.from_numpy(tensor.codes.copy()), values(tensor.scales, fmt.scale)), fmt
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -654,6 +484,8 @@ class Linear(nn.Linear):
 
 
 class Attention(nn.Module):
+    attend = staticmethod(attend)
+
     def __init__(self, c: Config):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = c.num_heads, c.num_kv_heads, c.model_dim // c.num_heads
@@ -676,7 +508,7 @@ class Attention(nn.Module):
         q, k, v = heads[0].split(sizes, dim=1) if last == time else (heads[0], *heads[1].split(sizes[1:], dim=1))
         q = rotate(norm(q), cos[-last:], sin[-last:]) * self.q_gain[:, None, None]
         k = rotate(norm(k), cos, sin)
-        y = attend(q, k, v)
+        y = self.attend(q, k, v)
         return self.proj(norm(y.transpose(1, 2).reshape(batch, last, -1)))
 
 
@@ -734,8 +566,7 @@ class GPT(nn.Module):
         """hidden(ids)[:, -last:], for which the last block computes only keys and values of the other positions."""
         dtype, half = self.tok_emb.weight.dtype, self.config.model_dim // self.config.num_heads // 2
         cos, sin = rope_tables(ids, half, self.config.rope_base).to(dtype)
-        # The table in fp32: its gradient sums thousands of rows per frequent token, which bf16 would lose.
-        x = x0 = norm(F.embedding(ids, self.tok_emb.weight.float())).to(dtype)
+        x = x0 = self.embed(ids).to(dtype)
         half_way, skips = self.config.num_layers // 2, []
         for i, block in enumerate(self.blocks):
             if i >= half_way and skips:
@@ -744,6 +575,11 @@ class GPT(nn.Module):
             if i < half_way:
                 skips.append(x)
         return norm(x)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """What enters the first block, fp32 [batch, time, model_dim]."""
+        # The table in fp32: its gradient sums thousands of rows per frequent token, which bf16 would lose.
+        return norm(F.embedding(ids, self.tok_emb.weight.float()))
 
     def head(self, hidden: Tensor) -> Tensor:
         """Softcapped logits, fp32 [.., vocab_size], of hidden states [.., model_dim]."""
@@ -878,33 +714,6 @@ def optimizer_of(name: str) -> str:
     return "muon" if muon else "embed" if name == "tok_emb.weight" else "scalar"
 
 
-def to_wire(stored: Stored, fmt: Format) -> Tensor:
-    """uint8 [bytes] that an owner sends: ternary codes five to a byte (as pack.pack_base3), others and scales as is."""
-    codes = stored.codes.flatten()
-    if isinstance(fmt, Ternary):
-        digits = F.pad((codes + 1).to(torch.uint8), (0, -len(codes) % 5)).view(-1, 5)
-        codes = sum(3**i * digits[:, i] for i in range(5))
-    parts = [codes] if stored.scales is None else [codes, stored.scales.flatten()]
-    return torch.cat([x.view(torch.uint8) for x in parts])
-
-
-@functools.cache
-def trits(device: torch.device) -> Tensor:
-    """Byte -> its five codes, int8 [243, 5]."""
-    rows = [[byte // 3**i % 3 - 1 for i in range(5)] for byte in range(3**5)]
-    return torch.tensor(rows, dtype=torch.int8, device=device)
-
-
-def from_wire(data: Tensor, fmt: Format, like: Stored) -> Stored:
-    """The inverse of to_wire; like has the shapes and dtypes."""
-    count, ternary = like.codes.numel(), isinstance(fmt, Ternary)
-    size = -(-count // 5) if ternary else like.codes.nbytes
-    codes, scales = data[:size].clone(), data[size:].clone()  # clones: a 16-bit view needs an even address
-    codes = trits(data.device)[codes.int()].flatten()[:count] if ternary else codes.view(like.codes.dtype)
-    scales = None if like.scales is None else scales.view(like.scales.dtype).view(like.scales.shape)
-    return Stored(codes.view(like.codes.shape), scales)
-
-
 @dataclass
 class Bank:
     """Same-shape parameters of one format and one owner, stacked: each optimizer operation is one call for all."""
@@ -915,6 +724,7 @@ class Bank:
     optimizer: str  # "muon", "embed" or "scalar"
     owner: int  # rank
     latent: Tensor | None  # fp32 [n, *shape], the owner's only
+    state: State  # what the format learns beside the latent, stacked likewise; the owner's only
     grad: Tensor  # fp32 [n, *shape], a view of Latents.flat_grad
     like: Stored  # shapes and dtypes of the stored form, on the meta device
     stored: Stored | None  # the owner's only
@@ -937,7 +747,7 @@ class Latents:
         sizes = [sum(p.numel() for _, p in group) for group in members.values()]
         self.flat_grad = torch.zeros(sum(sizes) + 1, device=next(model.parameters()).device)  # and, last, the loss
         self.banks: list[Bank] = []
-        wires = []
+        wires, mixes = [], schedule(config, 0, 0.0).quantized < 1  # then owners send bf16 params at first
         for (rank, kind, shape), group, grad in zip(members, members.values(), self.flat_grad[:-1].split(sizes),
                                                     strict=True):
             names, params = [n for n, _ in group], [p for _, p in group]
@@ -945,9 +755,11 @@ class Latents:
             latent = torch.stack([p.detach() for p in params]).float()
             stored, mine = fmt.quantize(latent), rank == ranks.rank
             like = Stored(stored.codes.to("meta"), None if stored.scales is None else stored.scales.to("meta"))
-            wires.append(to_wire(stored, fmt) if ranks.world > 1 else self.flat_grad.new_empty(0, dtype=torch.uint8))
-            self.banks.append(Bank(names, params, fmt, kind, rank, latent if mine else None, grad.view(latent.shape),
-                                   like, stored if mine else None, wires[-1]))
+            wire = to_wire(stored, fmt) if ranks.world > 1 else self.flat_grad.new_empty(0, dtype=torch.uint8)
+            wires.append(F.pad(wire, (0, max(2 * latent.numel() * (mixes and ranks.world > 1) - len(wire), 0))))
+            self.banks.append(Bank(names, params, fmt, kind, rank, latent if mine else None,
+                                   fmt.start(latent) if mine else {}, grad.view(latent.shape), like,
+                                   stored if mine else None, wires[-1]))
             for p in params:
                 p.data = torch.empty_like(p, dtype=torch.bfloat16)
         self.wire = torch.cat(wires)
@@ -962,26 +774,35 @@ class Latents:
         assert covered == sorted(n for n, _ in model.named_parameters()), "a parameter has no format, or two"
 
     @torch.no_grad()
-    def refresh(self, measure: bool = False) -> tuple[float, float]:
+    def refresh(self, quantized: float = 1.0, measure: bool = False) -> tuple[float, float]:
         """params <- dequantize(quantize(latent)), eager: a compiler may drop a rounding (pytorch issue 185337).
 
-        Returns (zero_frac, churn) of the ternary codes, or NaN unless measure. churn: share changed by this refresh.
+        quantized < 1: only so far from the latent towards that, rounded to bf16. What is stored is quantized all the
+        way. Returns (zero_frac, churn) of the block matrices' codes, or NaN unless measure. churn: share of the codes
+        that this refresh changed.
         """
         counts = torch.zeros(3, dtype=torch.int64, device=self.flat_grad.device)  # zeros, changed, all
+        mixed: dict[int, Tensor] = {}  # id of a bank -> param
         for bank in self.mine:
-            stored = bank.format.quantize(bank.latent)
-            if measure and isinstance(bank.format, Ternary):
+            stored = bank.format.quantize(bank.latent, bank.state)
+            if measure and bank.optimizer == "muon" and not isinstance(bank.format, Float):
                 counts[0] += (stored.codes == 0).sum()
                 counts[1] += (stored.codes != bank.stored.codes).sum()
                 counts[2] += stored.codes.numel()
             bank.stored = stored
+            if quantized < 1:
+                mixed[id(bank)] = bank.latent.lerp(bank.format.dequantize(stored).float(), quantized).bfloat16()
             if self.ranks.world > 1:
-                bank.wire.copy_(to_wire(stored, bank.format))
+                wire = mixed[id(bank)].flatten().view(torch.uint8) if mixed else to_wire(stored, bank.format)
+                bank.wire[: len(wire)].copy_(wire)
         works = [self.ranks.broadcast(segment, r) for r, segment in enumerate(self.wire_segments)]
         for bank in sorted(self.banks, key=lambda b: b.owner != self.ranks.rank):  # one's own while others arrive
             if bank.stored is None:
                 self.ranks.wait(works[bank.owner])
-            param = bank.format.dequantize(self.stored(bank))
+            if quantized == 1:
+                param = bank.format.dequantize(self.stored(bank))
+            elif (param := mixed.get(id(bank))) is None:
+                param = bank.wire[: 2 * bank.grad.numel()].clone().view(torch.bfloat16).view(bank.grad.shape)
             torch._foreach_copy_([p.data for p in bank.params], list(param.unbind()))
         self.ranks.wait(works[self.ranks.rank])
         if not measure:
@@ -989,8 +810,22 @@ class Latents:
         zeros, changed, total = self.ranks.sum(counts).tolist()
         return (zeros / total, changed / total) if total else (math.nan, math.nan)
 
+    @torch.no_grad()
+    def load(self, latents: Mapping[str, Tensor]) -> None:
+        """Latents <- those of a checkpoint (name -> fp32 tensor); formats that learn start anew. Not yet refreshed.
+
+        Raises ValueError on a tensor that is missing or of another shape.
+        """
+        for bank in self.banks:
+            for i, name in enumerate(bank.names):
+                if name not in latents or latents[name].shape != bank.grad[i].shape:
+                    raise ValueError(f"the latent of {name} is missing or not of the shape {tuple(bank.grad[i].shape)}")
+        for bank in self.mine:
+            bank.latent.copy_(torch.stack([latents[name] for name in bank.names]))
+            bank.state = bank.format.start(bank.latent)
+
     def stored(self, bank: Bank) -> Stored:
-        """What the file would hold of a bank, whoever owns it."""
+        """What the file would hold of a bank, whoever owns it; another rank's only after a refresh(1.0)."""
         return bank.stored or from_wire(bank.wire, bank.format, bank.like)
 
     @torch.no_grad()
@@ -1086,6 +921,8 @@ class Optimizer:
             own = latents.grad_segments[latents.ranks.rank]
             norm = latents.ranks.sum(own.square().sum()).sqrt()
             own *= (self.config.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0)
+        for bank in latents.mine:
+            bank.format.learn(bank.latent, bank.grad, bank.state, lr_scale)
         lr = self.config.matrix_lr * lr_scale
         for bank, buffer in zip(self.muon, self.momentum, strict=True):
             buffer.mul_(momentum).add_(bank.grad)
@@ -1107,17 +944,21 @@ class Optimizer:
         state = self.adam.state[bank.latent]
         return {k: state.get(k, torch.zeros_like(bank.latent)) for k in ("exp_avg", "exp_avg_sq")}
 
-    def state_names(self, bank: Bank) -> list[str]:
-        return ["latent", "momentum"] if bank.optimizer == "muon" else ["latent", "exp_avg", "exp_avg_sq"]
+    def kept(self, bank: Bank) -> dict[str, Tensor]:
+        """The fp32 tensors of a bank that a checkpoint keeps, [n, ..]; on the meta device if another rank has them."""
+        moments = ["momentum"] if bank.optimizer == "muon" else ["exp_avg", "exp_avg_sq"]
+        if bank.latent is not None:
+            return {"latent": bank.latent} | self.moments(bank) | bank.state
+        like = torch.empty(bank.grad.shape, device="meta")
+        return dict.fromkeys(["latent", *moments], like) | bank.format.start(like)
 
     def state(self) -> dict[str, Tensor]:
-        """By name, on rank 0, of all ranks: latent/*, momentum/*, exp_avg/*, exp_avg_sq/*; and codes/* and scales/*,
-        carried so that what a file must hold is never derived again on another machine."""
+        """By name, on rank 0, of all ranks: latent/*, momentum/*, exp_avg/*, exp_avg_sq/*, what formats learn; and
+        codes/* and scales/*, carried so that what a file must hold is never derived again on another machine."""
         out = {}
         for bank in self.latents.banks:
-            for what in self.state_names(bank):
-                mine = bank.owner == self.latents.ranks.rank
-                x = (self.moments(bank) | {"latent": bank.latent})[what] if mine else torch.empty_like(bank.grad)
+            for what, x in self.kept(bank).items():
+                x = torch.empty(x.shape, device=bank.grad.device) if x.is_meta else x
                 x = self.latents.ranks.gather(x, bank.owner)
                 out |= {f"{what}/{n}": row for n, row in zip(bank.names, x, strict=True)}
         for name, _, _, stored in self.latents.named():
@@ -1126,7 +967,7 @@ class Optimizer:
         return out
 
     @torch.no_grad()
-    def load_state(self, state: dict[str, Tensor], step: int) -> None:
+    def load_state(self, state: dict[str, Tensor], step: int, quantized: float = 1.0) -> None:
         """Restore what state() gave after that many steps, each rank its own, and refresh the params.
 
         Raises KeyError or ValueError on a wrong state. The state may come from another number of ranks.
@@ -1134,7 +975,7 @@ class Optimizer:
         expected = {}
         for bank in self.latents.banks:
             for i, n in enumerate(bank.names):
-                expected |= {f"{what}/{n}": bank.grad[i] for what in self.state_names(bank)}
+                expected |= {f"{what}/{n}": x[i] for what, x in self.kept(bank).items()}
                 expected |= {f"codes/{n}": bank.like.codes[i]}
                 expected |= {f"scales/{n}": bank.like.scales[i]} if bank.like.scales is not None else {}
         if wrong := sorted(expected.keys() ^ state.keys()):
@@ -1144,15 +985,17 @@ class Optimizer:
                 raise ValueError(f"tensor {name} is {state[name].dtype} {tuple(state[name].shape)}, not {x.dtype} "
                                  f"{tuple(x.shape)}")
         for bank in self.latents.mine:
-            loaded = {what: torch.stack([state[f"{what}/{n}"] for n in bank.names]) for what in self.state_names(bank)}
+            loaded = {what: torch.stack([state[f"{what}/{n}"] for n in bank.names]) for what in self.kept(bank)}
             bank.latent.copy_(loaded.pop("latent"))
+            for what, x in bank.state.items():
+                x.copy_(loaded.pop(what))
             if bank.optimizer == "muon":
                 self.moments(bank)["momentum"].copy_(loaded["momentum"])
             else:
                 device = bank.latent.device
                 moments = {k: v.to(device) for k, v in loaded.items()}
                 self.adam.state[bank.latent] = moments | {"step": torch.tensor(float(step), device=device)}
-        self.latents.refresh()
+        self.latents.refresh(quantized)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1205,6 +1048,7 @@ class StepPlan:
     momentum: float  # Muon's
     seq_len: int  # tokens
     batch_tokens: int  # over all ranks, before rounding down to whole micro-batches
+    quantized: float  # how far params are from latents (0) to what is stored (1), after the step
 
 
 def sequence_lengths(config: Config) -> list[int]:
@@ -1229,7 +1073,9 @@ def schedule(config: Config, step: int, progress: float) -> StepPlan:
     lengths, batch, small = sequence_lengths(c), c.train_batch_tokens, c.batch_ramp_start
     seq_len = lengths[round((len(lengths) - 1) * ramp(c.seq_ramp_frac))]
     batch = int(small + ramp(c.batch_ramp_frac) * (batch - small)) if 0 < small < batch else batch
-    return StepPlan(min(warmup, warmdown, 1.0), momentum, seq_len, batch)
+    since = progress - c.quantize_start
+    quantized = min(max(since / c.quantize_ramp, 0.0), 1.0) if c.quantize_ramp else float(since >= 0)
+    return StepPlan(min(warmup, warmdown, 1.0), momentum, seq_len, batch, quantized)
 
 
 def micro_batch_tokens(config: Config, world: int) -> int:
@@ -1399,7 +1245,8 @@ class Interrupted(Exception):
 
 SILENCE = timedelta(seconds=45)  # after which a rank that does not answer is lost
 
-RUN_STATE = ("step", "elapsed", "step_seconds", "tokens_seen", "finished")  # a Trainer's, kept in its checkpoints
+# A Trainer's, kept in its checkpoints.
+RUN_STATE = ("step", "elapsed", "step_seconds", "tokens_seen", "finished", "quantized")
 
 
 class Trainer:
@@ -1416,6 +1263,7 @@ class Trainer:
         self.signal, self.signalled = 0, 0.0  # number of the last signal, and when it came
         self.log: Log | None = None
         self.step, self.elapsed, self.step_seconds, self.tokens_seen, self.finished = 0, 0.0, 0.0, 0, False
+        self.quantized = schedule(config, 0, 0.0).quantized
         self.folder, self.shown = Path(config.out_dir) / config.run_id, ""
         # The program as it is now: an edit while it runs must not get into the log of what ran.
         self.sources = {p.name: p.read_bytes() for p in pack.code_files()}
@@ -1453,6 +1301,14 @@ class Trainer:
             self.ranks.call(dist.barrier)  # rank 0 has audited the validation text meanwhile
             self.ranks.group = self.ranks.call(dist.new_group, timeout=SILENCE)
         self.latents = Latents(self.model, c, self.ranks)
+        if c.init_from and not loaded:
+            start, _ = load_checkpoint(c.init_from)
+            try:
+                self.latents.load({n.removeprefix("latent/"): x for n, x in start.items() if n.startswith("latent/")})
+            except ValueError as e:
+                raise CheckpointError(f"init_from={c.init_from}: {e}; use a checkpoint of the same model") from None
+        if c.init_from or self.quantized < 1:
+            self.latents.refresh(self.quantized)
         self.optimizer = Optimizer(self.latents, c)
         self.compiled: Callable[[Tensor, Tensor], Tensor] = self.model
         self.log = Log(self.folder, self.rank, append=loaded is not None)
@@ -1524,7 +1380,11 @@ class Trainer:
         if int(self.ranks.sum(torch.tensor(bad is not None, dtype=torch.int64, device=self.device))):
             raise TrainingError(f"step {self.step}: {bad or 'what another rank owns'} is not finite; the last good "
                                 "checkpoint is kept")
+        if self.quantized < 1:
+            self.latents.refresh()  # for the codes of every rank
         tensors = self.optimizer.state()
+        if self.quantized < 1:
+            self.latents.refresh(self.quantized)
         if self.rank == 0:
             rng = {"rng/cpu": torch.get_rng_state()}
             if self.device.type == "cuda":
@@ -1551,7 +1411,7 @@ class Trainer:
         self.source_changed = state.get("source") != folder_identity(self.source_sha256)
         rng = {n: tensors.pop(n) for n in list(tensors) if n.startswith("rng/")}
         try:
-            self.optimizer.load_state(tensors, int(state["step"]))
+            self.optimizer.load_state(tensors, int(state["step"]), float(state["quantized"]))
             torch.set_rng_state(rng["rng/cpu"])
             if self.device.type == "cuda" and "rng/cuda" in rng:
                 torch.cuda.set_rng_state(rng["rng/cuda"], self.device)
@@ -1595,7 +1455,7 @@ class Trainer:
         if self.world > 1:  # wait for the slowest compiler, then open the connections
             self.ranks.call(dist.barrier)
             self.latents.reduce()
-            self.latents.refresh()
+            self.latents.refresh(self.quantized)
             self.latents.flat_grad.zero_()
             self.ranks.sent = dict.fromkeys(self.ranks.sent, 0)
         self.seconds["compile"] = time.perf_counter() - began
@@ -1645,7 +1505,8 @@ class Trainer:
             self.optimizer.step(plan.lr_scale, plan.momentum)
             self.step += 1
             logged = c.train_log_every > 0 and (self.step <= 10 or self.step % c.train_log_every == 0)
-            zero_frac, churn = self.latents.refresh(measure=logged)
+            self.quantized = plan.quantized
+            zero_frac, churn = self.latents.refresh(self.quantized, measure=logged)
             tokens = micro_batches * self.world * self.micro_tokens
             self.loader.position += tokens
             self.tokens_seen += tokens
@@ -1664,11 +1525,18 @@ class Trainer:
         if cap and self.step < c.iterations:
             log.line(f"stopping_early: wallclock_cap train_time:{1000 * self.elapsed:.0f}ms "
                      f"step:{self.step}/{c.iterations}")
+        self.settle()
         self.check_replicas()
         self.report_memory()
         self.save()
         self.check_compiled()  # after saving: what was trained is not lost with the packing
         self.phase("train", f", {self.step:,} steps, {self.tokens_seen:,} tokens")
+
+    def settle(self) -> None:
+        """After the last step: what is packed is quantized all the way, whatever the schedule was."""
+        if self.quantized < 1:
+            self.quantized = 1.0
+            self.latents.refresh()
 
     def report_step(self, plan: StepPlan, loss: float, tokens: int, zero_frac: float, churn: float, logged: bool,
                     progress: float) -> None:
@@ -1764,7 +1632,7 @@ class Trainer:
         table = torch.zeros(self.world, 3, dtype=torch.int64, device=self.device)
         table[self.rank] = torch.tensor([sum(held.values()), *(v // steps for v in self.ranks.sent.values())])
         state, gradients, codes = self.ranks.sum(table).T.tolist()
-        ternary = [b for b in self.latents.banks if isinstance(b.format, Ternary)]
+        ternary = [b for b in self.latents.banks if b.format.kind == "ternary"]
         each = sum(len(b.wire) for b in ternary) / max(sum(b.grad.numel() for b in ternary), 1)
         self.log.line(f"memory      {', '.join(f'{n:,}' for n in state)} bytes of params, gradients and optimizer state"
                       f"{' on the ranks' if self.world > 1 else ''}")
@@ -1780,7 +1648,7 @@ class Trainer:
         yield from (p.data for p in self.model.parameters())
         yield from (self.latents.flat_grad, self.latents.wire)
         for bank in self.latents.mine:
-            yield from (bank.latent, *self.optimizer.moments(bank).values(), bank.stored.codes)
+            yield from (*self.optimizer.kept(bank).values(), bank.stored.codes)
             yield from [bank.stored.scales] if bank.stored.scales is not None else []
 
     def validate(self, batch_seqs: int):

@@ -12,8 +12,10 @@ import zlib
 import numpy as np
 import zstandard
 
-CODE_TYPES = {"ternary": "i1", "int": "i1", "fp8": "u1", "bf16": "<u2", "fp16": "<u2", "fp32": "<u4"}
-CODE_KINDS = {"ternary": "ternary", "fp8": "u8", "bf16": "u16", "fp16": "u16", "fp32": "u32"}
+CODE_TYPES = dict.fromkeys(("ternary", "binary", "five", "int", "codebook"), "i1") | {
+    "fp8": "u1", "bf16": "<u2", "fp16": "<u2", "fp32": "<u4"}
+CODE_KINDS = {"ternary": "ternary", "binary": "ternary", "five": "five", "fp8": "u8", "bf16": "u16", "fp16": "u16",
+              "fp32": "u32"}
 
 
 def bits(x):
@@ -50,11 +52,11 @@ def decode(data):
 
     for index, fmt in enumerate(formats):
         mine = [(name, shape) for name, shape, i in rows if i == index]
-        kind = CODE_KINDS.get(fmt["kind"]) or f"int{fmt['bits']}"
+        kind = code_kind(fmt)
         arrays = stream(kind, CODE_TYPES[fmt["kind"]], [shape for _, shape in mine])
         codes.update((name, x) for (name, _), x in zip(mine, arrays, strict=True))
-        if fmt["kind"] in ("ternary", "int"):
-            log = fmt["scale"].startswith("log")
+        if "group_size" in fmt:
+            log = fmt.get("scale", "bf16").startswith("log")
             kind = f"uint{fmt['scale'][3:]}" if log else "u16"
             arrays = stream(kind, "u1" if log else "<u2", [scales_shape(fmt, shape) for _, shape in mine])
             scales.update((name, x) for (name, _), x in zip(mine, arrays, strict=True))
@@ -73,9 +75,16 @@ def unfold(table):
                     yield [f"{before}{i}{after}", shape, index]
 
 
+def code_kind(fmt):
+    if fmt["kind"] == "codebook":
+        return f"int{bits(fmt['entries'] - 1) + 1}"
+    return CODE_KINDS.get(fmt["kind"]) or f"int{fmt['bits']}"
+
+
 def scales_shape(fmt, shape):
     rows, last = (math.prod(shape[:-1]), shape[-1]) if shape else (1, 1)
-    return [rows, -(-last // fmt["group_size"])] if fmt["group_size"] else [1, 1]
+    each = fmt.get("entries", 1)
+    return [rows, -(-last // fmt["group_size"]) * each] if fmt["group_size"] else [1, each]
 
 
 # ----------------------------------------------------------------------------------------------- plain codecs
@@ -92,7 +101,7 @@ def symbols(codec, data, kind, shapes):
     elif kind.startswith("uint"):
         width, low, dtype = int(kind[4:]), 0, "u1"
     else:
-        width = 0 if kind == "ternary" else int(kind[3:])
+        width = 0 if kind in ("ternary", "five") else int(kind[3:])
         low, dtype = -(2 ** (width - 1)) + 1 if width else -1, "i1"
     item = np.dtype(dtype).itemsize
     size = {"base3": -(-count // 5), "bits": -(-count * width // 8)}.get(plain, count * item)
@@ -270,8 +279,8 @@ class Ternary(Model):
 
 
 class Int(Model):
-    def __init__(self, decoder, width):
-        self.m = 2 ** (width - 1) - 1
+    def __init__(self, decoder, m):
+        self.m = m
         self.b = bits(2 * self.m)
         self.f = min(self.b, 4)
         super().__init__(decoder, 2**self.b)
@@ -362,12 +371,14 @@ class Excess(Model):
 
 def model(data, kind, shapes):
     decoder, out, groups = RangeDecoder(data), [np.zeros(shape, np.int64) for shape in shapes], {}
-    width = int(kind.lstrip("uint") or 0) if kind != "ternary" else 0
+    width = int(kind.lstrip("uint") or 0) if kind not in ("ternary", "five") else 0
     pair = kind in ("u8", "u16")
     if kind == "ternary":
         models = [Ternary(decoder)]
+    elif kind == "five":
+        models = [Int(decoder, 2)]
     elif kind.startswith("int"):
-        models = [Int(decoder, width)]
+        models = [Int(decoder, 2 ** (width - 1) - 1)]
     elif kind.startswith("uint"):
         models = [Excess(decoder, 2**width - 1)]
     else:
@@ -425,7 +436,13 @@ def values(fmt, codes, scales):
     """The values of a tensor, rounded to bf16, as float32."""
     if scales is None:
         return to_bf16(floats(fmt["kind"], codes))
-    scale, size = floats(fmt["scale"], scales), fmt["group_size"]
+    size = fmt["group_size"]
+    if fmt["kind"] == "codebook":
+        last = codes.shape[-1] if codes.ndim and size else codes.size
+        table = floats("bf16", scales).reshape(len(scales), -1, fmt["entries"])
+        index = codes.reshape(-1, last).astype(np.int64) + fmt["entries"] // 2
+        return table[np.arange(len(index))[:, None], np.arange(last) // (size or last), index].reshape(codes.shape)
+    scale = floats(fmt["scale"], scales)
     if size:
         last = codes.shape[-1] if codes.ndim else 1
         scale = np.repeat(scale, size, axis=1)[:, :last].reshape(codes.shape)

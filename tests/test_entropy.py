@@ -212,7 +212,7 @@ def golden_arrays(kind: str) -> list[np.ndarray]:
             row, col = divmod(k, cols)
             if kind == "ternary":
                 values.append(0 if a[k] % 100 < 15 + col % 40 else 1 - 2 * (b[k] % 2))
-            elif kind.startswith("int"):
+            elif kind.startswith("int") or kind == "five":
                 at = k if row % 3 else col  # every third row is the first again
                 values.append((a[at] % (high + 1) + b[at] % (high + 1)) + low)
             elif kind.startswith("uint"):
@@ -226,6 +226,7 @@ def golden_arrays(kind: str) -> list[np.ndarray]:
 
 GOLDEN = {  # kind: (bytes, sha256)
     "ternary": (804, "b3ebf0360ec1ca35d91f01498d4103386796277faf9025784871c5cfd6657829"),
+    "five": (1020, "53dd2d5a934fdf1ef78a78d2699839064478e8ffffc2fce0b8ab5fafde821629"),
     "int2": (688, "5b7580b903e173f74dc18d35642b054f655c09b8e90dfc6c2b13e16bda4a547e"),
     "int3": (1228, "dffa89dfda9b0040fc8b8551cad09322e623b1b7e40d2f6e5208489b0171d262"),
     "int4": (1736, "488e59acf53f2bd84e8fbbe3d1ec933f34ddec4f3ca078fbb184bbd5f0db658c"),

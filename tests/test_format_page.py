@@ -27,6 +27,10 @@ def integer(bits, group_size=16, scale="log5"):
     return {"kind": "int", "bits": bits, "group_size": group_size, "scale": scale}
 
 
+FEW = [{"kind": "binary", "group_size": 16, "scale": "log5"}, {"kind": "five", "group_size": 7, "scale": "bf16"}]
+CODEBOOKS = [{"kind": "codebook", "entries": k, "group_size": g} for k, g in ((2, 7), (3, 0), (16, 16), (64, 5))]
+
+
 def patterns(kind, x):
     """float32 values as the bit patterns of a float format (of bf16: cut)."""
     x = np.asarray(x, np.float32)
@@ -38,22 +42,27 @@ def patterns(kind, x):
 
 
 def random_scales(rng, fmt, rows, last):
-    shape = (rows, -(-last // fmt["group_size"])) if fmt["group_size"] else (1, 1)
+    shape = tuple(page.scales_shape(fmt, (rows, last)))
     walk = np.cumsum(rng.normal(0, 0.3, shape), 0) + rng.normal(0, 1.5, shape)
     walk += 30 * (rng.random(shape) < 0.02)  # some far from the others
-    if fmt["scale"].startswith("log"):
+    if fmt.get("scale", "bf16").startswith("log"):
         top = 2 ** int(fmt["scale"][3:]) - 1
         return np.clip(np.round(top / 2 + walk), 0, top).astype(np.uint8)
-    return patterns(fmt["scale"], np.exp(walk / 5 - 3))
+    return patterns(fmt.get("scale", "bf16"), np.exp(walk / 5 - 3))
 
 
 def random_tensor(rng, fmt, *shape):
     """Columns differ in their share of zeros and depend on others; some rows of an int table nearly repeat a row."""
-    if fmt["kind"] not in ("ternary", "int"):
+    if "group_size" not in fmt:
         x = np.asarray(rng.normal(rng.random(), 0.05, shape))
         return pack.StoredTensor(shape, fmt, np.asarray(patterns(fmt["kind"], x)), None)
     rows, cols = (math.prod(shape[:-1]), shape[-1]) if shape else (1, 1)
-    m = 2 ** (fmt.get("bits", 2) - 1) - 1
+    if fmt["kind"] in ("binary", "codebook"):
+        k = fmt.get("entries", 2)
+        x = rng.integers(0, k, (rows, cols)) - k // 2 if fmt["kind"] == "codebook" else 1 - 2 * rng.integers(
+            0, 2, (rows, cols))
+        return pack.StoredTensor(shape, fmt, x.astype(np.int8).reshape(shape), random_scales(rng, fmt, rows, cols))
+    m = 2 if fmt["kind"] == "five" else 2 ** (fmt.get("bits", 2) - 1) - 1
     x = rng.normal(0, 1, (rows, cols))
     x += 0.7 * x @ (rng.normal(0, 1, (cols, cols)) * (rng.random((cols, cols)) < 3 / max(cols, 1)))
     x = np.clip(np.round(x * rng.uniform(0.1, 1, cols) * m * 0.6), -m, m).astype(np.int8)
@@ -138,11 +147,12 @@ def test_names():
 @pytest.mark.parametrize("codec", list(pack.CODECS))
 def test_each_codec(monkeypatch, codec):
     rng, kinds = np.random.default_rng(1), pack.CODECS[codec].kinds
-    formats = [ternary(), *(integer(b, 7, s) for b, s in zip(range(2, 9), SCALES, strict=True)), *FLOATS]
+    formats = [ternary(), *(integer(b, 7, s) for b, s in zip(range(2, 9), SCALES, strict=True)), *FEW,
+               *CODEBOOKS, *FLOATS]
     tensors = {f"{i}.{j}": random_tensor(rng, fmt, *shape) for i, fmt in enumerate(formats)
                for j, shape in enumerate([(31, 23), (23, 31), (7,), (), (0, 4)])}
     only(monkeypatch, codec)
-    streams = [f"int{f['bits']}" if f["kind"] == "int" else page.CODE_KINDS[f["kind"]] for f in formats]
+    streams = [page.code_kind(f) for f in formats]
     assert codecs_of(roundtrip(tensors)).count(codec) >= sum(kind in kinds for kind in streams) > 0
 
 
@@ -251,6 +261,13 @@ def test_values(fmt, scale):
             scales[~np.isfinite(page.floats(scale, scales))] = 1
         with np.errstate(over="ignore"):
             assert_values(pack.StoredTensor(shape, fmt, codes, scales))
+
+
+@pytest.mark.parametrize("fmt", [*FEW, *CODEBOOKS], ids=str)
+def test_values_of_few_levels(fmt):
+    rng = np.random.default_rng(8)
+    for shape in [(40, 90), (90,), (1,)]:
+        assert_values(random_tensor(rng, fmt, *shape))
 
 
 def test_values_of_floats():

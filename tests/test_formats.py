@@ -11,23 +11,33 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pack
-from train_gpt import (
+from formats import (
     LOG_TABLES,
-    Config,
+    Binary,
+    Codebook,
     ConfigError,
+    ElasticTernary,
+    Five,
     Float,
     Int,
+    Stored,
     Ternary,
     decode_scales,
     encode_scales,
     from_pack,
+    from_wire,
     to_pack,
+    to_wire,
 )
+from train_gpt import Config, make_format
 
 W = torch.tensor([[0.8, -0.5, 1.2], [-1.5, 0.4, -0.9], [1.3, -0.7, 0.2]])
 CODES = [[1, -1, 1], [-1, 0, -1], [1, -1, 0]]
 ALL_FORMATS = [Ternary(), Ternary(4, scale="fp16"), Ternary(0), Ternary(8, scale="log6"), Int(8), Int(4, 5), Int(2, 0),
-               Int(4, 16, "log8"), Int(5, 3, "log4"), Float("bf16"), Float("fp16"), Float("fp8")]
+               Int(4, 16, "log8"), Int(5, 3, "log4"), Float("bf16"), Float("fp16"), Float("fp8"),
+               Ternary(8, "lsq", 0.7), Ternary(0, "rms", scale="log8"), Ternary(20, "lsq", 1.5), ElasticTernary(8),
+               ElasticTernary(0, "log7"), Binary(8), Binary(0, "log6"), Five(8), Five(0, "fp16"), Codebook(2, 8),
+               Codebook(3, 0), Codebook(4, 10), Codebook(16, 20)]
 
 
 def test_hand_golden_as_one_group():
@@ -87,8 +97,10 @@ def test_zero_groups_are_zero_and_not_nan(fmt):
     w = torch.randn(3, 20)
     w[1] = 0
     stored = fmt.quantize(w)
-    assert (stored.codes[1].float() == 0).all()
-    assert (fmt.dequantize(stored)[1] == 0).all()
+    if fmt.kind not in ("binary", "codebook"):  # which may have no code for 0
+        assert (stored.codes[1].float() == 0).all()
+    if fmt.kind not in ("binary", "codebook") or fmt.group_size:  # a group of its own
+        assert (fmt.dequantize(stored)[1] == 0).all()
     zero = fmt.quantize(torch.zeros(3, 20))
     assert torch.isfinite(fmt.dequantize(zero)).all()
     if zero.scales is not None:
@@ -97,7 +109,7 @@ def test_zero_groups_are_zero_and_not_nan(fmt):
 
 @pytest.mark.parametrize("scale", ["bf16", "fp16"])
 @pytest.mark.parametrize("size", [1e-45, 1e-30, 1e-9, 1e9, 3e37])
-@pytest.mark.parametrize("kind", [Ternary, Int])
+@pytest.mark.parametrize("kind", [Ternary, ElasticTernary, Binary, Five, Int])
 def test_no_scale_underflows_or_overflows(kind, size, scale):
     stored = kind(group_size=4, scale=scale).quantize(torch.full((1, 8), size))
     assert (stored.scales > 0).all() and torch.isfinite(stored.scales).all()
@@ -134,6 +146,154 @@ def test_int_error_is_at_most_half_a_step(bits, seed):
     # half a step, and what clipping at the limit loses because the scale was rounded to bf16
     slack = limit * stored.scales.double() * 2**-8
     assert ((w.double() - exact).abs() <= stored.scales.double() / 2 + slack).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 40), st.integers(1, 17), st.floats(0, 2), st.integers(0, 2**31))
+def test_rules_of_ternary_are_their_definitions(rows, cols, group, threshold, seed):
+    w = torch.randn(rows, cols, generator=torch.Generator().manual_seed(seed))
+    lsq, rms = (Ternary(group, rule, threshold).quantize(w) for rule in ("lsq", "rms"))
+    for r in range(rows):
+        for at, start in enumerate(range(0, cols, group)):
+            g = w[r, start : start + group].double().numpy()
+            codes, scale = lsq.codes[r, start : start + group].double().numpy(), float(lsq.scales[r, at])
+            assert (codes == np.sign(g) * (np.abs(g) > threshold * np.abs(g).mean())).all()
+            best = codes @ g / max(codes @ codes, 1)  # of all scales the one with the least squared error
+            assert scale == pytest.approx(best, rel=2**-8)
+            root = np.sqrt((g**2).mean())
+            assert float(rms.scales[r, at]) == pytest.approx(root, rel=2**-8)
+            codes = rms.codes[r, start : start + group].double().numpy()
+            near = np.abs(np.abs(g) - threshold * root) < 1e-6 * root
+            assert ((codes == np.sign(g) * (np.abs(g) > threshold * root)) | near).all()
+
+
+def test_binary_is_the_sign_and_its_scale_the_best():
+    stored = Binary(3).quantize(torch.tensor([[0.5, -1.0, 0.0, -2.0]]))
+    assert stored.codes.tolist() == [[1, -1, 1, -1]] and stored.scales.tolist() == [[0.5, 2.0]]
+
+
+def test_five_levels_are_rounded_and_clipped():
+    w = torch.tensor([[0.0, 0.4, -0.6, 1.4, -1.6, 2.0]])  # mean|w| = 1
+    stored = Five(0, "fp16").quantize(w)
+    assert stored.codes.tolist() == [[round(x / 1.057) for x in w[0].tolist()]]
+    assert Five().quantize(torch.tensor([[0.0] * 9 + [1.0]])).codes.tolist() == [[0] * 9 + [2]]
+
+
+def test_five_has_the_least_error_of_its_kind():
+    w = torch.randn(1, 200_000, generator=torch.Generator().manual_seed(0))
+    error = [float((fmt.dequantize(fmt.quantize(w)).float() - w).square().mean()) for fmt in (
+        Five(0), type("Narrow", (Five,), {"STEP": 1.0})(0), type("Wide", (Five,), {"STEP": 1.12})(0))]
+    assert error[0] == min(error)
+
+
+def elastic_by_autograd(w: torch.Tensor, alpha: torch.Tensor, grad: torch.Tensor):
+    """Gradients of w and alpha by LSQ's rule: round is passed straight through, and clip is not."""
+    w, alpha = w.double().requires_grad_(), alpha.double().requires_grad_()
+    x = 1.5 * (w / alpha).clamp(-0.99, 0.99)
+    value = alpha * (x + (x.round() - x).detach()) / 1.5
+    value.backward(grad.double())
+    return value, w.grad, alpha.grad
+
+
+def test_elastic_learns_by_its_definition():
+    g = torch.Generator().manual_seed(0)
+    w, grad = torch.randn(2, 3, 16, generator=g), torch.randn(2, 3, 16, generator=g)
+    fmt = ElasticTernary(16)
+    state = fmt.start(w)
+    state["theta"] += torch.randn(2, 3, 1, generator=g) / 4
+    alpha = 1.5 * w.abs().mean(-1, keepdim=True) * state["theta"].exp2()
+    value, dw, dalpha = elastic_by_autograd(w, alpha, grad)
+    stored = fmt.quantize(w, state)
+    assert torch.allclose(fmt.dequantize(stored).double(), value.detach(), rtol=2**-7)
+    before, mine = state["theta"].clone(), grad.clone()
+    fmt.learn(w, mine, state, 1.0)
+    assert torch.equal(mine, grad * (dw != 0)), "a weight beyond alpha gets no gradient, others the param's"
+    theta_grad = state["theta_mean"] / (1 - fmt.BETA1)
+    assert torch.allclose(theta_grad.double(), dalpha * alpha.double() * math.log(2), rtol=1e-5)
+    assert torch.allclose(state["theta"], before - fmt.LR * theta_grad.sign(), atol=1e-6), "Adam's first step"
+
+
+def test_elastic_starts_as_absmean():
+    w = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+    a, b = ElasticTernary(16).quantize(w), Ternary(16).quantize(w)
+    assert torch.equal(a.codes, b.codes)
+    assert torch.allclose(a.scales.float(), b.scales.float(), rtol=2**-7)
+
+
+def nativebit(weights: list[float], codebook: list[float], **settings):
+    """A codebook of one group as it is before its first step."""
+    fmt = Codebook(len(codebook), 0, **settings)
+    entries = torch.tensor(codebook).view(1, 1, 1, -1)
+    return fmt, torch.tensor(weights).view(1, 1, -1), {
+        "count": torch.ones_like(entries), "sum": entries.clone(), "codebook": entries.clone()}
+
+
+def test_codebook_reference_averages():
+    fmt, w, state = nativebit([0.1] * 100 + [0.9], [0.0, 1.0], decay=0.9)
+    fmt.learn(w, torch.zeros_like(w), state, 1.0)
+    assert state["codebook"].flatten().tolist() == pytest.approx([1 / 10.9, 0.99])
+    assert state["count"].flatten().tolist() == pytest.approx([10.9, 1.0])
+
+
+def test_codebook_reference_commitment():
+    fmt, w, state = nativebit([0.3, 0.7], [0.0, 1.0], commitment=1.0)
+    assert fmt.commitment_loss(w, state) == pytest.approx(0.18)
+    grad = torch.zeros_like(w)
+    fmt.learn(w, grad, state, 1.0)
+    assert grad.flatten().tolist() == pytest.approx([0.6, -0.6])
+
+
+def test_dead_entries_stay():
+    fmt, w, state = nativebit([0.1, 0.2, 0.9], [0.0, 1.0, 50.0], decay=0.5)
+    for _ in range(5):
+        fmt.learn(w, torch.zeros_like(w), state, 1.0)
+    assert [state[name].flatten()[2].item() for name in ("codebook", "sum", "count")] == [50.0, 50.0, 1.0]
+    assert state["codebook"].flatten()[:2].tolist() != [0.0, 1.0]
+
+
+def test_a_codebook_of_zeros_starts_when_there_is_something():
+    fmt = Codebook(4, 8)
+    state = fmt.start(torch.zeros(1, 2, 16))
+    w = torch.randn(1, 2, 16, generator=torch.Generator().manual_seed(0))
+    fmt.learn(w, torch.zeros_like(w), state, 1.0)
+    assert all(len(set(fmt.quantize(w, state).codes[0, r, s].tolist())) == 4 for r in (0, 1)
+               for s in (slice(0, 8), slice(8, 16)))
+
+
+def test_codebook_codes_are_the_nearest_entries_in_the_file():
+    g = torch.Generator().manual_seed(0)
+    w, fmt = torch.randn(3, 21, generator=g), Codebook(5, 8)
+    stored = fmt.quantize(w)
+    entries = stored.scales.float().unflatten(-1, (-1, 5))
+    for r in range(3):
+        for c in range(21):
+            table = entries[r, c // 8]
+            assert float(fmt.dequantize(stored)[r, c]) == float(table[(table - w[r, c]).abs().argmin()])
+
+
+@pytest.mark.parametrize("fmt", ALL_FORMATS, ids=str)
+def test_the_wire_carries_every_format(fmt):
+    stored = fmt.quantize(torch.randn(2, 6, 20))
+    like = Stored(stored.codes.to("meta"), None if stored.scales is None else stored.scales.to("meta"))
+    wire = to_wire(stored, fmt)
+    back = from_wire(wire, fmt, like)
+    assert torch.equal(fmt.dequantize(back), fmt.dequantize(stored))
+    assert fmt.kind != "ternary" or len(wire) == -(-240 // 5) + stored.scales.nbytes
+
+
+@pytest.mark.parametrize("name, fmt", [
+    ("ternary", Ternary(128, scale="log7")), ("binary", Binary(128, "log7")), ("five", Five(128, "log7")),
+    ("int6", Int(6, 128, "log7")), ("codebook16", Codebook(16, 128)), ("fp8", Float("fp8"))])
+def test_settings_name_formats(name, fmt):
+    assert make_format(Config(matrix_format=name), "matrix_format") == fmt
+    assert make_format(Config(ternary_rule="elastic"), "matrix_format") == ElasticTernary(128, "log7")
+
+
+@pytest.mark.parametrize("bad", [{"matrix_format": "codebook1"}, {"matrix_format": "codebook65"},
+                                 {"ternary_rule": "median"}, {"embed_format": "codebook"}])
+def test_bad_settings_of_a_format_are_errors(bad):
+    with pytest.raises(ConfigError):
+        Config(**bad)
 
 
 @pytest.mark.parametrize("bad", [{"matrix_format": "quaternary"}, {"embed_format": "int9"}, {"scale_dtype": "fp8"},

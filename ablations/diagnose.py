@@ -1,0 +1,86 @@
+"""What a finished run's files say of its quantizers: which are active, and what they cost."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+
+import formats as storage
+import pack
+import train_gpt
+from eval_bpb import AuditError
+
+
+def prove_active(tensors: dict[str, pack.StoredTensor], config: train_gpt.Config) -> str:
+    """One line on the format of the block matrices, after a check that the file holds nothing else.
+
+    Raises AuditError unless there are block matrices, each has the format of the settings, and its codes are in that
+    format's alphabet and not all equal.
+    """
+    wanted = train_gpt.make_format(config, "matrix_format").spec()
+    matrices = {n: t for n, t in tensors.items() if n.startswith("blocks.") and n.endswith(".weight")}
+    if not matrices:
+        raise AuditError("the file holds no block matrices: nothing is quantized")
+    for name, t in matrices.items():
+        if t.format != wanted:
+            raise AuditError(f"{name} is stored as {pack.format_label(t.format)}, not as {pack.format_label(wanted)}")
+    used = {name: set(map(int, torch.unique(torch.from_numpy(t.codes.astype("i4"))))) for name, t in matrices.items()}
+    if (alphabet := levels(wanted)) is not None:
+        for name, codes in used.items():
+            if not codes <= alphabet:
+                raise AuditError(f"{name}: code {min(codes - alphabet)} is not one of {wanted['kind']}")
+            if len(codes) < 2:
+                raise AuditError(f"{name}: all its codes are {codes}: it holds nothing")
+    weights = sum(t.codes.size for t in matrices.values())
+    return f"{pack.format_label(wanted)}: {len(matrices)} matrices, {weights:,} weights"
+
+
+def levels(spec: dict) -> set[int] | None:
+    """The codes that a format may use; None for floats."""
+    kind = spec["kind"]
+    if kind == "binary":
+        return {-1, 1}
+    if kind in pack.FLOAT_SYMBOLS:
+        return None
+    if kind == "codebook":
+        return set(range(-(spec["entries"] // 2), spec["entries"] - spec["entries"] // 2))
+    low, high = pack.range_of(pack.code_symbol(spec))
+    return set(range(low, high + 1))
+
+
+def formats(folder: Path) -> dict[str, dict]:
+    """Part ("matrices", "embedding") -> diagnostics of a run's quantizer, from its checkpoint and its file.
+
+    error: rms(latent - param) / rms(latent). zero_frac, used: shares of zero codes and of the alphabet's codes in use
+    (of a codebook: of all entries of all groups); dead: entries without a weight. bits: true bits per weight in the
+    file, codes and scales together.
+    """
+    state, _ = train_gpt.load_checkpoint(folder)
+    header = pack.describe((folder / "model.tern").read_bytes())
+    tensors, _ = pack.read_artifact(folder / "model.tern")
+    out = {}
+    for part, names in (("matrices", [n for n in tensors if n.startswith("blocks.") and n.endswith(".weight")]),
+                        ("embedding", ["tok_emb.weight"])):
+        error = norm = zeros = used = possible = weights = 0.0
+        for name in names:
+            stored, fmt = storage.from_pack(tensors[name])
+            latent = state[f"latent/{name}"].double()
+            error += float((fmt.dequantize(stored).double() - latent).square().sum())
+            norm += float(latent.square().sum())
+            weights += latent.numel()
+            if isinstance(fmt, storage.Float):
+                continue
+            zeros += float((stored.codes == 0).sum()) if fmt.kind != "codebook" else math.nan
+            groups, sizes = storage.split_groups(stored.codes.int(), fmt.group_size)
+            for code in sorted(levels(fmt.spec())):
+                present = torch.arange(groups.shape[-1]) < sizes
+                used += float(((groups == code) & present).any(-1).sum())
+            possible += len(levels(fmt.spec())) * groups.shape[:-1].numel()
+        size = sum(row["bytes"] for row in header["tensors"] if row["tensor"] in names)
+        out[part] = {"error": math.sqrt(error / norm) if norm else 0.0, "bits": 8 * size / weights,
+                     "weights": int(weights)} | ({"zero_frac": None if math.isnan(zeros) else zeros / weights,
+                                                  "used": used / possible, "dead": int(possible - used)}
+                                                 if possible else {})
+    return out

@@ -1,0 +1,266 @@
+"""A matrix of experiments: a TOML file, checked, and the runs that it asks for.
+
+    name = "rules"                      # of the folder in results/
+    why = "..."                         # one line, printed in the report
+    base = "absmean"                    # the row that all others are compared with
+    seeds = [1, 2, 3]
+    equivalence = 0.01                  # bpb: a difference below which nobody cares
+    budget = {iterations = 600}         # or tokens, or seconds (such rows run one at a time)
+    threads = 1                         # optional: CPU threads of a run; without it all cores, shared by --jobs
+    equal_bytes = 125000                # optional: solve each row's width for a model file of so many bytes
+
+    [data]                              # optional: folder -> arguments of data/prepare.py, to make it where missing
+    "data/packages" = ["--source", "packages"]
+
+    [settings]                          # of every row: settings of train_gpt.py
+    preset = "cpu_10min_128kb"
+
+    [[row]]
+    name = "absmean"
+    why = "BitNet b1.58's rule"         # one line
+    claim = "..."                       # optional: what others say, for the table of claims
+    set = {ternary_rule = "absmean"}    # what this row changes
+    patches = ["xsa=4"]                 # optional: techniques of patches.py
+    init_from = "full precision"        # optional: start from the final latents of that row's run of the same seed
+    score_of = "absmean"                # optional: do not train; score that row's artifact again, with
+    score_patches = ["ttt=vectors"]     #   techniques of the scorer
+    solve = "mlp_hidden"                # optional: the setting that equal_bytes solves for (default mlp_hidden)
+    seeds = [1, 2]                      # optional: fewer seeds
+    grid = {group_size = [32, 64]}      # optional: one row for each combination, named "name group_size=32"
+
+Unknown keys are errors. Anything that changes what a run computes is part of its id.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import sys
+import tomllib
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "ablations")) if path not in sys.path]
+
+import patches as techniques  # noqa: E402
+
+import plan  # noqa: E402
+import submission  # noqa: E402
+import train_gpt  # noqa: E402
+
+BUDGETS = ("iterations", "tokens", "seconds")
+SOLVABLE = {"mlp_hidden": 8, "num_layers": 1, "vocab_size": 64}  # and in steps of what
+# Settings that the runner decides, and those that say where a run is and how it is watched.
+RUNNER_SETTINGS = {"run_id", "out_dir", "resume", "threads", "seed", "iterations", "max_wallclock_seconds", "init_from"}
+WATCHING = {"run_id", "out_dir", "resume", "threads", "init_from", "data_path", "tokenizer_path", "train_log_every",
+            "checkpoint_every"}
+
+
+class MatrixError(ValueError):
+    """A matrix that cannot be run; the message says what, where and what to do."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the matrix, with every grid resolved."""
+
+    name: str
+    why: str
+    settings: dict  # of train_gpt.py, the matrix's and the row's
+    patches: tuple[str, ...]
+    seeds: tuple[int, ...]
+    init_from: str  # name of another row, or ""
+    score_of: str  # likewise
+    score_patches: tuple[str, ...]
+    solve: str
+    claim: str
+
+
+@dataclass(frozen=True)
+class Matrix:
+    name: str
+    why: str
+    base: str
+    rows: tuple[Row, ...]
+    budget: tuple[str, float]  # one of BUDGETS, and how much
+    equal_bytes: int  # 0: rows are as their settings say
+    equivalence: float
+    threads: int  # 0: the runner decides
+    data: dict[str, list[str]]  # folder -> arguments of data/prepare.py
+    path: Path
+
+    @property
+    def timed(self) -> bool:
+        return self.budget[0] == "seconds"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a row."""
+
+    row: Row
+    seed: int
+    config: train_gpt.Config  # without what the runner decides
+    source: str  # identity of code and data
+    parent: Job | None = field(default=None, repr=False)  # whose latents or artifact this one takes
+
+    @property
+    def settings(self) -> dict:
+        """What a run computes depends on these settings; the others say where and how it is watched."""
+        return {n: v for n, v in vars(self.config).items() if n not in WATCHING}
+
+    @property
+    def id(self) -> str:
+        """Hash of everything that decides what the run computes."""
+        parts = {"settings": self.settings, "patches": self.row.patches, "score_patches": self.row.score_patches,
+                 "source": self.source, "parent": [self.parent.id, bool(self.row.score_of)] if self.parent else ""}
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def take(table: dict, key: str, kind, where: str, default=None):
+    """table.pop(key), of the right kind. Raises MatrixError."""
+    value = table.pop(key, default)
+    if value is None or not isinstance(value, kind) or isinstance(value, bool):
+        raise MatrixError(f"{where}: {key} must be {getattr(kind, '__name__', kind)}, not {value!r}")
+    return value
+
+
+def read_matrix(path: str | Path) -> Matrix:
+    """The matrix of a TOML file. Raises MatrixError."""
+    path = Path(path)
+    try:
+        table = tomllib.loads(path.read_text())
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise MatrixError(f"{path}: not a TOML file that can be read ({e})") from None
+    where = str(path)
+    seeds = take(table, "seeds", list, where)
+    shared = take(table, "settings", dict, where, {})
+    budget = take(table, "budget", dict, where)
+    if len(budget) != 1 or not budget.keys() <= set(BUDGETS) or type(*budget.values()) not in (int, float):
+        raise MatrixError(f"{where}: budget must be one of {', '.join(BUDGETS)} and a number, not {budget}")
+    rows = [row for i, row in enumerate(take(table, "row", list, where))
+            for row in read_row(row, shared, seeds, f"{where}, row {i + 1}")]
+    matrix = Matrix(
+        take(table, "name", str, where), take(table, "why", str, where), take(table, "base", str, where), tuple(rows),
+        next(iter(budget.items())), take(table, "equal_bytes", int, where, 0),
+        float(take(table, "equivalence", int | float, where)), take(table, "threads", int, where, 0),
+        take(table, "data", dict, where, {}), path)
+    if table:
+        raise MatrixError(f"{where}: unknown key {next(iter(table))!r}")
+    names = [row.name for row in rows]
+    for name in names:
+        if names.count(name) > 1:
+            raise MatrixError(f"{where}: two rows are called {name!r}")
+    for name in (matrix.base, *(row.init_from or row.score_of for row in rows if row.init_from or row.score_of)):
+        if name not in names:
+            raise MatrixError(f"{where}: there is no row {name!r}")
+    return matrix
+
+
+def read_row(table: dict, shared: dict, seeds: list, where: str) -> list[Row]:
+    """The rows of a [[row]] table: one, or one for each combination of its grid."""
+    if not isinstance(table, dict):
+        raise MatrixError(f"{where}: must be a table")
+    table = dict(table)
+    name, changes = take(table, "name", str, where), take(table, "set", dict, where, {})
+    where = f"{where} ({name})"
+    seeds, grid = take(table, "seeds", list, where, seeds), take(table, "grid", dict, where, {})
+    if not seeds or any(type(s) is not int for s in seeds) or len(set(seeds)) < len(seeds):
+        raise MatrixError(f"{where}: seeds must be different whole numbers, not {seeds}")
+    solve = take(table, "solve", str, where, "mlp_hidden")
+    if solve not in SOLVABLE:
+        raise MatrixError(f"{where}: solve must be one of {', '.join(SOLVABLE)}")
+    patches, score_patches = (take(table, key, list, where, []) for key in ("patches", "score_patches"))
+    init_from, score_of = (take(table, key, str, where, "") for key in ("init_from", "score_of"))
+    for patch in (*patches, *score_patches):
+        try:
+            techniques.parse(patch)
+        except ValueError as e:
+            raise MatrixError(f"{where}: {e}") from None
+    misplaced = any(p.partition("=")[0] in techniques.SCORING for p in patches)
+    if misplaced or score_of and (changes or patches or init_from):
+        raise MatrixError(f"{where}: a technique of the scorer belongs in score_patches of a row with score_of, which "
+                          "changes nothing else")
+    row = Row(name, take(table, "why", str, where), shared | changes, tuple(patches), tuple(seeds), init_from, score_of,
+              tuple(score_patches), solve, take(table, "claim", str, where, ""))
+    if table:
+        raise MatrixError(f"{where}: unknown key {next(iter(table))!r}")
+    if taken := RUNNER_SETTINGS & row.settings.keys():
+        raise MatrixError(f"{where}: {sorted(taken)[0]} is the runner's; use seeds, budget or init_from")
+    if not grid:
+        return [row]
+    if any(not isinstance(values, list) or not values for values in grid.values()):
+        raise MatrixError(f"{where}: every value of grid must be a list")
+    return [replace(row, name=" ".join([name, *(f"{n}={v}" for n, v in zip(grid, values, strict=True))]),
+                    settings=row.settings | dict(zip(grid, values, strict=True)))
+            for values in itertools.product(*grid.values())]
+
+
+def configure(matrix: Matrix, row: Row, seed: int) -> train_gpt.Config:
+    """The settings of a run, its width solved for equal_bytes. Raises MatrixError."""
+    argv = [f"--preset={row.settings.get('preset', 'cpu_10min_128kb')}", f"--seed={seed}"]
+    argv += [f"--{name.replace('_', '-')}={value}" for name, value in row.settings.items() if name != "preset"]
+    try:
+        config = train_gpt.resolve_settings(argv, {})[1]
+        kind, amount = matrix.budget
+        if kind == "seconds":
+            config = replace(config, iterations=0, max_wallclock_seconds=float(amount))
+        else:
+            steps = amount if kind == "iterations" else amount / config.train_batch_tokens
+            config = replace(config, iterations=round(steps), max_wallclock_seconds=0.0)
+        return solved(config, row, matrix.equal_bytes) if matrix.equal_bytes else config
+    except (train_gpt.ConfigError, SystemExit) as e:
+        raise MatrixError(f"{matrix.path}, row {row.name}: {e}") from None
+
+
+def solved(config: train_gpt.Config, row: Row, size: int) -> train_gpt.Config:
+    """config with the setting row.solve as large as a model file of so many bytes allows, by the planner."""
+    def fits(value: int) -> bool:
+        other = plan.changed(config, row.solve, value)
+        return other is None or plan.model_bytes(other) <= size
+
+    now = config.hidden_dim if row.solve == "mlp_hidden" else getattr(config, row.solve)
+    value = plan.largest(fits, now, SOLVABLE[row.solve])
+    best = plan.changed(config, row.solve, value) if value else None
+    if best is None:
+        raise MatrixError(f"row {row.name}: no {row.solve} makes a model of {size:,} bytes; make the rest smaller")
+    return best
+
+
+def source_identity(row: Row, data_identity: str) -> str:
+    """Hash of the programs without comments, of the row's patches, and of the data."""
+    paths = [ROOT / f"{name}.py" for name in submission.MODULES]
+    paths += [ROOT / "ablations" / "patches.py"] if row.patches or row.score_patches else []
+    texts = [submission.strip(p.read_bytes(), p.name) for p in paths]
+    return hashlib.sha256("\0".join([*texts, data_identity]).encode()).hexdigest()
+
+
+def jobs(matrix: Matrix, data_identity: dict[str, str], only: list[str] | None = None) -> list[Job]:
+    """Every run of the matrix, seed by seed, so that an unfinished matrix has whole seeds; parents first.
+
+    data_identity: of each data folder in use. only: names of the rows that are wanted (and those they start from).
+    """
+    rows = {row.name: row for row in matrix.rows}
+    if unknown := set(only or ()) - rows.keys():
+        raise MatrixError(f"{matrix.path}: there is no row {sorted(unknown)[0]!r}; rows: {', '.join(rows)}")
+    found: dict[tuple[str, int], Job] = {}
+
+    def job(row: Row, seed: int, below: tuple[str, ...] = ()) -> Job:
+        if row.name in below:
+            raise MatrixError(f"{matrix.path}: {' starts from '.join((*below, row.name))}")
+        if (row.name, seed) not in found:
+            other = row.init_from or row.score_of
+            parent = job(rows[other], seed, (*below, row.name)) if other else None
+            config = configure(matrix, row, seed) if not row.score_of else parent.config
+            source = source_identity(row, data_identity[config.data_path])
+            found[row.name, seed] = Job(row, seed, config, source, parent)
+        return found[row.name, seed]
+
+    seeds = sorted({seed for row in matrix.rows for seed in row.seeds})
+    for seed in seeds:
+        for row in sorted(matrix.rows, key=lambda row: row.name != matrix.base):
+            if seed in row.seeds and (only is None or row.name in only):
+                job(row, seed)
+    return list(found.values())

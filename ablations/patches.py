@@ -1,0 +1,573 @@
+"""Techniques that are not in the trainer, each as a patch of its classes. program.py applies them; matrices name them.
+
+A patch is a function that replaces something of train_gpt (or eval_bpb) once, before anything runs, in the training
+process and in the one that scores: what a patch does to the model must be in both. Arguments follow the name: "xsa=4".
+Definitions give their source where there is one; where the field's code was never published, its words were taken.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import eval_bpb
+import formats
+import train_gpt
+from train_gpt import GPT, MLP, Attention, Block, Float, Latents, Linear, Trainer, norm
+
+PATCHES: dict[str, Callable] = {}
+SCORING: set[str] = set()  # patches of the scorer alone: they make no other artifact
+
+
+def patch(function: Callable) -> Callable:
+    PATCHES[function.__name__] = function
+    return function
+
+
+def scoring(function: Callable) -> Callable:
+    SCORING.add(function.__name__)
+    return patch(function)
+
+
+def parse(text: str) -> tuple[Callable, list]:
+    """A patch and its arguments from "name" or "name=a,b". Raises ValueError."""
+    name, _, rest = text.partition("=")
+    if name not in PATCHES:
+        raise ValueError(f"there is no patch {name!r}; patches: {', '.join(sorted(PATCHES))}")
+    texts, parameters = rest.split(",") if rest else [], list(inspect.signature(PATCHES[name]).parameters.values())
+    kinds = {"int": int, "float": float, "str": str}
+    try:
+        if len(texts) > len(parameters):
+            raise ValueError
+        values = [kinds[p.annotation](t) for p, t in zip(parameters, texts, strict=False)]
+        inspect.signature(PATCHES[name]).bind(*values)
+    except (ValueError, TypeError):
+        wants = ", ".join(str(p) for p in parameters) or "none"
+        raise ValueError(f"patch {text!r}: the arguments must be {wants}") from None
+    return PATCHES[name], values
+
+
+def apply(texts: list[str]) -> None:
+    for text in texts:
+        function, values = parse(text)
+        function(*values)
+
+
+def before(cls: type, name: str, extra: Callable) -> None:
+    """Run extra(self, *args) before the method."""
+    original = getattr(cls, name)
+
+    def method(self, *args, **kwargs):
+        extra(self, *args, **kwargs)
+        return original(self, *args, **kwargs)
+
+    setattr(cls, name, method)
+
+
+def after(cls: type, name: str, extra: Callable) -> None:
+    """Run extra(self, *args) after the method."""
+    original = getattr(cls, name)
+
+    def method(self, *args, **kwargs):
+        result = original(self, *args, **kwargs)
+        extra(self, *args, **kwargs)
+        return result
+
+    setattr(cls, name, method)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Model
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@patch
+def xsa(last: int = 2) -> None:
+    """Exclusive self-attention in the last layers: a head's output without its part along the token's own value
+    (parameter-golf, use_xsa)."""
+    class Exclusive(Attention):
+        @staticmethod
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            y = train_gpt.attend(q, k, v)
+            own = F.normalize(v[:, :, -q.shape[2]:].float(), dim=-1).to(y.dtype)
+            own = own.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+            return y - (y * own).sum(-1, keepdim=True) * own
+
+    def exclude(model: GPT, config) -> None:
+        for block in model.blocks[-last:]:
+            block.attn.__class__ = Exclusive
+
+    after(GPT, "__init__", exclude)
+
+
+def previous(x: Tensor) -> Tensor:
+    """x [batch, time, ..] one position later, zeros first."""
+    return F.pad(x, (0,) * (2 * (x.ndim - 2)) + (1, 0))[:, :-1]
+
+
+def extend_embedding(make: Callable[[GPT], None], change: Callable[[GPT, Tensor, Tensor], Tensor]) -> None:
+    """Add parameters to the model (make) and change what enters its first block: change(model, ids, x)."""
+    after(GPT, "__init__", lambda model, config: make(model))
+    original = GPT.embed
+    GPT.embed = lambda self, ids: change(self, ids, original(self, ids))
+
+
+@patch
+def smear() -> None:
+    """SmearGate: each embedding blended with the one before, by a learned gate per channel that starts at one half
+    (parameter-golf PR 162)."""
+    def make(model: GPT) -> None:
+        model.smear = nn.Parameter(torch.zeros(model.config.model_dim))
+
+    def change(model: GPT, ids: Tensor, x: Tensor) -> Tensor:
+        gate = torch.sigmoid(model.smear.float())
+        return (1 - gate) * x + gate * previous(x)
+
+    extend_embedding(make, change)
+
+
+@patch
+def bigram(rows: int = 1024, dim: int = 32) -> None:
+    """BigramHash: a table by a hash of each token and the one before, projected to the model's width and added, at a
+    learned scale that starts at 0.05 (parameter-golf PR 162). Table and projection start at zero and 1 / sqrt(dim)
+    normal; both are stored in matrix_format."""
+    def make(model: GPT) -> None:
+        model.bigram_table = nn.Embedding(rows, dim)
+        model.bigram_proj = Linear(dim, model.config.model_dim, 16)
+        nn.init.zeros_(model.bigram_table.weight)
+        nn.init.normal_(model.bigram_proj.weight, std=dim**-0.5)
+        model.bigram_scale = nn.Parameter(torch.full((1,), 0.05))
+
+    def change(model: GPT, ids: Tensor, x: Tensor) -> Tensor:
+        before = previous(ids[..., None])[..., 0]
+        index = (36313 * ids ^ 27191 * before) % (rows - 1)
+        index = torch.where(torch.arange(ids.shape[1], device=ids.device) > 0, index, rows - 1)  # nothing before
+        added = F.linear(F.embedding(index, model.bigram_table.weight.float()), model.bigram_proj.weight.float())
+        return x + model.bigram_scale.float() * added
+
+    extend_embedding(make, change)
+
+
+@patch
+def factored(dim: int = 64) -> None:
+    """The embedding as a product [vocab, dim] x [dim, model_dim], used at both ends (ALBERT, arXiv 1909.11942)."""
+    def make(model: GPT, config) -> None:
+        model.tok_emb = nn.Embedding(config.vocab_size, dim)
+        nn.init.normal_(model.tok_emb.weight, std=config.tied_embed_init_std)
+        model.embed_proj = Linear(dim, config.model_dim, 16)
+        nn.init.orthogonal_(model.embed_proj.weight)
+
+    def embed(model: GPT, ids: Tensor) -> Tensor:
+        return norm(F.linear(F.embedding(ids, model.tok_emb.weight.float()), model.embed_proj.weight.float()))
+
+    def head(model: GPT, hidden: Tensor) -> Tensor:
+        cap, low = model.config.logit_softcap, hidden @ model.embed_proj.weight
+        return cap * torch.tanh(F.linear(low, model.tok_emb.weight).float() / cap)
+
+    after(GPT, "__init__", make)
+    GPT.embed, GPT.head = embed, head
+
+
+@patch
+def activation(kind: str) -> None:
+    """The MLP's nonlinearity in place of relu squared: relu, leaky2 (leaky relu of slope 0.5, squared with its sign
+    lost, as parameter-golf has it), gelu, or swiglu (arXiv 2002.05202; two thirds of the width, for equal weights)."""
+    functions = {"relu": F.relu, "leaky2": lambda x: F.leaky_relu(x, 0.5).square(), "gelu": F.gelu}
+    if kind not in (*functions, "swiglu"):
+        raise ValueError(f"activation {kind!r}: relu, leaky2, gelu or swiglu")
+
+    class Other(MLP):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.proj(norm(functions[kind](self.fc(norm(x)))))
+
+    class SwiGLU(nn.Module):
+        def __init__(self, c):
+            super().__init__()
+            width = round(c.hidden_dim * 2 / 3 / 8) * 8
+            self.gate, self.fc, self.proj = (Linear(*shape, c.activation_bits) for shape in (
+                (c.model_dim, width), (c.model_dim, width), (width, c.model_dim)))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = norm(x)
+            return self.proj(norm(F.silu(self.gate(x)) * self.fc(x)))
+
+    train_gpt.MLP = SwiGLU if kind == "swiglu" else Other
+
+
+@patch
+def parallel() -> None:
+    """Attention and MLP read the same input and are added together (GPT-J)."""
+    def forward(self: Block, x: Tensor, x0: Tensor, cos: Tensor, sin: Tensor, last: int) -> Tensor:
+        x = self.resid_mix[0] * x + self.resid_mix[1] * x0
+        end = x[:, -last:]
+        return end + self.attn_scale * self.attn(x, cos, sin, last) + self.mlp_scale * self.mlp(end)
+
+    Block.forward = forward
+
+
+@patch
+def recur(start: float = 0.5) -> None:
+    """Late depth recurrence: from this progress on the second half of the blocks runs twice."""
+    GPT.recurrent = True  # what is scored; in training Trainer says
+
+    def hidden_last(self: GPT, ids: Tensor, last: int) -> Tensor:
+        dtype, half = self.tok_emb.weight.dtype, self.config.model_dim // self.config.num_heads // 2
+        cos, sin = train_gpt.rope_tables(ids, half, self.config.rope_base).to(dtype)
+        x = x0 = self.embed(ids).to(dtype)
+        half_way, skips, time = self.config.num_layers // 2, [], ids.shape[1]
+        for block in self.blocks[:half_way]:
+            x = block(x, x0, cos, sin, time)
+            skips.append(x)
+        passes = 2 if self.recurrent else 1
+        for again in range(passes):
+            for i, block in enumerate(self.blocks[half_way:]):
+                if i < len(skips) and not again:
+                    x = x + self.skip_weights[i] * skips[-1 - i]
+                end = again == passes - 1 and i == len(self.blocks) - half_way - 1
+                x = block(x, x0, cos, sin, last if end else time)
+        return norm(x)
+
+    def set_recurrence(self: Trainer, *_, **__) -> None:
+        progress = max(self.step / self.config.iterations if self.config.iterations else 0.0,
+                       self.elapsed / self.config.max_wallclock_seconds if self.config.max_wallclock_seconds else 0.0)
+        self.model.recurrent = progress >= start or self.finished
+
+    GPT.hidden_last = hidden_last
+    before(Trainer, "forward_backward", set_recurrence)
+    before(Trainer, "settle", lambda self: setattr(self.model, "recurrent", True))
+
+
+@patch
+def document_mask(bos: int = 1) -> None:
+    """Attention does not look past the beginning of a document, a BOS token (through SDPA, several times as slow)."""
+    original = GPT.hidden_last
+
+    def hidden_last(self: GPT, ids: Tensor, last: int) -> Tensor:
+        document = (ids == bos).cumsum(1)
+        mask = (document[:, :, None] == document[:, None, :]).tril()[:, None, -last:]
+        whole = (document[:, :, None] == document[:, None, :]).tril()[:, None]
+        for block in self.blocks:
+            block.attn.mask = whole
+        self.blocks[-1].attn.mask = mask
+        return original(self, ids, last)
+
+    def attend(self: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, self.mask, enable_gqa=q.shape[1] != k.shape[1])
+
+    GPT.hidden_last, Attention.attend = hidden_last, attend
+
+
+@patch
+def orthogonal() -> None:
+    """Block matrices start orthogonal (arXiv 1312.6120), scaled to the norm they had; those that start at zero stay."""
+    def start(model: GPT, config) -> None:
+        for name, p in model.named_parameters():
+            if name.startswith("blocks.") and name.endswith(".weight") and p.any():
+                size = p.detach().norm()
+                nn.init.orthogonal_(p)
+                p.data.mul_(size / p.norm())
+
+    after(GPT, "__init__", start)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Latents and optimizer
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@patch
+def bf16_latents() -> None:
+    """Latents and momentum of the block matrices in bf16, as PR 367 had them: small updates are lost."""
+    def shorten(self: Latents, *_) -> None:
+        for bank in self.mine:
+            if bank.optimizer == "muon":
+                bank.latent = bank.latent.bfloat16()
+
+    after(Latents, "__init__", shorten)
+
+
+def averaged(values: Callable[[Trainer], list[Tensor]], weight: Callable[[Trainer, int], float]) -> None:
+    """Keep averages of values, one tensor per bank, moved by weight(trainer, averages so far) of each step (0: not),
+    and let them be the latents in the end."""
+    def follow(self: Trainer, *_, **__) -> None:
+        share = weight(self, getattr(self, "averages", 0))
+        if share > 0:
+            now = [x.clone() for x in values(self)]
+            self.averages = getattr(self, "averages", 0) + 1
+            if self.averages == 1:
+                self.average = now
+            else:
+                torch._foreach_lerp_(self.average, now, share)
+
+    def use(self: Trainer) -> None:
+        for bank, x in zip(self.latents.mine, self.average, strict=True):
+            bank.latent.copy_(x)
+        self.latents.refresh()
+
+    before(Trainer, "report_step", follow)  # after the refresh of every step
+    before(Trainer, "settle", use)
+
+
+def latents_of(trainer: Trainer) -> list[Tensor]:
+    return [bank.latent for bank in trainer.latents.mine]
+
+
+def params_of(trainer: Trainer) -> list[Tensor]:
+    return [torch.stack([p.detach().float() for p in bank.params]) for bank in trainer.latents.mine]
+
+
+def progress_of(trainer: Trainer) -> float:
+    return schedule_progress(trainer.config, trainer.step, trainer.elapsed)
+
+
+def schedule_progress(config, step: int, elapsed: float) -> float:
+    cap = config.max_wallclock_seconds
+    return max(step / config.iterations if config.iterations else 0.0, elapsed / cap if cap else 0.0)
+
+
+@patch
+def ema(decay: float = 0.99) -> None:
+    """The average of latents, exponential with this decay, goes through the quantizer in the end."""
+    averaged(latents_of, lambda trainer, n: 1 - decay)
+
+
+@patch
+def ema_params(decay: float = 0.99) -> None:
+    """The same average of dequantized weights: quantized again, it is another model."""
+    averaged(params_of, lambda trainer, n: 1 - decay)
+
+
+@patch
+def swa(start: float = 0.75) -> None:
+    """The plain average of latents from this progress on (arXiv 1803.05407), every step, through the quantizer."""
+    averaged(latents_of, lambda trainer, n: 1 / (n + 1) if progress_of(trainer) >= start else 0.0)
+
+
+@patch
+def unrounded_scales() -> None:
+    """Training runs on exact scales and only the file rounds them: the model scored is not the one trained."""
+    original = Latents.refresh
+
+    def refresh(self: Latents, quantized: float = 1.0, measure: bool = False):
+        result = original(self, quantized, measure)
+        for bank in self.banks:
+            if quantized == 1 and not isinstance(bank.format, Float):
+                stored = bank.stored
+                groups, sizes = formats.split_groups(bank.latent, bank.format.group_size)
+                exact = groups.abs().sum(-1) / sizes[:, 0]  # of the absmean rule
+                if bank.format.kind != "ternary":
+                    continue
+                codes, _ = formats.split_groups(stored.codes.float(), bank.format.group_size)
+                param = formats.join_groups(codes * exact[..., None], stored.codes.shape).bfloat16()
+                torch._foreach_copy_([p.data for p in bank.params], list(param.unbind()))
+        return result
+
+    Latents.refresh = refresh
+
+
+@patch
+def muon(kind: str) -> None:
+    """Muon's orthogonalisation: polar (Polar Express coefficients, arXiv 2505.16932, table 1), or rows (rows of the
+    momentum are normalised first, as PR 640 has it)."""
+    original = train_gpt.newton_schulz
+    # Of the method for five steps from singular values in [0.001, 1], with the paper's safety factor of 1.01.
+    coefficients = [(8.28721201814563, -23.595886519098837, 17.300387312530933),
+                    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+                    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+                    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+                    (2.300652019954817, -1.6689039845747493, 0.4188073119525673)]
+
+    def polar(g: Tensor, steps: int) -> Tensor:
+        x = g.bfloat16()
+        if tall := x.shape[-2] > x.shape[-1]:
+            x = x.mT
+        x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.01 + 1e-7)
+        for a, b, c in [(a / 1.01, b / 1.01**3, c / 1.01**5) for a, b, c in coefficients[:steps]]:
+            xx = x @ x.mT
+            x = a * x + (b * xx + c * xx @ xx) @ x
+        return x.mT if tall else x
+
+    def rows(g: Tensor, steps: int) -> Tensor:
+        return original(g / (g.norm(dim=-1, keepdim=True) + 1e-7), steps)
+
+    if kind not in ("polar", "rows"):
+        raise ValueError(f"muon {kind!r}: polar or rows")
+    train_gpt.newton_schulz = {"polar": polar, "rows": rows}[kind]
+
+
+@patch
+def warmdown(kind: str = "linear", floor: float = 0.0) -> None:
+    """The shape of the warmdown, cosine, sqrt (1 - sqrt of its progress) or linear, and the least learning rate."""
+    shapes = {"linear": lambda x: x, "cosine": lambda x: (1 - math.cos(math.pi * x)) / 2,
+              "sqrt": lambda x: 1 - math.sqrt(1 - x)}
+    if kind not in shapes:
+        raise ValueError(f"warmdown {kind!r}: {', '.join(shapes)}")
+    original = train_gpt.schedule
+
+    def schedule(config, step: int, progress: float):
+        plan = original(config, step, progress)
+        if config.lr_warmup_steps and step < config.lr_warmup_steps:
+            return plan
+        return replace(plan, lr_scale=floor + (1 - floor) * shapes[kind](plan.lr_scale))
+
+    train_gpt.schedule = schedule
+
+
+@patch
+def gptq(sequences: int = 32, damp: float = 0.01) -> None:
+    """Codes of the block matrices found one input column after the other, each column's error made up for by the
+    columns to come (GPTQ, arXiv 2210.17323, algorithm 1), after training, on training tokens. Scales are those of
+    rounding to nearest. Ternary and int formats."""
+    def settle(self: Trainer) -> None:
+        seq_len = self.config.train_seq_len
+        ids, _ = self.loader.batch(sequences, seq_len, 0, self.rank, self.world)
+        inputs: dict[str, Tensor] = {}
+
+        def watch(name: str):
+            def hook(_module, args):
+                x = args[0].detach().flatten(0, -2).double()
+                inputs[name] = inputs.get(name, 0) + x.mT @ x
+            return hook
+
+        def through_linear(self_attention: Attention, x, cos, sin, last):
+            """The forward reads three matrices in one product: give the three its input."""
+            for part in (self_attention.c_q, self_attention.c_k, self_attention.c_v):
+                part(norm(x))
+
+        hooks = [m.register_forward_pre_hook(watch(n)) for n, m in self.model.named_modules() if isinstance(m, Linear)]
+        hooks += [block.attn.register_forward_pre_hook(lambda m, args: through_linear(m, *args))
+                  for block in self.model.blocks]
+        self.latents.refresh(0.0)  # inputs as the full-precision model has them
+        with torch.no_grad():
+            self.model.hidden(ids.to(self.device))
+        for hook in hooks:
+            hook.remove()
+        self.quantized = 0.0  # so that the params are made anew
+        original(self)
+        for bank in self.latents.mine:
+            if bank.optimizer != "muon" or isinstance(bank.format, Float):
+                continue
+            for i, name in enumerate(bank.names):
+                codes = compensate(bank.latent[i], bank.stored.codes[i], bank.stored.scales[i], bank.format,
+                                   inputs[name.removesuffix(".weight")], damp)
+                bank.stored.codes[i].copy_(codes)
+            param = bank.format.dequantize(bank.stored)
+            torch._foreach_copy_([p.data for p in bank.params], list(param.unbind()))
+
+    original = Trainer.settle
+    Trainer.settle = settle
+
+
+def compensate(latent: Tensor, codes: Tensor, scales: Tensor, fmt, hessian: Tensor, damp: float) -> Tensor:
+    """GPTQ's codes, int8 [rows, cols], of a latent [rows, cols] for inputs with this second moment [cols, cols]."""
+    w, cols = latent.double().clone(), latent.shape[1]
+    values = formats.decode_scales(scales, fmt.scale).double()
+    size = fmt.group_size or cols
+    scale = values.repeat_interleave(size, dim=1)[:, :cols] if fmt.group_size else values.expand(len(w), cols)
+    limit = 2 ** (fmt.bits - 1) - 1 if fmt.kind == "int" else {"ternary": 1, "five": 2}[fmt.kind]
+    hessian = hessian + damp * hessian.diagonal().mean() * torch.eye(cols, dtype=torch.float64)
+    upper = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True)
+    out = torch.empty_like(codes)
+    for j in range(cols):
+        s = scale[:, j]
+        code = torch.where(s > 0, (w[:, j] / torch.where(s > 0, s, 1.0)).round().clamp(-limit, limit), 0.0)
+        out[:, j] = code.to(torch.int8)
+        error = (w[:, j] - code * s) / upper[j, j]
+        w[:, j:] -= error[:, None] * upper[j, j:]
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Scoring
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@scoring
+def temperature(sequences: int = 64) -> None:
+    """Logits divided by the temperature that makes the loss of training tokens least (Guo et al., arXiv 1706.04599)."""
+    original = eval_bpb.evaluate
+
+    def evaluate(model, tokens, counter, seq_len, stride, batch_seqs=32, compiled=False):
+        if not hasattr(model, "temperature"):
+            model.temperature = best_temperature(model, seq_len, sequences)
+            head = model.head
+            model.head = lambda hidden: head(hidden) / model.temperature
+        return original(model, tokens, counter, seq_len, stride, batch_seqs, compiled)
+
+    eval_bpb.evaluate = evaluate
+
+
+@torch.inference_mode()
+def best_temperature(model, seq_len: int, sequences: int) -> float:
+    """By bisection on the sign of the loss's slope over the first training sequences of the data being scored."""
+    shard = eval_bpb.read_shard(TRAINING_SHARDS[0])[: sequences * seq_len + 1]
+    ids = torch.from_numpy(np.asarray(shard).astype(np.int64))
+    logits = torch.cat([model.head(model.hidden(x)) for x in ids[:-1].view(-1, seq_len).split(8)]).flatten(0, 1)
+    targets, low, high = ids[1:], 0.5, 2.0
+    for _ in range(20):
+        middle = (low * high) ** 0.5
+        at = [float(F.cross_entropy(logits / t, targets)) for t in (middle / 1.001, middle * 1.001)]
+        low, high = (middle, high) if at[1] < at[0] else (low, middle)
+    return (low * high) ** 0.5
+
+
+TRAINING_SHARDS: list = []  # program.py fills it from --data
+
+
+@scoring
+def ttt(what: str, lr: float = 0.001, chunk: int = 4096) -> None:
+    """Score-first test-time training: each chunk of the stream is scored by windows as ever, and then, never before, a
+    step of SGD with momentum 0.9 is taken on each of its sequences. what: all params, vectors (all but matrices and
+    embedding), or none, which must give the score of no training."""
+    if what not in ("all", "vectors", "none"):
+        raise ValueError(f"ttt {what!r}: all, vectors or none")
+
+    def evaluate(model, tokens, counter, seq_len, stride, batch_seqs=32, compiled=False):
+        return score_and_train(model, np.asarray(tokens).astype(np.int64), counter, seq_len, stride, batch_seqs, what,
+                               lr, chunk)
+
+    eval_bpb.evaluate = evaluate
+
+
+def score_and_train(model, tokens: np.ndarray, counter, seq_len: int, stride: int, batch_seqs: int, what: str,
+                    lr: float, chunk: int):
+    """eval_bpb.evaluate's Score, with training on what was scored."""
+    began, model = time.perf_counter(), copy.deepcopy(model)
+    for name, p in model.named_parameters():
+        p.requires_grad_(what == "all" or what == "vectors" and train_gpt.optimizer_of(name) == "scalar")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    precise = [p.detach().float() for p in trained]  # bf16 would lose the updates
+    speed = [torch.zeros_like(x) for x in precise]
+    windows = list(eval_bpb.sliding_windows(len(tokens) - 1, seq_len, stride))
+    stream, total, count, trained_to, boundary = torch.from_numpy(tokens), 0.0, 0, 0, chunk
+    while windows:
+        now = [w for w in windows if w[2] < boundary]
+        windows, boundary = windows[len(now):], boundary + chunk
+        with torch.inference_mode():
+            for length in sorted({end - start for start, end, _ in now}):
+                same = [w for w in now if w[1] - w[0] == length]
+                for part in (same[i : i + batch_seqs] for i in range(0, len(same), batch_seqs)):
+                    ids = torch.stack([stream[start:end] for start, end, _ in part])
+                    targets = torch.stack([stream[start + 1 : end + 1] for start, end, _ in part])
+                    scored = torch.stack([torch.arange(start, end) >= since for start, end, since in part])
+                    total += float(eval_bpb.position_losses(model, ids, targets, scored).double().sum())
+                    count += int(scored.sum())
+        # All that a sequence holds has been scored: a window that ends at e has scored token e.
+        while trained and now and windows and trained_to + seq_len <= now[-1][1]:
+            ids = stream[trained_to : trained_to + seq_len + 1]
+            trained_to += seq_len
+            grads = torch.autograd.grad(model(ids[None, :-1], ids[None, 1:]), trained)
+            for p, x, v, g in zip(trained, precise, speed, grads, strict=True):
+                x.sub_(v.mul_(0.9).add_(g.float()), alpha=lr)
+                p.data.copy_(x)
+    size = int(counter.count(tokens[:-1], tokens[1:]).sum())
+    return eval_bpb.Score(total / count, total / math.log(2) / size, count, size, time.perf_counter() - began)

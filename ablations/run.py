@@ -1,0 +1,392 @@
+"""Run a matrix of experiments, and report on it.
+
+    python ablations/run.py ablations/matrices/smoke.toml            # run what is missing, then report
+    python ablations/run.py MATRIX --dry-run                         # what would run, with ids and solved widths
+    python ablations/run.py MATRIX --only base "weight decay"        # some rows
+    python ablations/run.py MATRIX --jobs 2                          # two runs at a time, each on its own cores
+    python ablations/run.py MATRIX --ray ADDRESS                     # on a Ray cluster (pip install ray)
+    python ablations/run.py MATRIX --report                          # only the report
+
+Results are appended to ablations/results/NAME/results.jsonl, one line per run, by an id that hashes settings, code,
+data and seed: a run that has a line is not run again, whatever it ended with (--retry runs failures again). Kill it at
+any time: at most the runs in flight are lost. A run that crashes, diverges or hangs is a result, with a message.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import datetime
+import fcntl
+import json
+import os
+import platform
+import queue
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import fields
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "ablations")) if path not in sys.path]
+
+import diagnose  # noqa: E402
+import report  # noqa: E402
+from matrix import Job, Matrix, MatrixError, jobs, read_matrix  # noqa: E402
+
+import eval_bpb  # noqa: E402
+import train_gpt  # noqa: E402
+
+PROGRAM = ROOT / "ablations" / "program.py"
+TIMEOUT = 3600.0  # seconds after which a run without a budget in seconds is given up
+TIMED = Path(tempfile.gettempdir()) / "ablations_timed.lock"  # of this machine, whatever matrix or checkout
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# One run
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def flags(config: train_gpt.Config) -> list[str]:
+    """Every setting as a flag, so that a run does not depend on presets."""
+    shown = {name: int(value) if isinstance(value, bool) else value for name, value in vars(config).items()}
+    return [f"--{name.replace('_', '-')}={value}" for name, value in shown.items()]
+
+
+def run_environment() -> dict[str, str]:
+    """The environment without what could change a setting."""
+    names = {f.name.upper() for f in fields(train_gpt.Config)} | set(train_gpt.FOREIGN_ENV) | {"PRESET", "RANK"}
+    return {k: v for k, v in os.environ.items() if k not in names}
+
+
+def die_with_parent() -> None:
+    """In a child, between fork and exec: be killed when the runner is (Linux; elsewhere a run outlives a kill -9)."""
+    if platform.system() == "Linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, of prctl(2)
+
+
+@contextlib.contextmanager
+def machine_to_itself(timed: bool) -> Iterator[None]:
+    """Timed runs alone, others together: also among several runners on one machine."""
+    with open(TIMED, "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX if timed else fcntl.LOCK_SH)
+        yield
+
+
+class Children:
+    """The processes in flight, so that all can be stopped."""
+
+    def __init__(self):
+        self.lock, self.running, self.stopped = threading.Lock(), set(), False
+
+    def call(self, command: list[str], output: Path, cores: list[int], timeout: float) -> int:
+        """Exit status of a command, its output in a file; -1: too long. Raises InterruptedError once stopped."""
+        def child() -> None:
+            die_with_parent()
+            if cores and hasattr(os, "sched_setaffinity"):
+                os.sched_setaffinity(0, cores)
+
+        with open(output, "ab") as out:
+            with self.lock:
+                if self.stopped:
+                    raise InterruptedError
+                process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=run_environment(),
+                                           cwd=ROOT, preexec_fn=child, start_new_session=True)
+                self.running.add(process)
+            try:
+                return process.wait(timeout)
+            except subprocess.TimeoutExpired:
+                kill_group(process)
+                return -1
+            finally:
+                with self.lock:
+                    self.running.discard(process)
+                if self.stopped:
+                    raise InterruptedError
+
+    def stop(self) -> None:
+        with self.lock:
+            self.stopped = True
+            for process in self.running:
+                kill_group(process)
+
+
+def kill_group(process: subprocess.Popen) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def execute(job: Job, matrix: Matrix, runs: Path, cores: list[int], children: Children) -> dict:
+    """Run a job in runs/ID and return its line of results. Raises InterruptedError if the runner was stopped."""
+    folder, began = runs / job.id, time.time()
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    threads = matrix.threads or len(cores) or train_gpt.cores()
+    head = [sys.executable, str(PROGRAM)]
+    timeout = TIMEOUT + 3 * matrix.budget[1] * matrix.timed
+    output = folder / "output.txt"
+    if job.row.score_of:
+        c = job.config
+        command = [*head, *patch_flags(job.row.score_patches), *patch_flags(job.parent.row.patches), "eval_bpb",
+                   str(runs / job.parent.id / "run" / "model.tern"), "--data", c.data_path, "--stride",
+                   str(c.eval_stride), "--batch-seqs", str(c.eval_batch_seqs), "--json", str(folder / "score.json")]
+    else:
+        settings = train_gpt.replace(job.config, out_dir=str(folder), run_id="run", threads=threads)
+        if job.row.init_from:
+            settings = train_gpt.replace(settings, init_from=str(runs / job.parent.id / "run"))
+        command = [*head, *patch_flags(job.row.patches), "train", *flags(settings)]
+    with machine_to_itself(matrix.timed):
+        status = children.call(command, output, cores, timeout)
+    line = describe(job, matrix) | {"threads": threads, "seconds": time.time() - began,
+                                    "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
+    try:
+        line |= score_results(folder) if job.row.score_of else train_results(folder / "run", job)
+        line |= {"status": "ok", "message": ""}
+    except (OSError, KeyError, ValueError) as e:
+        line |= failure(status, output, folder / "run", e)
+    return line
+
+
+def patch_flags(patches: tuple[str, ...]) -> list[str]:
+    return [part for patch in patches for part in ("--patch", patch)]
+
+
+def describe(job: Job, matrix: Matrix) -> dict:
+    """What a line says of its run before it is run."""
+    return {
+        "id": job.id, "matrix": matrix.name, "row": job.row.name, "seed": job.seed, "settings": job.settings,
+        "patches": list(job.row.patches), "score_patches": list(job.row.score_patches),
+        "parent": job.parent.id if job.parent else "", "source": job.source, "machine": train_gpt.machine(),
+    }
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    return [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def train_results(folder: Path, job: Job) -> dict:
+    """What a finished run measured. Raises KeyError or ValueError if it did not finish, or not as it was told."""
+    records = read_metrics(folder)
+    final = {r["type"]: r for r in records}.get("final")
+    if final is None:
+        raise ValueError("the run has no final record")
+    steps = [r for r in records if r["type"] == "train"]
+    tensors, _ = eval_bpb.pack.read_artifact(folder / "model.tern")
+    sliding = final["score"]["sliding"]
+    return {
+        "val_bpb": final["score"]["chunked"]["val_bpb"], "val_loss": final["score"]["chunked"]["val_loss"],
+        "sliding_bpb": sliding["val_bpb"] if sliding else None, "gap": final["roundtrip_gap"],
+        "logits_identical": final["logits_identical"], "bytes_model": final["bytes_model"], "steps": final["step"],
+        "tokens": final["tokens_seen"], "train_seconds": final["seconds"]["train"],
+        "curve": [[r["step"], round(r["elapsed"], 3), r["tokens_seen"], r["loss"]] for r in steps],
+        "codes_curve": [[r["step"], r["zero_frac"], r["churn"]] for r in steps if r["zero_frac"] is not None],
+        "artifact_sha256": final["artifact_sha256"], "active": diagnose.prove_active(tensors, job.config),
+        "formats": diagnose.formats(folder),
+    }
+
+
+def score_results(folder: Path) -> dict:
+    scored = json.loads((folder / "score.json").read_text())
+    sliding = scored["sliding"]
+    return {"val_bpb": scored["chunked"]["val_bpb"], "val_loss": scored["chunked"]["val_loss"],
+            "sliding_bpb": sliding["val_bpb"] if sliding else None, "bytes_model": scored["artifact"]["bytes"],
+            "artifact_sha256": scored["artifact"]["sha256"]}
+
+
+def failure(status: int, output: Path, folder: Path, e: Exception) -> dict:
+    """How a run ended that has no result: its last error line, and how far it came."""
+    lines = [text for text in output.read_text(errors="replace").splitlines() if text.strip()]
+    errors = [text for text in lines if text.startswith("error:")] or lines[-1:] or [repr(e)]
+    try:
+        step = max((r["step"] for r in read_metrics(folder) if r["type"] == "train"), default=0)
+    except (OSError, ValueError):
+        step = 0
+    kind = "timeout" if status == -1 else "diverged" if "not finite" in errors[-1] else "failed"
+    return {"status": kind, "message": errors[-1].removeprefix("error: ")[:500] if status else repr(e)[:500],
+            "exit_status": status, "steps": step}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# All of them
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class Results:
+    """results.jsonl of a matrix: one line per finished run. One runner at a time."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = open(path, "a+b")
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise MatrixError(f"{path}: another runner is at work on this matrix") from None
+        self.lines = {line["id"]: line for line in read_results(path)}
+        self.file.seek(0)
+        text = self.file.read()
+        if text and not text.endswith(b"\n"):  # a line that a kill cut off
+            self.file.truncate(text.rfind(b"\n") + 1)
+
+    def add(self, line: dict) -> None:
+        self.file.write(json.dumps(line, sort_keys=True).encode() + b"\n")
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.lines[line["id"]] = line
+
+
+def read_results(path: Path) -> list[dict]:
+    """The lines of a results file, the last of each id; a last line that was cut off is left out."""
+    if not path.exists():
+        return []
+    texts = path.read_text().split("\n")
+    lines = []
+    for i, text in enumerate(texts):
+        try:
+            lines += [json.loads(text)] if text else []
+        except ValueError:
+            if i < len(texts) - 1:
+                raise MatrixError(f"{path}, line {i + 1}: not JSON; remove the line") from None
+    return list({line["id"]: line for line in lines}.values())
+
+
+def prepare_data(matrix: Matrix) -> dict[str, str]:
+    """Make the data folders that are missing; folder -> identity."""
+    found = {}
+    for row in matrix.rows:
+        preset = train_gpt.PRESETS.get(row.settings.get("preset", "cpu_10min_128kb"), {})
+        path = row.settings.get("data_path", preset.get("data_path", "data/packages"))
+        if path in found:
+            continue
+        if not (ROOT / path / "manifest.json").exists() and path in matrix.data:
+            command = [sys.executable, str(ROOT / "data" / "prepare.py"), *matrix.data[path], "--out", path]
+            if subprocess.run(command, cwd=ROOT).returncode:
+                raise MatrixError(f"{matrix.path}: {path} could not be prepared; see above")
+        found[path] = eval_bpb.open_data(ROOT / path, row.settings.get("tokenizer_path", "")).identity
+    return found
+
+
+def clock(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes // 60}:{minutes % 60:02d} h" if minutes >= 60 else f"{minutes} min"
+
+
+def run_all(matrix: Matrix, wanted: list[Job], results: Results, runs: Path, slots: int, retry: bool,
+            remote=None) -> bool:
+    """Run the jobs that have no result yet; False if it was stopped. remote: runs a job elsewhere (cluster.py)."""
+    def finished(job: Job) -> bool:
+        line = results.lines.get(job.id)
+        return line is not None and (line["status"] == "ok" or not retry)
+
+    todo = [job for job in wanted if not finished(job)]
+    print(f"{matrix.name}: {len(wanted)} runs, {len(wanted) - len(todo)} of them done before", flush=True)
+    children, free = Children(), queue.SimpleQueue()
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    for slot in range(slots):
+        free.put(cores[slot * len(cores) // slots : (slot + 1) * len(cores) // slots] if slots > 1 else [])
+
+    def work(job: Job) -> dict:
+        if remote:
+            return remote(job, matrix, runs)
+        mine = free.get()
+        try:
+            return execute(job, matrix, runs, mine, children)
+        finally:
+            free.put(mine)
+
+    def on_signal(signum: int, _frame) -> None:
+        children.stop()
+        raise KeyboardInterrupt
+
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, on_signal)
+    spent: list[float] = []
+    pending: dict[Future, Job] = {}
+    try:
+        with ThreadPoolExecutor(slots) as pool:
+            while todo or pending:
+                for job in [j for j in todo if not j.parent or finished(j.parent)]:
+                    if len(pending) < slots:
+                        todo.remove(job)
+                        if job.parent and results.lines[job.parent.id]["status"] != "ok":
+                            message = f"the run it starts from, {job.parent.row.name}, has no result"
+                            results.add(describe(job, matrix) | {"status": "failed", "message": message, "steps": 0})
+                        else:
+                            pending[pool.submit(work, job)] = job
+                done, _ = wait(pending, return_when=FIRST_COMPLETED)
+                for future in done:
+                    job, line = pending.pop(future), future.result()
+                    results.add(line)
+                    if not any(other.parent and other.parent.id == job.id for other in wanted):
+                        (runs / job.id / "run" / "checkpoint.safetensors").unlink(missing_ok=True)
+                    spent.append(line["seconds"])
+                    left = (len(todo) + len(pending)) * sum(spent) / len(spent) / slots
+                    said = f"val_bpb {line['val_bpb']:.5f}" if line["status"] == "ok" else line["message"]
+                    print(f"  {job.id} {job.row.name}, seed {job.seed}: {line['status']}, {said}, "
+                          f"{line['seconds']:.0f} s; {len(todo) + len(pending)} left, about {clock(left)}", flush=True)
+    except (KeyboardInterrupt, InterruptedError):
+        children.stop()
+        print("stopped; the same command goes on where it was", file=sys.stderr)
+        return False
+    return True
+
+
+def dry_run(matrix: Matrix, wanted: list[Job], lines: dict[str, dict]) -> None:
+    import plan
+
+    for job in wanted:
+        c, line = job.config, lines.get(job.id)
+        size = "" if job.row.score_of else (f"{c.num_layers} x {c.model_dim}, mlp {c.hidden_dim}, "
+                                            f"{plan.model_bytes(c):,} bytes planned")
+        print(f"{job.id}  {job.row.name:<32} seed {job.seed:<6} {line['status'] if line else 'to run':<9} {size}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    p.add_argument("matrix", help="a TOML file, see matrix.py")
+    p.add_argument("--only", nargs="+", help="names of rows")
+    p.add_argument("--dry-run", action="store_true", help="only list what would run")
+    p.add_argument("--report", action="store_true", help="only write the report")
+    p.add_argument("--retry", action="store_true", help="run again what failed before")
+    p.add_argument("--jobs", type=int, default=1, help="runs at a time (timed ones are never)")
+    p.add_argument("--ray", default="", help="address of a Ray cluster, or local")
+    p.add_argument("--results", default=str(ROOT / "ablations" / "results"), help="folder of results")
+    p.add_argument("--runs", default=str(ROOT / "runs" / "ablations"), help="folder of the runs themselves")
+    args = p.parse_args(argv)
+    try:
+        if args.jobs < 1:
+            raise MatrixError(f"--jobs {args.jobs}: at least 1 is needed")
+        matrix = read_matrix(args.matrix)
+        folder = Path(args.results) / matrix.name
+        if not args.report:
+            wanted = jobs(matrix, prepare_data(matrix), args.only)
+            if args.dry_run:
+                dry_run(matrix, wanted, {line["id"]: line for line in read_results(folder / "results.jsonl")})
+                return 0
+            remote, slots = None, 1 if matrix.timed else args.jobs
+            if args.ray:
+                import cluster
+
+                remote, slots = cluster.connect(args.ray, matrix)
+            results = Results(folder / "results.jsonl")
+            if not run_all(matrix, wanted, results, Path(args.runs).resolve(), slots, args.retry, remote):
+                return 130
+        paths = report.write(matrix, read_results(folder / "results.jsonl"), folder)
+        print("wrote " + ", ".join(map(str, paths)))
+        return 0
+    except (MatrixError, eval_bpb.DataError, OSError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,164 @@
+"""Every storage format and quantization schedule in training: what is trained is what is stored, through kills too."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from test_end_to_end import tiny_trainer
+
+import pack
+import train_gpt
+from conftest import metrics, run, tiny_args
+from train_gpt import GPT, Config, Latents, Optimizer, schedule
+
+MATRICES = ["ternary", "binary", "five", "int2", "int4", "int8", "codebook2", "codebook4", "bf16", "fp8"]
+SMALL = Config(num_layers=2, model_dim=32, num_heads=2, num_kv_heads=1, mlp_hidden=80, vocab_size=64, group_size=32,
+               train_seq_len=32, train_batch_tokens=64, eval_stride=0, micro_batch_tokens=64)
+
+
+def trained(config: Config, steps: int, seed: int = 0) -> tuple[GPT, Latents, Optimizer]:
+    torch.manual_seed(seed)
+    model = GPT(config)
+    latents = Latents(model, config)
+    optimizer = Optimizer(latents, config)
+    more_steps(model, latents, optimizer, range(steps))
+    return model, latents, optimizer
+
+
+def more_steps(model: GPT, latents: Latents, optimizer: Optimizer, steps: range) -> None:
+    for step in steps:
+        ids = torch.randint(64, (2, 33), generator=torch.Generator().manual_seed(step))
+        loss = model(ids[:, :-1], ids[:, 1:])
+        loss.backward()
+        latents.accumulate(loss, 1)
+        optimizer.step(1.0, 0.95)
+        latents.refresh()
+
+
+@pytest.mark.parametrize("settings", [{"matrix_format": name} for name in MATRICES] + [
+    {"ternary_rule": "lsq", "threshold": 0.7}, {"ternary_rule": "rms"}, {"ternary_rule": "elastic"},
+    {"embed_format": "five"}, {"embed_format": "codebook4", "group_size": 0},
+    {"matrix_format": "codebook3", "commitment": 0.01, "codebook_decay": 0.9}], ids=str)
+def test_each_format_trains_packs_and_resumes(settings, tmp_path):
+    config = replace(SMALL, **settings)
+    model, latents, optimizer = trained(config, 4)
+    order = [name for name, _ in model.named_parameters()]
+    pack.write_artifact(tmp_path / "model.tern", latents.pack(order), train_gpt.artifact_meta(config))
+    tensors, meta = pack.read_artifact(tmp_path / "model.tern")
+    loaded = train_gpt.model_from_stored(tensors, meta)
+    for (name, a), (_, b) in zip(model.named_parameters(), loaded.named_parameters(), strict=True):
+        assert torch.equal(a.data, b.data), name
+    ids = torch.randint(64, (2, 32))
+    with torch.no_grad():
+        assert torch.equal(model.head(model.hidden(ids)), loaded.head(loaded.hidden(ids)))
+    formats = {name: tensors[name].format for name in ("blocks.0.mlp.fc.weight", "tok_emb.weight")}
+    assert formats == {name: train_gpt.format_of(config, name, 2).spec() for name in formats}
+    state = {name: x.clone() for name, x in optimizer.state().items()}
+    more_steps(model, latents, optimizer, range(4, 6))
+    again, other_latents, other_optimizer = trained(config, 0, seed=1)
+    other_optimizer.load_state(state, 4)
+    more_steps(again, other_latents, other_optimizer, range(4, 6))
+    for (name, a), (_, b) in zip(model.named_parameters(), again.named_parameters(), strict=True):
+        assert torch.equal(a.data, b.data), name
+
+
+def test_a_learned_scale_and_codebook_move():
+    for settings, name in (({"ternary_rule": "elastic"}, "theta"), ({"matrix_format": "codebook4"}, "codebook")):
+        _, latents, _ = trained(replace(SMALL, **settings), 3)
+        bank = next(b for b in latents.banks if "blocks.0.mlp.fc.weight" in b.names)
+        before = bank.state[name].clone()
+        bank.grad.normal_(generator=torch.Generator().manual_seed(0))
+        bank.format.learn(bank.latent, bank.grad, bank.state, 1.0)
+        assert not torch.equal(before, bank.state[name]) and torch.isfinite(bank.state[name]).all()
+
+
+def test_when_params_are_quantized():
+    late, annealed = replace(SMALL, quantize_start=0.3), replace(SMALL, quantize_start=0.2, quantize_ramp=0.5)
+    at = [0.0, 0.1, 0.3, 0.45, 0.7, 1.0]
+    assert [schedule(SMALL, 0, p).quantized for p in at] == [1.0] * 6
+    assert [schedule(late, 0, p).quantized for p in at] == [0, 0, 1, 1, 1, 1]
+    assert [schedule(annealed, 0, p).quantized for p in at] == pytest.approx([0, 0, 0.2, 0.5, 1, 1])
+    assert schedule(replace(SMALL, quantize_start=1.0), 0, 0.999).quantized == 0
+
+
+def test_params_between_latent_and_stored():
+    model, latents, _ = trained(SMALL, 2)
+    weight = model.blocks[0].mlp.fc.weight
+    whole = weight.data.clone()
+    bank = next(b for b in latents.banks if "blocks.0.mlp.fc.weight" in b.names)
+    latent = bank.latent[bank.names.index("blocks.0.mlp.fc.weight")]
+    latents.refresh(0.0)
+    assert torch.equal(weight.data, latent.bfloat16())
+    latents.refresh(0.25)
+    assert torch.equal(weight.data, (0.75 * latent + 0.25 * whole.float()).bfloat16())
+    latents.refresh()
+    assert torch.equal(weight.data, whole)
+
+
+LATE = ("--quantize-start", 0.4, "--quantize-ramp", 0.4, "--iterations", 10, "--checkpoint-every", 5)
+
+
+def test_late_quantization_on_two_ranks_packs_what_it_scored(data_dir, tmp_path):
+    done = run(*tiny_args(data_dir, tmp_path, *LATE), ranks=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    final = metrics(tmp_path / "tiny_seed1337", "final")[0]
+    assert final["roundtrip_gap"] == 0 and final["logits_identical"]
+    assert final["score"]["model"]["not_ternary_matrices"] == []
+
+
+def test_late_quantization_resumes_in_the_middle(data_dir, tmp_path):
+    whole = tiny_trainer(data_dir, tmp_path / "whole", *LATE)
+    whole.train()
+    cut = tiny_trainer(data_dir, tmp_path / "cut", *LATE, "--checkpoint-every", 6)
+    original = cut.save
+
+    def save_and_stop():
+        original()
+        raise KeyboardInterrupt
+
+    cut.save = save_and_stop
+    with pytest.raises(KeyboardInterrupt):
+        cut.train()
+    assert cut.step == 6 and 0 < cut.quantized < 1
+    on = tiny_trainer(data_dir, tmp_path / "cut", *LATE, "--checkpoint-every", 6, "--resume", "auto")
+    assert on.step == 6 and on.quantized == cut.quantized
+    on.train()
+    for (name, a), (_, b) in zip(whole.model.named_parameters(), on.model.named_parameters(), strict=True):
+        assert torch.equal(a.data, b.data), name
+    for trainer in (whole, cut, on):
+        trainer.log.close()
+
+
+def test_after_training_only_is_rounding_a_full_precision_run(data_dir, tmp_path):
+    trainers = [tiny_trainer(data_dir, tmp_path / name, "--iterations", 4, *more) for name, more in (
+        ("bf16", ("--matrix-format", "bf16")), ("after", ("--quantize-start", 1)))]
+    for trainer in trainers:
+        trainer.train()
+    exact, rounded = ({n: (x, s) for n, _, x, s in t.latents.named()} for t in trainers)
+    for name, (latent, _) in exact.items():
+        assert torch.equal(latent, rounded[name][0]), "quantization has not touched training"
+    name = "blocks.0.mlp.fc.weight"
+    fmt = train_gpt.format_of(trainers[1].config, name, 2)
+    assert torch.equal(rounded[name][1].codes, fmt.quantize(exact[name][0]).codes)
+    assert torch.equal(trainers[1].model.blocks[0].mlp.fc.weight.data, fmt.dequantize(rounded[name][1]))
+    for trainer in trainers:
+        trainer.log.close()
+
+
+def test_training_starts_from_a_checkpoints_latents(data_dir, tmp_path, tiny_run):
+    trainer = tiny_trainer(data_dir, tmp_path, "--init-from", tiny_run[0], "--matrix-format", "int4")
+    theirs, _ = train_gpt.load_checkpoint(tiny_run[0])
+    for name, _, latent, _ in trainer.latents.named():
+        assert torch.equal(latent, theirs[f"latent/{name}"]), name
+    assert trainer.step == 0
+    trainer.log.close()
+
+
+def test_a_start_that_does_not_fit_is_one_error(data_dir, tmp_path, tiny_run):
+    for more, message in ((("--mlp-hidden", 96), "not of the shape"), (("--num-layers", 3), "is missing")):
+        with pytest.raises(train_gpt.CheckpointError, match=message):
+            tiny_trainer(data_dir, tmp_path, "--init-from", tiny_run[0], *more)
+    with pytest.raises(train_gpt.CheckpointError, match="not a checkpoint"):
+        tiny_trainer(data_dir, tmp_path, "--init-from", tmp_path / "none")
