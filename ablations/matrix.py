@@ -33,6 +33,7 @@ Unknown keys are errors. Anything that changes what a run computes is part of it
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
@@ -231,10 +232,15 @@ def solved(config: train_gpt.Config, row: Row, size: int) -> train_gpt.Config:
 
 def source_identity(row: Row, data_identity: str) -> str:
     """Hash of the programs without comments, of the row's patches, and of the data."""
-    paths = [ROOT / f"{name}.py" for name in submission.MODULES]
-    paths += [ROOT / "ablations" / "patches.py"] if row.patches or row.score_patches else []
-    texts = [submission.strip(p.read_bytes(), p.name) for p in paths]
-    return hashlib.sha256("\0".join([*texts, data_identity]).encode()).hexdigest()
+    names = [f"{name}.py" for name in submission.MODULES]
+    names += ["ablations/patches.py"] if row.patches or row.score_patches else []
+    return hashlib.sha256("\0".join([*map(code_of, names), data_identity]).encode()).hexdigest()
+
+
+@functools.cache
+def code_of(name: str) -> str:
+    """A program of this repository without comments and docstrings."""
+    return submission.strip((ROOT / name).read_bytes(), name)
 
 
 def jobs(matrix: Matrix, data_identity: dict[str, str], only: list[str] | None = None) -> list[Job]:

@@ -271,7 +271,7 @@ def orthogonal() -> None:
     """Block matrices start orthogonal (arXiv 1312.6120), scaled to the norm they had; those that start at zero stay."""
     def start(model: GPT, config) -> None:
         for name, p in model.named_parameters():
-            if name.startswith("blocks.") and name.endswith(".weight") and p.any():
+            if name.startswith("blocks.") and name.endswith(".weight") and not p.is_meta and p.any():
                 size = p.detach().norm()
                 nn.init.orthogonal_(p)
                 p.data.mul_(size / p.norm())

@@ -237,6 +237,9 @@ class Results:
         if text and not text.endswith(b"\n"):  # a line that a kill cut off
             self.file.truncate(text.rfind(b"\n") + 1)
 
+    def close(self) -> None:
+        self.file.close()  # which lets go of the lock
+
     def add(self, line: dict) -> None:
         self.file.write(json.dumps(line, sort_keys=True).encode() + b"\n")
         self.file.flush()
@@ -307,8 +310,7 @@ def run_all(matrix: Matrix, wanted: list[Job], results: Results, runs: Path, slo
         children.stop()
         raise KeyboardInterrupt
 
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, on_signal)
+    previous = {signum: signal.signal(signum, on_signal) for signum in (signal.SIGINT, signal.SIGTERM)}
     spent: list[float] = []
     pending: dict[Future, Job] = {}
     try:
@@ -337,6 +339,9 @@ def run_all(matrix: Matrix, wanted: list[Job], results: Results, runs: Path, slo
         children.stop()
         print("stopped; the same command goes on where it was", file=sys.stderr)
         return False
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
     return True
 
 
@@ -377,9 +382,9 @@ def main(argv: list[str] | None = None) -> int:
                 import cluster
 
                 remote, slots = cluster.connect(args.ray, matrix)
-            results = Results(folder / "results.jsonl")
-            if not run_all(matrix, wanted, results, Path(args.runs).resolve(), slots, args.retry, remote):
-                return 130
+            with contextlib.closing(Results(folder / "results.jsonl")) as results:
+                if not run_all(matrix, wanted, results, Path(args.runs).resolve(), slots, args.retry, remote):
+                    return 130
         paths = report.write(matrix, read_results(folder / "results.jsonl"), folder)
         print("wrote " + ", ".join(map(str, paths)))
         return 0

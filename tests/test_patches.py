@@ -1,0 +1,205 @@
+"""Techniques of ablations/patches.py: each does what its source says, trains, and is in the model that is scored."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from test_end_to_end import tiny_trainer
+from test_quantizers import SMALL
+
+import eval_bpb
+import formats
+import pack
+import train_gpt
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "ablations"))
+import patches
+
+CLASSES = [train_gpt.GPT, train_gpt.Attention, train_gpt.MLP, train_gpt.Block, train_gpt.Latents, train_gpt.Optimizer,
+           train_gpt.Trainer]
+
+
+@pytest.fixture(autouse=True)
+def unpatched():
+    """What patches replace is put back."""
+    before = [(owner, dict(vars(owner))) for owner in (*CLASSES, train_gpt, eval_bpb)]
+    yield
+    for owner, names in before:
+        for name in [n for n in vars(owner) if n not in names]:
+            delattr(owner, name)
+        for name, value in names.items():
+            if vars(owner).get(name) is not value:
+                setattr(owner, name, value)
+
+
+TRAINING = ["xsa=1", "smear", "bigram=64,8", "factored=16", "activation=relu", "activation=leaky2", "activation=gelu",
+            "activation=swiglu", "parallel", "recur=0.4", "document_mask", "orthogonal", "bf16_latents", "ema=0.5",
+            "ema_params=0.5", "swa=0.3", "muon=polar", "muon=rows", "warmdown=cosine,0.1", "warmdown=sqrt", "gptq=4"]
+
+
+def logits_after_training(data_dir, folder) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the model in memory and of the one in the file, after a few steps."""
+    trainer = tiny_trainer(data_dir, folder, "--iterations", 6, "--lr-warmup-steps", 0, "--checkpoint-every", 3)
+    trainer.train()
+    trainer.log.close()
+    pack.write_artifact(folder / "model.tern", trainer.latents.pack(trainer.order),
+                        train_gpt.artifact_meta(trainer.config))
+    loaded = eval_bpb.load_artifact(folder / "model.tern", torch.device("cpu"))
+    ids = torch.from_numpy(trainer.val_tokens[:128].astype(np.int64)).view(2, 64)
+    with torch.no_grad():
+        return tuple(m.head(m.hidden(ids)) for m in (trainer.model, loaded))
+
+
+@pytest.fixture(scope="module")
+def plain(data_dir, tmp_path_factory) -> torch.Tensor:
+    return logits_after_training(data_dir, tmp_path_factory.mktemp("plain"))[0]
+
+
+@pytest.mark.parametrize("text", TRAINING)
+def test_it_trains_changes_the_run_and_is_what_the_file_holds(text, plain, data_dir, tmp_path):
+    patches.apply([text])
+    memory, file = logits_after_training(data_dir, tmp_path)
+    assert torch.equal(memory, file), "the scoring process would see another model"
+    assert torch.isfinite(memory).all() and not torch.equal(memory, plain), "the patch does nothing"
+
+
+@pytest.mark.parametrize("text", ["xsa=a", "xsa=1,2", "nothing", "activation", "recur=x"])
+def test_a_wrong_patch_is_one_clear_error(text):
+    with pytest.raises(ValueError, match="patch"):
+        patches.parse(text)
+
+
+def test_exclusive_attention_is_orthogonal_to_the_own_value():
+    patches.xsa(1)
+    model = train_gpt.GPT(SMALL)
+    assert [type(b.attn).__name__ for b in model.blocks] == ["Attention", "Exclusive"]
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 16, 8, generator=g) for heads in (4, 2, 2))
+    y = model.blocks[1].attn.attend(q, k, v)
+    own = v.repeat_interleave(2, dim=1)
+    assert (y * own).sum(-1).abs().max() < 1e-5
+    left = train_gpt.attend(q, k, v) - y
+    assert torch.allclose(F.normalize(left, dim=-1).abs(), F.normalize(own, dim=-1).abs(), atol=1e-4)
+
+
+def test_smear_is_half_of_the_token_before_at_first():
+    plain = train_gpt.GPT.embed
+    patches.smear()
+    model = train_gpt.GPT(SMALL)
+    ids = torch.tensor([[5, 9, 9]])
+    x = plain(model, ids)
+    assert torch.allclose(model.embed(ids), torch.stack((x[:, 0] / 2, (x[:, 0] + x[:, 1]) / 2,
+                                                         (x[:, 1] + x[:, 2]) / 2), dim=1))
+
+
+def test_bigrams_see_the_token_before_and_nothing_else():
+    patches.bigram(64, 8)
+    model = train_gpt.GPT(SMALL)
+    torch.nn.init.normal_(model.bigram_table.weight)
+    a, b = model.embed(torch.tensor([[5, 9, 9, 7], [6, 9, 9, 7]]))
+    same = [torch.allclose(x, y) for x, y in zip(a, b, strict=True)]
+    assert same == [False, False, True, True]
+
+
+def test_documents_do_not_see_each_other():
+    patches.document_mask(1)
+    model = train_gpt.GPT(SMALL)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    ids = torch.tensor([[1, 5, 6, 1, 7, 8], [1, 9, 4, 1, 7, 8]])
+    with torch.no_grad():
+        a, b = model.hidden(ids)
+        assert torch.allclose(a[3:], b[3:], atol=1e-5) and not torch.allclose(a[1:3], b[1:3], atol=1e-2)
+        assert torch.allclose(model.hidden_last(ids, 2), model.hidden(ids)[:, -2:], atol=1e-5)
+
+
+def test_bf16_latents_lose_what_fp32_keeps(data_dir, tmp_path):
+    patches.bf16_latents()
+    trainer = tiny_trainer(data_dir, tmp_path)
+    bank = next(b for b in trainer.latents.mine if b.optimizer == "muon")
+    assert bank.latent.dtype == torch.bfloat16
+    before = bank.latent.clone()
+    bank.latent.mul_(1 - 0.04 * 0.04)
+    assert torch.equal(bank.latent, before), "decoupled weight decay changes no bf16 weight (field notes)"
+    trainer.log.close()
+
+
+@pytest.mark.parametrize("kind", ["polar", "rows"])
+def test_orthogonalisation_variants(kind):
+    patches.muon(kind)
+    g = torch.randn(2, 24, 40, generator=torch.Generator().manual_seed(0)) * torch.logspace(-2, 0, 24)[:, None]
+    values = torch.linalg.svdvals(train_gpt.newton_schulz(g, 5).float())
+    assert values.min() > 0.6 and values.max() < 1.25
+    if kind == "polar":
+        assert values.min() > 0.85, "closer to one than Muon's own coefficients reach"
+
+
+def test_averages_are_those_of_their_definition(data_dir, tmp_path):
+    seen: list[list[torch.Tensor]] = []
+    patches.before(train_gpt.Trainer, "report_step", lambda self, *_: seen.append(
+        [b.latent.clone() for b in self.latents.mine]))
+    patches.ema(0.5)
+    trainer = tiny_trainer(data_dir, tmp_path, "--iterations", 4)
+    trainer.train()
+    expected = seen[0][0]
+    for latents in seen[1:]:
+        expected = 0.5 * expected + 0.5 * latents[0]
+    assert torch.allclose(trainer.latents.mine[0].latent, expected, atol=1e-6)
+    trainer.log.close()
+
+
+def test_compensated_codes_have_less_error_than_rounded_ones():
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 32, generator=g) @ torch.randn(32, 32, generator=g) / 4
+    w, fmt = torch.randn(16, 32, generator=g), formats.Int(3, 0)
+    stored = fmt.quantize(w)
+    codes = patches.compensate(w, stored.codes, stored.scales, fmt, (x.double().mT @ x.double()), 0.01)
+    scale = stored.scales.double()
+    error = [float(((c.double() * scale - w.double()) @ x.double().mT).square().sum()) for c in (codes, stored.codes)]
+    assert error[0] < 0.7 * error[1]
+    nearly_nothing = patches.compensate(w, stored.codes, stored.scales, fmt, 1e6 * torch.eye(32).double(), 0.01)
+    assert torch.equal(nearly_nothing, stored.codes), "uncorrelated inputs leave nothing to make up for"
+
+
+def test_test_time_training_scores_first(tiny_run, data_dir):
+    model = eval_bpb.load_artifact(tiny_run[0] / "model.tern", torch.device("cpu"))
+    data = eval_bpb.open_data(data_dir)
+    counter, tokens = eval_bpb.ByteCounter(data.tokenizer), eval_bpb.read_shard(data.val[0])[:2000].astype(np.int64)
+
+    def score(what: str, tokens: np.ndarray, lr: float = 0.01) -> eval_bpb.Score:
+        return patches.score_and_train(model, tokens, counter, 64, 32, 8, what, lr, 256)
+
+    plain = eval_bpb.evaluate(model, tokens, counter, 64, 32)
+    assert score("none", tokens).val_loss == pytest.approx(plain.val_loss, rel=1e-6)
+    assert score("all", tokens, 0.0).val_loss == pytest.approx(plain.val_loss, rel=1e-6)
+    for what in ("all", "vectors"):
+        trained = score(what, tokens)
+        assert trained.tokens == plain.tokens and trained.val_loss != plain.val_loss
+    early, changed = tokens[:201], tokens.copy()
+    changed[300:] = changed[300:][::-1]
+    assert score("all", early).val_loss == pytest.approx(score("none", early).val_loss, rel=1e-6), "one chunk"
+    again = eval_bpb.load_artifact(tiny_run[0] / "model.tern", torch.device("cpu"))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True)), "a copy learns"
+
+
+def test_temperature_comes_from_training_tokens(tiny_run, data_dir):
+    data = eval_bpb.open_data(data_dir)
+    patches.TRAINING_SHARDS[:] = data.train
+    model = eval_bpb.load_artifact(tiny_run[0] / "model.tern", torch.device("cpu"))
+    ids = torch.from_numpy(eval_bpb.read_shard(data.train[0])[: 16 * 64 + 1].astype(np.int64))
+    with torch.no_grad():
+        logits = model.head(model.hidden(ids[:-1].view(16, 64))).flatten(0, 1)
+    best = patches.best_temperature(model, 64, 16)
+    losses = [float(F.cross_entropy(logits / t, ids[1:])) for t in (best, best * 1.05, best / 1.05)]
+    assert losses[0] == min(losses)
+    patches.temperature(16)
+    counter, tokens = eval_bpb.ByteCounter(data.tokenizer), eval_bpb.read_shard(data.val[0])[:500]
+    plain = eval_bpb.load_artifact(tiny_run[0] / "model.tern", torch.device("cpu"))
+    with_it = eval_bpb.evaluate(plain, tokens, counter, 64, 64)
+    assert plain.temperature == pytest.approx(best)
+    assert with_it.tokens == 499
