@@ -105,6 +105,7 @@ class Job:
     seed: int
     config: train_gpt.Config  # without what the runner decides
     source: str  # identity of code and data
+    data: str  # identity of the data
     parent: Job | None = field(default=None, repr=False)  # whose latents or artifact this one takes
 
     @property
@@ -260,8 +261,8 @@ def jobs(matrix: Matrix, data_identity: dict[str, str], only: list[str] | None =
             other = row.init_from or row.score_of
             parent = job(rows[other], seed, (*below, row.name)) if other else None
             config = configure(matrix, row, seed) if not row.score_of else parent.config
-            source = source_identity(row, data_identity[config.data_path])
-            found[row.name, seed] = Job(row, seed, config, source, parent)
+            data = data_identity[config.data_path]
+            found[row.name, seed] = Job(row, seed, config, source_identity(row, data), data, parent)
         return found[row.name, seed]
 
     seeds = sorted({seed for row in matrix.rows for seed in row.seeds})

@@ -299,7 +299,7 @@ def run_all(matrix: Matrix, wanted: list[Job], results: Results, runs: Path, slo
 
     def work(job: Job) -> dict:
         if remote:
-            return remote(job, matrix, runs)
+            return remote(job)
         mine = free.get()
         try:
             return execute(job, matrix, runs, mine, children)
@@ -364,6 +364,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--retry", action="store_true", help="run again what failed before")
     p.add_argument("--jobs", type=int, default=1, help="runs at a time (timed ones are never)")
     p.add_argument("--ray", default="", help="address of a Ray cluster, or local")
+    p.add_argument("--shared-runs", action="store_true", help="with --ray: all machines see the --runs folder")
     p.add_argument("--results", default=str(ROOT / "ablations" / "results"), help="folder of results")
     p.add_argument("--runs", default=str(ROOT / "runs" / "ablations"), help="folder of the runs themselves")
     args = p.parse_args(argv)
@@ -381,7 +382,7 @@ def main(argv: list[str] | None = None) -> int:
             if args.ray:
                 import cluster
 
-                remote, slots = cluster.connect(args.ray, matrix)
+                remote, slots = cluster.connect(args.ray, matrix, Path(args.runs).resolve(), args.shared_runs)
             with contextlib.closing(Results(folder / "results.jsonl")) as results:
                 if not run_all(matrix, wanted, results, Path(args.runs).resolve(), slots, args.retry, remote):
                     return 130
