@@ -4,9 +4,9 @@
     python ablations/run.py MATRIX --ray local               # a cluster of this machine alone
     python ablations/run.py MATRIX --ray ADDRESS             # of `ray start --head` on another, or ray://HOST:10001
 
-The programs travel with the tasks. Data do not: each machine makes the folder as the matrix's [data] says, or has it, and a
-run is refused where its identity differs from the runner's. Runs stay on the machine that ran them, so rows that start
-from others' runs need --runs on a folder that all machines share.
+The programs travel with the tasks. Data do not: each machine makes the folder as the matrix's [data] says, or has it,
+and a run is refused where its identity differs from the runner's. Runs stay on the machine that ran them, so rows that
+start from others' runs need --runs on a folder that all machines share.
 """
 
 from __future__ import annotations
