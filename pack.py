@@ -616,13 +616,22 @@ BITS = {
 }
 
 
+def threshold_entropy(format: dict) -> float:
+    """Bits per ternary code of normal weights, by the format's rule and threshold; without these, absmean and 0.5."""
+    unit = 1.0 if format.get("rule") == "rms" else math.sqrt(2 / math.pi)  # of the threshold, in standard deviations
+    zeros = math.erf(format.get("threshold", 0.5) * unit / math.sqrt(2))
+    return sum(-p * math.log2(p) for p in (zeros, (1 - zeros) / 2, (1 - zeros) / 2) if p > 0)
+
+
 def expected_bits(format: dict, vector: bool = False) -> dict[str, float]:
     """Role -> bits that one of its symbols is expected to take in the file of a trained model."""
     if format["kind"] in FLOAT_SYMBOLS:
         return {"codes": BITS[("vector " if vector else "") + format["kind"]]}
     if format["kind"] == "codebook":
         return {"codes": math.log2(format["entries"]), "scales": BITS["bf16"]}
-    codes = BITS.get(format["kind"], BITS[code_symbol(format)])
+    codes = BITS.get(format["kind"]) or BITS[code_symbol(format)]
+    if format["kind"] == "ternary":
+        codes *= threshold_entropy(format) / threshold_entropy({})
     return {"codes": codes, "scales": BITS[f"scale {format['scale']}"]}
 
 

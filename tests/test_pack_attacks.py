@@ -687,8 +687,8 @@ def model_file(kind: str, data: bytes, shapes) -> bytes:
         codes = bytes(-(-pack.count_of(shapes) // 5))
         fmt = {"group_size": 1, "kind": "ternary", "scale": f"log{kind[4:]}"}
         return build([("base3", codes), ("model", data)], formats=[fmt], tensors=rows)
-    if kind == "ternary" or kind.startswith("int"):
-        fmt = TERNARY if kind == "ternary" else INT3 | {"bits": int(kind[3:])}
+    if kind in ("ternary", "five") or kind.startswith("int"):
+        fmt = TERNARY | {"kind": kind} if kind in ("ternary", "five") else INT3 | {"bits": int(kind[3:])}
         return build([("model", data), ("raw", SCALE * len(shapes))], formats=[fmt], tensors=rows)
     return build([("model", data)], formats=[{"u8": FP8, "u16": BF16}[kind]], tensors=rows)
 

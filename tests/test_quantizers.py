@@ -10,7 +10,7 @@ from test_end_to_end import tiny_trainer
 
 import pack
 import train_gpt
-from conftest import metrics, run, tiny_args
+from conftest import ROOT, metrics, run, tiny_args
 from train_gpt import GPT, Config, Latents, Optimizer, schedule
 
 MATRICES = ["ternary", "binary", "five", "int2", "int4", "int8", "codebook2", "codebook4", "bf16", "fp8"]
@@ -162,3 +162,41 @@ def test_a_start_that_does_not_fit_is_one_error(data_dir, tmp_path, tiny_run):
             tiny_trainer(data_dir, tmp_path, "--init-from", tiny_run[0], *more)
     with pytest.raises(train_gpt.CheckpointError, match="not a checkpoint"):
         tiny_trainer(data_dir, tmp_path, "--init-from", tmp_path / "none")
+
+
+# Rows of docs/quantizers.md: name -> settings.
+PAGE_FORMATS = {
+    "ternary": {}, "ternary, lsq": {"ternary_rule": "lsq", "threshold": 0.7}, "ternary, rms": {"ternary_rule": "rms"},
+    "ternary, elastic": {"ternary_rule": "elastic"}, "binary": {"matrix_format": "binary"},
+    "five": {"matrix_format": "five"}, "codebook2": {"matrix_format": "codebook2"},
+    "codebook4": {"matrix_format": "codebook4"}, "codebook16": {"matrix_format": "codebook16"},
+    "int2": {"matrix_format": "int2"}, "int4": {"matrix_format": "int4"}, "int6": {"matrix_format": "int6"},
+    "int8": {"matrix_format": "int8"}, "bf16": {"matrix_format": "bf16"},
+}
+
+
+def true_bits(settings: dict) -> float:
+    """Bits per weight in a file that holds a normal matrix [512, 512] in groups of 128."""
+    fmt = train_gpt.make_format(Config(**settings), "matrix_format")
+    latent = torch.randn(1, 512, 512, generator=torch.Generator().manual_seed(0))
+    stored = fmt.quantize(latent, fmt.start(latent))
+    one = train_gpt.Stored(stored.codes[0], None if stored.scales is None else stored.scales[0])
+    data = pack.encode_artifact({"w": train_gpt.to_pack(one, fmt)}, {})
+    return 8 * sum(stream.bytes for stream in pack.parse_header(data).streams) / latent.numel()
+
+
+@pytest.mark.parametrize("rule, threshold", [("absmean", 0.0), ("absmean", 0.3), ("lsq", 0.7), ("rms", 0.5),
+                                             ("absmean", 1.2)])
+def test_a_plan_knows_what_a_threshold_does_to_the_codes(rule, threshold):
+    settings = {"ternary_rule": rule, "threshold": threshold}
+    fmt = train_gpt.make_format(Config(**settings), "matrix_format")
+    expected = pack.expected_bits(fmt.spec())
+    scales = 2.2 / 128  # of an untrained matrix: less than a trained one's
+    assert true_bits(settings) - scales == pytest.approx(expected["codes"], rel=0.012)
+
+
+@pytest.mark.parametrize("name", PAGE_FORMATS)
+def test_true_bits_are_those_of_the_page(name):
+    page = (ROOT / "docs/quantizers.md").read_text()
+    row = next(line for line in page.splitlines() if line.startswith(f"| `{name}` |"))
+    assert true_bits(PAGE_FORMATS[name]) == pytest.approx(float(row.split("|")[4]), rel=0.01)
