@@ -198,10 +198,14 @@ class Config:
         need(self.iterations > 0 or self.max_wallclock_seconds > 0, "iterations", "must be positive without a cap")
         for name in ("matrix_format", "embed_format", "vector_format"):
             make_format(self, name)
+        need(self.ternary_rule in ("absmean", "lsq", "rms", "elastic"), "ternary_rule",
+             "must be absmean, lsq, rms or elastic")
         need(self.activation_bits in (8, 16), "activation_bits", "must be 8 or 16")
         per_row = self.group_size == 0 or self.group_size >= max(self.model_dim, self.hidden_dim)
-        need(self.activation_bits == 16 or self.matrix_format == "ternary" and per_row, "activation_bits",
-             "8 needs matrix_format ternary and one scale per row: group_size 0, or no less than any input width")
+        always = self.quantize_start == self.quantize_ramp == 0  # its products take params for ternary
+        need(self.activation_bits == 16 or self.matrix_format == "ternary" and per_row and always, "activation_bits",
+             "8 needs matrix_format ternary from the start and one scale per row: group_size 0, or no less than any "
+             "input width")
         widths = (self.model_dim, self.hidden_dim, self.model_dim // self.num_heads * self.num_kv_heads)
         need(self.activation_bits == 16 or not any(n % 8 for n in widths), "activation_bits",
              f"8 needs widths that are multiples of 8, not {widths}")
@@ -786,12 +790,12 @@ class Latents:
         for bank in self.mine:
             stored = bank.format.quantize(bank.latent, bank.state)
             if measure and bank.optimizer == "muon" and not isinstance(bank.format, Float):
-                counts[0] += (stored.codes == 0).sum()
+                counts[0] += (stored.codes == 0).sum() if bank.format.kind != "codebook" else 0
                 counts[1] += (stored.codes != bank.stored.codes).sum()
                 counts[2] += stored.codes.numel()
             bank.stored = stored
             if quantized < 1:
-                mixed[id(bank)] = bank.latent.lerp(bank.format.dequantize(stored).float(), quantized).bfloat16()
+                mixed[id(bank)] = bank.latent.float().lerp(bank.format.dequantize(stored).float(), quantized).bfloat16()
             if self.ranks.world > 1:
                 wire = mixed[id(bank)].flatten().view(torch.uint8) if mixed else to_wire(stored, bank.format)
                 bank.wire[: len(wire)].copy_(wire)

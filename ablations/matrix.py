@@ -39,6 +39,7 @@ import itertools
 import json
 import sys
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -55,8 +56,8 @@ BUDGETS = ("iterations", "tokens", "seconds")
 SOLVABLE = {"mlp_hidden": 8, "num_layers": 1, "vocab_size": 64}  # and in steps of what
 # Settings that the runner decides, and those that say where a run is and how it is watched.
 RUNNER_SETTINGS = {"run_id", "out_dir", "resume", "threads", "seed", "iterations", "max_wallclock_seconds", "init_from"}
-WATCHING = {"run_id", "out_dir", "resume", "threads", "init_from", "data_path", "tokenizer_path", "train_log_every",
-            "checkpoint_every"}
+WATCHING = {"run_id", "out_dir", "resume", "threads", "init_from", "data_path", "tokenizer_path"}
+CADENCE = {"train_log_every", "checkpoint_every"}  # inside the clock of a timed run
 
 
 class MatrixError(ValueError):
@@ -105,20 +106,26 @@ class Job:
     seed: int
     config: train_gpt.Config  # without what the runner decides
     source: str  # identity of code and data
-    data: str  # identity of the data
     parent: Job | None = field(default=None, repr=False)  # whose latents or artifact this one takes
 
     @property
     def settings(self) -> dict:
         """What a run computes depends on these settings; the others say where and how it is watched."""
-        return {n: v for n, v in vars(self.config).items() if n not in WATCHING}
+        watching = WATCHING if self.config.max_wallclock_seconds else WATCHING | CADENCE
+        return {n: v for n, v in vars(self.config).items() if n not in watching}
+
+    @property
+    def what(self) -> str:
+        """Hash of what is asked for: settings, seed, patches, and the same of the run it starts from."""
+        parts = {"settings": self.settings, "patches": self.row.patches, "score_patches": self.row.score_patches,
+                 "parent": [self.parent.what, bool(self.row.score_of)] if self.parent else ""}
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
     def id(self) -> str:
-        """Hash of everything that decides what the run computes."""
-        parts = {"settings": self.settings, "patches": self.row.patches, "score_patches": self.row.score_patches,
-                 "source": self.source, "parent": [self.parent.id, bool(self.row.score_of)] if self.parent else ""}
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+        """Hash of everything that decides what the run computes: also the code and the data."""
+        parts = [self.what, self.source, self.parent.id if self.parent else ""]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 def take(table: dict, key: str, kind, where: str, default=None):
@@ -217,6 +224,16 @@ def configure(matrix: Matrix, row: Row, seed: int) -> train_gpt.Config:
         raise MatrixError(f"{matrix.path}, row {row.name}: {e}") from None
 
 
+def data_folders(matrix: Matrix) -> list[tuple[str, str]]:
+    """(data_path, tokenizer_path) of the matrix's rows, each once."""
+    found = []
+    for row in matrix.rows:
+        preset = train_gpt.PRESETS.get(row.settings.get("preset", "cpu_10min_128kb"), {})
+        path = row.settings.get("data_path", preset.get("data_path", "data/packages"))
+        found.append((path, row.settings.get("tokenizer_path", "")))
+    return list(dict.fromkeys(found))
+
+
 def solved(config: train_gpt.Config, row: Row, size: int) -> train_gpt.Config:
     """config with the setting row.solve as large as a model file of so many bytes allows, by the planner."""
     def fits(value: int) -> bool:
@@ -244,10 +261,11 @@ def code_of(name: str) -> str:
     return submission.strip((ROOT / name).read_bytes(), name)
 
 
-def jobs(matrix: Matrix, data_identity: dict[str, str], only: list[str] | None = None) -> list[Job]:
+def jobs(matrix: Matrix, data_identity: Mapping[tuple[str, str], str], only: list[str] | None = None) -> list[Job]:
     """Every run of the matrix, seed by seed, so that an unfinished matrix has whole seeds; parents first.
 
-    data_identity: of each data folder in use. only: names of the rows that are wanted (and those they start from).
+    data_identity: of each (data_path, tokenizer_path) in use. only: names of the rows that are wanted (and those they
+    start from). Raises MatrixError, also if two rows ask for the same.
     """
     rows = {row.name: row for row in matrix.rows}
     if unknown := set(only or ()) - rows.keys():
@@ -261,8 +279,8 @@ def jobs(matrix: Matrix, data_identity: dict[str, str], only: list[str] | None =
             other = row.init_from or row.score_of
             parent = job(rows[other], seed, (*below, row.name)) if other else None
             config = configure(matrix, row, seed) if not row.score_of else parent.config
-            data = data_identity[config.data_path]
-            found[row.name, seed] = Job(row, seed, config, source_identity(row, data), data, parent)
+            source = source_identity(row, data_identity[config.data_path, config.tokenizer_path])
+            found[row.name, seed] = Job(row, seed, config, source, parent)
         return found[row.name, seed]
 
     seeds = sorted({seed for row in matrix.rows for seed in row.seeds})
@@ -270,4 +288,8 @@ def jobs(matrix: Matrix, data_identity: dict[str, str], only: list[str] | None =
         for row in sorted(matrix.rows, key=lambda row: row.name != matrix.base):
             if seed in row.seeds and (only is None or row.name in only):
                 job(row, seed)
+    same: dict[str, Job] = {}
+    for each in found.values():
+        if (other := same.setdefault(each.what, each)) is not each:
+            raise MatrixError(f"{matrix.path}: the rows {other.row.name!r} and {each.row.name!r} ask for the same run")
     return list(found.values())

@@ -26,6 +26,7 @@ from train_gpt import GPT, MLP, Attention, Block, Float, Latents, Linear, Traine
 
 PATCHES: dict[str, Callable] = {}
 SCORING: set[str] = set()  # patches of the scorer alone: they make no other artifact
+OPEN_A_GAP = {"unrounded_scales"}  # what is packed is not what was trained, and that is the point
 
 
 def patch(function: Callable) -> Callable:
@@ -301,7 +302,7 @@ def averaged(values: Callable[[Trainer], list[Tensor]], weight: Callable[[Traine
     def follow(self: Trainer, *_, **__) -> None:
         share = weight(self, getattr(self, "averages", 0))
         if share > 0:
-            now = [x.clone() for x in values(self)]
+            now = [x.float().clone() for x in values(self)]  # an average in bf16 would stand still
             self.averages = getattr(self, "averages", 0) + 1
             if self.averages == 1:
                 self.average = now
@@ -456,6 +457,8 @@ def gptq(sequences: int = 32, damp: float = 0.01) -> None:
         for bank in self.latents.mine:
             if bank.optimizer != "muon" or isinstance(bank.format, Float):
                 continue
+            if bank.format.kind not in ("ternary", "five", "int") or getattr(bank.format, "threshold", 0.5) != 0.5:
+                raise train_gpt.ConfigError(f"gptq rounds to the nearest of evenly spaced values, not {bank.format}")
             for i, name in enumerate(bank.names):
                 codes = compensate(bank.latent[i], bank.stored.codes[i], bank.stored.scales[i], bank.format,
                                    inputs[name.removesuffix(".weight")], damp)
@@ -569,5 +572,7 @@ def score_and_train(model, tokens: np.ndarray, counter, seq_len: int, stride: in
             for p, x, v, g in zip(trained, precise, speed, grads, strict=True):
                 x.sub_(v.mul_(0.9).add_(g.float()), alpha=lr)
                 p.data.copy_(x)
+    if not math.isfinite(total):
+        raise eval_bpb.AuditError(f"test-time training of {what} at lr {lr} diverged")
     size = int(counter.count(tokens[:-1], tokens[1:]).sum())
     return eval_bpb.Score(total / count, total / math.log(2) / size, count, size, time.perf_counter() - began)

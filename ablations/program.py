@@ -9,10 +9,27 @@ The run's own scoring process gets the same patches, so what they do to the mode
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
+import threading
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def end_with_parent() -> None:
+    """Kill this session, the scoring process too, when the process that started it is gone, however it went."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os.killpg(0, signal.SIGKILL)
+
+    if os.getpgid(0) == os.getpid():  # a run of run.py, which gives each a session of its own
+        threading.Thread(target=watch, daemon=True).start()
 
 
 def main() -> int:
@@ -21,6 +38,7 @@ def main() -> int:
     p.add_argument("program", choices=("train", "eval_bpb"))
     p.add_argument("rest", nargs=argparse.REMAINDER, help="the program's own arguments")
     args = p.parse_args()
+    end_with_parent()
     sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
     import patches
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import stats
-from matrix import Matrix, Row
+from matrix import Job, Matrix, Row
 
 COLOURS = 8  # of the palette in STYLE; further rows are grey
 
@@ -39,15 +39,20 @@ class Summary:
         return statistics.fmean(values) if values else math.nan
 
 
-def summarize(matrix: Matrix, lines: list[dict]) -> list[Summary]:
+def summarize(matrix: Matrix, asked: list[Job], lines: list[dict]) -> list[Summary]:
     """One summary per row: the base first, then by mean score; rows without one last.
 
-    Of several lines of a row and seed (other code, settings or data) the newest counts.
+    A line belongs to the row that asks for just what it did (Job.what), whatever that is called now. Of several, made
+    by other code or of other data, the newest counts.
     """
-    newest: dict[tuple[str, int], dict] = {}
+    newest: dict[str, dict] = {}
     for line in sorted(lines, key=lambda line: line.get("finished", "")):
-        newest[line["row"], line["seed"]] = line
-    rows = [Summary(row, [newest[row.name, s] for s in row.seeds if (row.name, s) in newest]) for row in matrix.rows]
+        newest[line["what"]] = line
+    found: dict[str, list[dict]] = {row.name: [] for row in matrix.rows}
+    for job in asked:
+        if job.seed in job.row.seeds and job.what in newest:
+            found[job.row.name].append(newest[job.what])
+    rows = [Summary(row, found[row.name]) for row in matrix.rows]
     base = next(s for s in rows if s.row.name == matrix.base)
     others = [s for s in rows if s is not base]
     compared = [stats.compare(s.bpb, base.bpb) for s in others]
@@ -70,16 +75,19 @@ def cells(s: Summary) -> list[str]:
         number(c.mean, sign=True), f"{number(c.low, sign=True)} to {number(c.high, sign=True)}" if c.n > 1 else "",
         number(c.p_t, 3), number(c.p_flip, 3), number(c.p_holm, 3), s.verdict]
     size = s.mean("bytes_model")
-    return [*row, number(c.detectable) if c else "", "" if math.isnan(size) else f"{size:,.0f}",
+    gaps = [abs(line["gap"]) for line in s.ok if "gap" in line]
+    return [*row, number(c.detectable) if c else "", number(max(gaps), 5) if gaps else "",
+            "" if math.isnan(size) else f"{size:,.0f}",
             number(s.format("bits"), 3), number(s.format("error"), 3), number(s.format("zero_frac"), 3)]
 
 
 COLUMNS = ["row", "n", "val_bpb", "sd", "difference", "95% interval", "p (t)", "p (flips)", "p (Holm)", "verdict",
-           "could have seen", "bytes", "bits/weight", "error", "zeros"]
+           "could have seen", "gap", "bytes", "bits/weight", "error", "zeros"]
 NOTE = ("Differences are row less base over paired seeds, so negative is better. p (t): paired t-test; p (flips): all "
         "sign flips, at least 2/2^n; p (Holm): the t-test's after Holm's correction over the matrix, which verdicts go "
-        "by. Could have seen: the true difference that so many seeds find with 80% probability. \"No effect\" needs "
-        "the 90% interval within the bound. Bits per weight (codes, scales), error (rms of latent less param, over the "
+        "by. Could have seen: the true difference that so many seeds find with 80% probability at p < 0.05, "
+        "before the correction. \"No effect\" needs the 90% interval within the bound. Gap: the largest, bpb from the "
+        "file less in memory. Bits per weight (codes, scales), error (rms of latent less param, over the "
         "latent's) and share of zeros are of the block matrices, in the file.")
 
 
@@ -105,6 +113,8 @@ def sentence(matrix: Matrix, rows: list[Summary]) -> str:
     seconds = [line["train_seconds"] for s in rows for line in s.ok if "train_seconds" in line]
     each = f"; a run trained for {statistics.median(seconds):.0f} s in the median" if seconds else ""
     size = f" Widths are solved for model files of {matrix.equal_bytes:,} bytes." if matrix.equal_bytes else ""
+    sources = {line["source"] for s in rows for line in s.ok if not line["patches"] + line["score_patches"]}
+    size += f" Runs were made by {len(sources)} versions of code or data: compare with care." * (len(sources) > 1)
     return (f"{matrix.why} Base: {matrix.base}. Budget of a run: {amount:,} {kind}{each}.{size} Equivalence bound: "
             f"{matrix.equivalence:g} bpb.")
 
@@ -254,7 +264,8 @@ def legend(rows: list[Summary]) -> str:
 
 def mean_curve(lines: list[dict], key: str, column: int) -> list[tuple[float, float]]:
     """(step, mean over seeds) at the steps that every run logged."""
-    tables = [{point[0]: point[column] for point in line[key]} for line in lines if line.get(key)]
+    tables = [{point[0]: point[column] for point in line[key] if point[column] is not None}
+              for line in lines if line.get(key)]
     if not tables:
         return []
     steps = sorted(set.intersection(*(set(table) for table in tables)))
@@ -336,9 +347,9 @@ def page(matrix: Matrix, rows: list[Summary]) -> str:
             f"<body>{''.join(parts)}</body></html>\n")
 
 
-def write(matrix: Matrix, lines: list[dict], folder: Path) -> list[Path]:
-    """Write report.md and report.html; the files."""
-    rows = summarize(matrix, lines)
+def write(matrix: Matrix, asked: list[Job], lines: list[dict], folder: Path) -> list[Path]:
+    """Write report.md and report.html; the files. asked: all runs of the matrix."""
+    rows = summarize(matrix, asked, lines)
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / "report.md", folder / "report.html"]
     for path, text in zip(paths, (markdown(matrix, rows), page(matrix, rows)), strict=True):

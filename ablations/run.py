@@ -4,7 +4,6 @@
     python ablations/run.py MATRIX --dry-run                         # what would run, with ids and solved widths
     python ablations/run.py MATRIX --only base "weight decay"        # some rows
     python ablations/run.py MATRIX --jobs 2                          # two runs at a time, each on its own cores
-    python ablations/run.py MATRIX --ray ADDRESS                     # on a Ray cluster (pip install ray)
     python ablations/run.py MATRIX --report                          # only the report
 
 Results are appended to ablations/results/NAME/results.jsonl, one line per run, by an id that hashes settings, code,
@@ -16,12 +15,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import datetime
 import fcntl
 import json
 import os
-import platform
 import queue
 import shutil
 import signal
@@ -30,7 +27,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import fields
 from pathlib import Path
@@ -39,8 +36,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "ablations")) if path not in sys.path]
 
 import diagnose  # noqa: E402
+import patches  # noqa: E402
 import report  # noqa: E402
-from matrix import Job, Matrix, MatrixError, jobs, read_matrix  # noqa: E402
+from matrix import Job, Matrix, MatrixError, data_folders, jobs, read_matrix  # noqa: E402
 
 import eval_bpb  # noqa: E402
 import train_gpt  # noqa: E402
@@ -67,17 +65,18 @@ def run_environment() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if k not in names}
 
 
-def die_with_parent() -> None:
-    """In a child, between fork and exec: be killed when the runner is (Linux; elsewhere a run outlives a kill -9)."""
-    if platform.system() == "Linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, of prctl(2)
-
-
 @contextlib.contextmanager
-def machine_to_itself(timed: bool) -> Iterator[None]:
-    """Timed runs alone, others together: also among several runners on one machine."""
+def machine_to_itself(timed: bool, stopped: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """Timed runs alone, others together: also among several runners on one machine. Raises InterruptedError."""
     with open(TIMED, "a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX if timed else fcntl.LOCK_SH)
+        while True:
+            try:
+                fcntl.flock(lock, (fcntl.LOCK_EX if timed else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if stopped():
+                    raise InterruptedError from None
+                time.sleep(0.2)
         yield
 
 
@@ -85,21 +84,21 @@ class Children:
     """The processes in flight, so that all can be stopped."""
 
     def __init__(self):
-        self.lock, self.running, self.stopped = threading.Lock(), set(), False
+        self.lock, self.running, self.stopped = threading.RLock(), set(), False  # a second signal may come in stop()
 
-    def call(self, command: list[str], output: Path, cores: list[int], timeout: float) -> int:
+    def call(self, command: list[str], output: Path, cores: list[int], threads: int, timeout: float) -> int:
         """Exit status of a command, its output in a file; -1: too long. Raises InterruptedError once stopped."""
         def child() -> None:
-            die_with_parent()
-            if cores and hasattr(os, "sched_setaffinity"):
+            if cores:
                 os.sched_setaffinity(0, cores)
 
+        env = run_environment() | {"OMP_NUM_THREADS": str(threads)}
         with open(output, "ab") as out:
             with self.lock:
                 if self.stopped:
                     raise InterruptedError
-                process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=run_environment(),
-                                           cwd=ROOT, preexec_fn=child, start_new_session=True)
+                process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=env, cwd=ROOT,
+                                           preexec_fn=child, start_new_session=True)
                 self.running.add(process)
             try:
                 return process.wait(timeout)
@@ -139,13 +138,14 @@ def execute(job: Job, matrix: Matrix, runs: Path, cores: list[int], children: Ch
         command = [*head, *patch_flags(job.row.score_patches), *patch_flags(job.parent.row.patches), "eval_bpb",
                    str(runs / job.parent.id / "run" / "model.tern"), "--data", c.data_path, "--stride",
                    str(c.eval_stride), "--batch-seqs", str(c.eval_batch_seqs), "--json", str(folder / "score.json")]
+        command += ["--tokenizer-path", c.tokenizer_path] if c.tokenizer_path else []
     else:
         settings = train_gpt.replace(job.config, out_dir=str(folder), run_id="run", threads=threads)
         if job.row.init_from:
             settings = train_gpt.replace(settings, init_from=str(runs / job.parent.id / "run"))
         command = [*head, *patch_flags(job.row.patches), "train", *flags(settings)]
-    with machine_to_itself(matrix.timed):
-        status = children.call(command, output, cores, timeout)
+    with machine_to_itself(matrix.timed, lambda: children.stopped):
+        status = children.call(command, output, cores, threads, timeout)
     line = describe(job, matrix) | {"threads": threads, "seconds": time.time() - began,
                                     "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
     try:
@@ -163,7 +163,8 @@ def patch_flags(patches: tuple[str, ...]) -> list[str]:
 def describe(job: Job, matrix: Matrix) -> dict:
     """What a line says of its run before it is run."""
     return {
-        "id": job.id, "matrix": matrix.name, "row": job.row.name, "seed": job.seed, "settings": job.settings,
+        "id": job.id, "what": job.what, "matrix": matrix.name, "row": job.row.name, "seed": job.seed,
+        "settings": job.settings,
         "patches": list(job.row.patches), "score_patches": list(job.row.score_patches),
         "parent": job.parent.id if job.parent else "", "source": job.source, "machine": train_gpt.machine(),
     }
@@ -179,6 +180,9 @@ def train_results(folder: Path, job: Job) -> dict:
     final = {r["type"]: r for r in records}.get("final")
     if final is None:
         raise ValueError("the run has no final record")
+    opens_a_gap = any(p.partition("=")[0] in patches.OPEN_A_GAP for p in job.row.patches)
+    if not opens_a_gap and (final["roundtrip_gap"] or not final["logits_identical"]):
+        raise ValueError(f"the file is not the model that was trained: gap {final['roundtrip_gap']:.8f} bpb")
     steps = [r for r in records if r["type"] == "train"]
     tensors, _ = eval_bpb.pack.read_artifact(folder / "model.tern")
     sliding = final["score"]["sliding"]
@@ -188,7 +192,7 @@ def train_results(folder: Path, job: Job) -> dict:
         "logits_identical": final["logits_identical"], "bytes_model": final["bytes_model"], "steps": final["step"],
         "tokens": final["tokens_seen"], "train_seconds": final["seconds"]["train"],
         "curve": [[r["step"], round(r["elapsed"], 3), r["tokens_seen"], r["loss"]] for r in steps],
-        "codes_curve": [[r["step"], r["zero_frac"], r["churn"]] for r in steps if r["zero_frac"] is not None],
+        "codes_curve": [[r["step"], r["zero_frac"], r["churn"]] for r in steps if r["churn"] is not None],
         "artifact_sha256": final["artifact_sha256"], "active": diagnose.prove_active(tensors, job.config),
         "formats": diagnose.formats(folder),
     }
@@ -262,19 +266,15 @@ def read_results(path: Path) -> list[dict]:
     return list({line["id"]: line for line in lines}.values())
 
 
-def prepare_data(matrix: Matrix) -> dict[str, str]:
-    """Make the data folders that are missing; folder -> identity."""
+def prepare_data(matrix: Matrix) -> dict[tuple[str, str], str]:
+    """Make the data folders that are missing; (folder, tokenizer) -> identity."""
     found = {}
-    for row in matrix.rows:
-        preset = train_gpt.PRESETS.get(row.settings.get("preset", "cpu_10min_128kb"), {})
-        path = row.settings.get("data_path", preset.get("data_path", "data/packages"))
-        if path in found:
-            continue
+    for path, tokenizer in data_folders(matrix):
         if not (ROOT / path / "manifest.json").exists() and path in matrix.data:
             command = [sys.executable, str(ROOT / "data" / "prepare.py"), *matrix.data[path], "--out", path]
             if subprocess.run(command, cwd=ROOT).returncode:
                 raise MatrixError(f"{matrix.path}: {path} could not be prepared; see above")
-        found[path] = eval_bpb.open_data(ROOT / path, row.settings.get("tokenizer_path", "")).identity
+        found[path, tokenizer] = eval_bpb.open_data(ROOT / path, tokenizer).identity
     return found
 
 
@@ -283,14 +283,28 @@ def clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d} h" if minutes >= 60 else f"{minutes} min"
 
 
-def run_all(matrix: Matrix, wanted: list[Job], results: Results, runs: Path, slots: int, retry: bool,
-            remote=None) -> bool:
-    """Run the jobs that have no result yet; False if it was stopped. remote: runs a job elsewhere (cluster.py)."""
+def taken_from(job: Job, runs: Path) -> Path:
+    """The file of its parent's run that a job needs."""
+    return runs / job.parent.id / "run" / ("model.tern" if job.row.score_of else "checkpoint.safetensors")
+
+
+def to_run(wanted: list[Job], lines: dict[str, dict], runs: Path, retry: bool) -> list[Job]:
+    """The jobs without a result, and those whose files such a job needs and that are gone; parents first."""
     def finished(job: Job) -> bool:
-        line = results.lines.get(job.id)
+        line = lines.get(job.id)
         return line is not None and (line["status"] == "ok" or not retry)
 
-    todo = [job for job in wanted if not finished(job)]
+    todo = {job.id for job in wanted if not finished(job)}
+    for job in reversed(wanted):  # children come after their parents
+        if job.id in todo and job.parent and lines.get(job.parent.id, {}).get("status") == "ok":
+            todo |= set() if taken_from(job, runs).exists() else {job.parent.id}
+    return [job for job in wanted if job.id in todo]
+
+
+def run_all(matrix: Matrix, wanted: list[Job], results: Results, runs: Path, slots: int, retry: bool) -> bool:
+    """Run the jobs that have no result yet; False if it was stopped."""
+    todo = to_run(wanted, results.lines, runs, retry)
+    parents = {row.init_from for row in matrix.rows} - {""}
     print(f"{matrix.name}: {len(wanted)} runs, {len(wanted) - len(todo)} of them done before", flush=True)
     children, free = Children(), queue.SimpleQueue()
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
@@ -298,11 +312,14 @@ def run_all(matrix: Matrix, wanted: list[Job], results: Results, runs: Path, slo
         free.put(cores[slot * len(cores) // slots : (slot + 1) * len(cores) // slots] if slots > 1 else [])
 
     def work(job: Job) -> dict:
-        if remote:
-            return remote(job)
-        mine = free.get()
+        mine, began = free.get(), time.time()
         try:
             return execute(job, matrix, runs, mine, children)
+        except InterruptedError:
+            raise
+        except Exception as e:  # whatever it is, it is this run's and not the matrix's
+            return describe(job, matrix) | {"status": "failed", "message": repr(e)[:500], "steps": 0,
+                                            "seconds": time.time() - began}
         finally:
             free.put(mine)
 
@@ -316,7 +333,8 @@ def run_all(matrix: Matrix, wanted: list[Job], results: Results, runs: Path, slo
     try:
         with ThreadPoolExecutor(slots) as pool:
             while todo or pending:
-                for job in [j for j in todo if not j.parent or finished(j.parent)]:
+                under_way = {job.id for job in (*todo, *pending.values())}
+                for job in [j for j in todo if not j.parent or j.parent.id not in under_way]:
                     if len(pending) < slots:
                         todo.remove(job)
                         if job.parent and results.lines[job.parent.id]["status"] != "ok":
@@ -324,11 +342,11 @@ def run_all(matrix: Matrix, wanted: list[Job], results: Results, runs: Path, slo
                             results.add(describe(job, matrix) | {"status": "failed", "message": message, "steps": 0})
                         else:
                             pending[pool.submit(work, job)] = job
-                done, _ = wait(pending, return_when=FIRST_COMPLETED)
+                done, _ = wait(pending, return_when=FIRST_COMPLETED)  # at once if all that was left had no parent
                 for future in done:
                     job, line = pending.pop(future), future.result()
                     results.add(line)
-                    if not any(other.parent and other.parent.id == job.id for other in wanted):
+                    if job.row.name not in parents:
                         (runs / job.id / "run" / "checkpoint.safetensors").unlink(missing_ok=True)
                     spent.append(line["seconds"])
                     left = (len(todo) + len(pending)) * sum(spent) / len(spent) / slots
@@ -363,8 +381,6 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--report", action="store_true", help="only write the report")
     p.add_argument("--retry", action="store_true", help="run again what failed before")
     p.add_argument("--jobs", type=int, default=1, help="runs at a time (timed ones are never)")
-    p.add_argument("--ray", default="", help="address of a Ray cluster, or local")
-    p.add_argument("--shared-runs", action="store_true", help="with --ray: all machines see the --runs folder")
     p.add_argument("--results", default=str(ROOT / "ablations" / "results"), help="folder of results")
     p.add_argument("--runs", default=str(ROOT / "runs" / "ablations"), help="folder of the runs themselves")
     args = p.parse_args(argv)
@@ -378,15 +394,12 @@ def main(argv: list[str] | None = None) -> int:
             if args.dry_run:
                 dry_run(matrix, wanted, {line["id"]: line for line in read_results(folder / "results.jsonl")})
                 return 0
-            remote, slots = None, 1 if matrix.timed else args.jobs
-            if args.ray:
-                import cluster
-
-                remote, slots = cluster.connect(args.ray, matrix, Path(args.runs).resolve(), args.shared_runs)
+            slots = 1 if matrix.timed else args.jobs
             with contextlib.closing(Results(folder / "results.jsonl")) as results:
-                if not run_all(matrix, wanted, results, Path(args.runs).resolve(), slots, args.retry, remote):
+                if not run_all(matrix, wanted, results, Path(args.runs).resolve(), slots, args.retry):
                     return 130
-        paths = report.write(matrix, read_results(folder / "results.jsonl"), folder)
+        asked = jobs(matrix, dict.fromkeys(data_folders(matrix), ""))
+        paths = report.write(matrix, asked, read_results(folder / "results.jsonl"), folder)
         print("wrote " + ", ".join(map(str, paths)))
         return 0
     except (MatrixError, eval_bpb.DataError, OSError) as e:

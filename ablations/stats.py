@@ -64,8 +64,8 @@ def detectable_difference(sd: float, n: int) -> float:
 
 
 def compare(row: dict[int, float], base: dict[int, float]) -> Comparison:
-    """Compare values by seed; seeds that only one has are left out."""
-    seeds = sorted(row.keys() & base.keys())
+    """Compare values by seed; seeds that only one has, or with a value that is not finite, are left out."""
+    seeds = sorted(s for s in row.keys() & base.keys() if math.isfinite(row[s]) and math.isfinite(base[s]))
     d = np.array([row[s] - base[s] for s in seeds], dtype=np.float64)
     n = len(d)
     mean = float(d.mean()) if n else math.nan

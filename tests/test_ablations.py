@@ -127,7 +127,7 @@ def read(tmp_path, text: str) -> matrices.Matrix:
 
 def ids(tmp_path, text: str, data: str = "d", only=None) -> list[str]:
     m = read(tmp_path, text)
-    found = matrices.jobs(m, {row.settings.get("data_path", "data/packages"): data for row in m.rows}, only)
+    found = matrices.jobs(m, dict.fromkeys(matrices.data_folders(m), data), only)
     return [job.id for job in found]
 
 
@@ -163,7 +163,7 @@ def test_grids_are_rows_and_parents_come_first(tmp_path):
     m = read(tmp_path, MATRIX + f'[[row]]\nname = "b"\nwhy = "x"\n{grid}\n'
              '[[row]]\nname = "c"\nwhy = "y"\ninit_from = "d"\n[[row]]\nname = "d"\nwhy = "z"\n')
     assert [row.name for row in m.rows][1:3] == ["b group_size=8 threshold=0.5", "b group_size=8 threshold=0.7"]
-    order = [(j.row.name, j.seed) for j in matrices.jobs(m, {"data/packages": "d"}, ["c"])]
+    order = [(j.row.name, j.seed) for j in matrices.jobs(m, {("data/packages", ""): "d"}, ["c"])]
     assert order == [("d", 1), ("c", 1), ("d", 2), ("c", 2)]
 
 
@@ -176,6 +176,11 @@ def test_ids_know_what_matters_and_nothing_else(tmp_path):
                    ('why = "the base"', 'why = "the base"\npatches = ["smear"]')):
         assert ids(tmp_path, MATRIX.replace(*change))[0] != base[0], change
     assert ids(tmp_path, MATRIX, data="other")[0] != base[0]
+
+
+def test_two_rows_of_the_same_run_are_refused(tmp_path):
+    with pytest.raises(matrices.MatrixError, match="'a' and 'b' ask for the same run"):
+        ids(tmp_path, MATRIX + '[[row]]\nname = "b"\nwhy = "x"\nset = {threshold = 0.5}\n')
 
 
 def test_widths_are_solved_for_equal_bytes(tmp_path):
@@ -239,7 +244,7 @@ def pretend(replace, folder) -> None:
     replace(runner, "PROGRAM", folder / "stub.py")
     replace(runner, "TIMEOUT", 3.0)
     replace(runner, "TIMED", folder / "timed.lock")
-    replace(runner, "prepare_data", lambda matrix: {"data/packages": "d"})
+    replace(runner, "prepare_data", lambda matrix: dict.fromkeys(matrices.data_folders(matrix), "d"))
     replace(runner, "train_results", stub_results)
 
 ROWS = MATRIX + "".join(f'[[row]]\nname = "{n}"\nwhy = "x"\nset = {{matrix_lr = {lr}}}\nclaim = "c | d"\n'
@@ -335,6 +340,47 @@ def test_failures_are_results(tmp_path, drive):
     assert "| diverges | 1 | diverged | 3 | step 3: the loss is not finite |" in table(tmp_path)
     assert "5 of them done before" in drive(text)[1]
     assert "1 runs, 0 of them done before" in drive(text, "--retry", "--only", "crash")[1]
+    assert "2 runs, 0 of them done before" in drive(text, "--retry", "--only", "child")[1], "a child whose parent fails"
+
+
+def test_results_follow_what_a_row_asks_for_not_its_name(tmp_path, drive):
+    assert drive(ROWS)[0] == 0
+    first = table(tmp_path)
+    swapped = ROWS.replace('"b"', '"x"').replace('"c"', '"b"').replace('"x"', '"c"')
+    status, said = drive(swapped)
+    assert status == 0 and "8 of them done before" in said
+    score = {line.split("|")[1].strip(): line.split("|")[3] for text in (first, table(tmp_path))
+             for line in text.splitlines() if line.startswith(("| b |", "| c |")) and line.count("|") > 10}
+    assert float(score["c"]) < float(score["b"]), "c is now what b was"
+    changed = ROWS.replace("matrix_lr = 0.1", "matrix_lr = 0.15")
+    assert drive(changed)[0] == 0 and "1.6500" in table(tmp_path)
+    assert drive(ROWS)[0] == 0 and table(tmp_path) == first
+
+
+def test_a_parent_whose_files_are_gone_runs_again(tmp_path, drive):
+    text = MATRIX + '[[row]]\nname = "child"\nwhy = "x"\nscore_of = "a"\nscore_patches = ["ttt=none"]\n'
+    drive(text, "--only", "a")
+    said = drive(text)[1]
+    assert "4 runs, 0 of them done before" in said, "the stub writes no artifact"
+
+
+def test_a_gap_is_a_failure_unless_it_is_the_point(tiny_run, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in ("checkpoint.safetensors", "model.tern"):
+        (folder / name).symlink_to(tiny_run[0] / name)
+    records = runner.read_metrics(tiny_run[0])
+    config = Config(**records[0]["settings"])
+    row = matrices.Row("r", "", {}, (), (1337,), "", "", (), "mlp_hidden", "")
+    job = matrices.Job(row, 1337, config, "source")
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    assert runner.train_results(folder, job)["gap"] == 0
+    for change in ({"roundtrip_gap": 1e-8}, {"logits_identical": False}):
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(r | change) + "\n" for r in records))
+        with pytest.raises(ValueError, match="not the model that was trained"):
+            runner.train_results(folder, job)
+    opens = matrices.Job(matrices.replace(row, patches=("unrounded_scales",)), 1337, config, "source")
+    assert runner.train_results(folder, opens)["logits_identical"] is False
 
 
 def test_two_runners_do_not_share_a_matrix(tmp_path, drive):
@@ -435,10 +481,7 @@ def test_ticks_are_round_and_inside(low, span):
 @pytest.mark.parametrize("path", sorted((ROOT / "ablations/matrices").glob("*.toml")), ids=lambda p: p.stem)
 def test_every_matrix_in_the_repository_is_valid(path):
     m = matrices.read_matrix(path)
-    paths = {job_path: "d" for row in m.rows for job_path in [
-        row.settings.get("data_path", matrices.train_gpt.PRESETS.get(row.settings.get("preset"), {}).get(
-            "data_path", "data/packages"))]}
-    assert matrices.jobs(m, paths) and m.name == path.stem
+    assert matrices.jobs(m, dict.fromkeys(matrices.data_folders(m), "d")) and m.name == path.stem
 
 
 def test_program_applies_patches_in_both_processes(data_dir, tmp_path):
