@@ -159,7 +159,7 @@ def field_entry(t: pack.StoredTensor, latent, kinder: bool) -> dict:
     import torch
     import torch.nn.functional as F
 
-    from train_gpt import Ternary, decode_scales, from_pack
+    from formats import Ternary, decode_scales, from_pack
 
     stored, fmt = from_pack(t)
     if isinstance(fmt, Ternary):
