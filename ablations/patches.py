@@ -238,9 +238,7 @@ def recur(start: float = 0.5) -> None:
         return norm(x)
 
     def set_recurrence(self: Trainer, *_, **__) -> None:
-        progress = max(self.step / self.config.iterations if self.config.iterations else 0.0,
-                       self.elapsed / self.config.max_wallclock_seconds if self.config.max_wallclock_seconds else 0.0)
-        self.model.recurrent = progress >= start or self.finished
+        self.model.recurrent = progress_of(self) >= start or self.finished
 
     GPT.hidden_last = hidden_last
     before(Trainer, "forward_backward", set_recurrence)
@@ -327,12 +325,10 @@ def params_of(trainer: Trainer) -> list[Tensor]:
 
 
 def progress_of(trainer: Trainer) -> float:
-    return schedule_progress(trainer.config, trainer.step, trainer.elapsed)
-
-
-def schedule_progress(config, step: int, elapsed: float) -> float:
-    cap = config.max_wallclock_seconds
-    return max(step / config.iterations if config.iterations else 0.0, elapsed / cap if cap else 0.0)
+    """Of the count or the clock, whichever is further, in [0, 1]."""
+    c = trainer.config
+    return max(trainer.step / c.iterations if c.iterations else 0.0,
+               trainer.elapsed / c.max_wallclock_seconds if c.max_wallclock_seconds else 0.0)
 
 
 @patch
