@@ -602,6 +602,17 @@ def check_tensor(name: str, t: StoredTensor) -> None:
                 flat_codes(array, roles[role][0])
             except ArtifactError as e:
                 raise ArtifactError(f"tensor {name!a}: {e}") from None
+    check_codes(name, t)
+
+
+def check_codes(name: str, t: StoredTensor) -> None:
+    """Raises ArtifactError if codes in the range of their symbols are none of the format's: binary and codebook."""
+    if t.format["kind"] == "binary" and not t.codes.all():
+        raise damaged(f"tensor {name!a}: a binary code is 0")
+    if t.format["kind"] == "codebook" and t.codes.size:
+        low, high = -(t.format["entries"] // 2), (t.format["entries"] - 1) // 2
+        if t.codes.min() < low or t.codes.max() > high:
+            raise damaged(f"tensor {name!a}: a code is outside {low}..{high}, the entries of its codebook")
 
 
 # Bits that a symbol of a trained model takes here (LOG.md, "bits of trained models"; fp32 is not compressed). What
@@ -782,6 +793,7 @@ def decode_artifact(data) -> tuple[dict[str, StoredTensor], dict]:
             taken[index, role] += count
             arrays[role] = flat[index, role][start : start + count].reshape(shape_of_role)
         tensors[name] = StoredTensor(shape, dict(format), **arrays)
+        check_codes(name, tensors[name])
     return tensors, header.meta
 
 
@@ -954,14 +966,14 @@ def inspect_text(d: dict) -> str:
 def check_values(name: str, t: StoredTensor) -> None:
     """Raises ArtifactError if a code is out of range, a value or scale not finite, or a live group's scale zero."""
     check_tensor(name, t)
-    floats, dtype = (t.codes, t.format["kind"]) if t.scales is None else (t.scales, t.format["scale"])
+    floats, dtype = (t.codes, t.format["kind"]) if t.scales is None else (t.scales, t.format.get("scale", "bf16"))
     mask = EXPONENT.get(dtype)
     bad = np.argwhere((floats & mask) == mask) if mask else ()  # every log scale is finite
     if len(bad):
         what = "value" if t.scales is None else "scale"
         raise ArtifactError(f"tensor {name!a}: {what} {bad[0].tolist()} is not finite: pack a run that did not diverge")
-    if t.scales is None or not t.codes.size:
-        return
+    if t.format["kind"] in ("binary", "codebook") or t.scales is None or not t.codes.size:
+        return  # the first has no code for zero, the second no scale
     rows, groups = t.scales.shape
     live = (t.codes != 0).reshape(rows, -1)
     live = np.logical_or.reduceat(live, np.arange(groups) * (t.format["group_size"] or live.shape[1]), axis=1)

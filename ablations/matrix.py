@@ -37,10 +37,12 @@ import functools
 import hashlib
 import itertools
 import json
+import math
+import re
 import sys
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -147,7 +149,9 @@ def read_matrix(path: str | Path) -> Matrix:
     seeds = take(table, "seeds", list, where)
     shared = take(table, "settings", dict, where, {})
     budget = take(table, "budget", dict, where)
-    if len(budget) != 1 or not budget.keys() <= set(BUDGETS) or type(*budget.values()) not in (int, float):
+    amount = next(iter(budget.values()), None)
+    usable = type(amount) in (int, float) and math.isfinite(amount) and amount > 0
+    if len(budget) != 1 or not budget.keys() <= set(BUDGETS) or not usable:
         raise MatrixError(f"{where}: budget must be one of {', '.join(BUDGETS)} and a number, not {budget}")
     rows = [row for i, row in enumerate(take(table, "row", list, where))
             for row in read_row(row, shared, seeds, f"{where}, row {i + 1}")]
@@ -158,6 +162,13 @@ def read_matrix(path: str | Path) -> Matrix:
         take(table, "data", dict, where, {}), path)
     if table:
         raise MatrixError(f"{where}: unknown key {next(iter(table))!r}")
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", matrix.name):
+        raise MatrixError(f"{where}: name {matrix.name!r} must be letters, digits, _ and -: it names a folder")
+    if not 0 <= matrix.equivalence < math.inf or matrix.threads < 0 or matrix.equal_bytes < 0:
+        raise MatrixError(f"{where}: equivalence, threads and equal_bytes must not be negative")
+    for arguments in matrix.data.values():
+        if not isinstance(arguments, list) or not all(isinstance(a, str) for a in arguments):
+            raise MatrixError(f"{where}: data must be folders with lists of arguments, not {arguments!r}")
     names = [row.name for row in rows]
     for name in names:
         if names.count(name) > 1:
@@ -185,6 +196,8 @@ def read_row(table: dict, shared: dict, seeds: list, where: str) -> list[Row]:
     init_from, score_of = (take(table, key, str, where, "") for key in ("init_from", "score_of"))
     for patch in (*patches, *score_patches):
         try:
+            if not isinstance(patch, str):
+                raise ValueError(f"a patch must be a string, not {patch!r}")
             techniques.parse(patch)
         except ValueError as e:
             raise MatrixError(f"{where}: {e}") from None
@@ -196,6 +209,11 @@ def read_row(table: dict, shared: dict, seeds: list, where: str) -> list[Row]:
               tuple(score_patches), solve, take(table, "claim", str, where, ""))
     if table:
         raise MatrixError(f"{where}: unknown key {next(iter(table))!r}")
+    known = {f.name for f in fields(train_gpt.Config)} | {"preset"}
+    if unknown := (row.settings.keys() | grid.keys()) - known:
+        raise MatrixError(f"{where}: {sorted(unknown)[0]!r} is no setting of train_gpt.py")
+    if row.settings.get("preset", "cpu") not in train_gpt.PRESETS:
+        raise MatrixError(f"{where}: there is no preset {row.settings['preset']!r}")
     if taken := RUNNER_SETTINGS & row.settings.keys():
         raise MatrixError(f"{where}: {sorted(taken)[0]} is the runner's; use seeds, budget or init_from")
     if not grid:

@@ -259,10 +259,13 @@ def read_results(path: Path) -> list[dict]:
     lines = []
     for i, text in enumerate(texts):
         try:
-            lines += [json.loads(text)] if text else []
+            line = json.loads(text) if text else None
+            if text and not (isinstance(line, dict) and {"id", "what", "row", "seed", "status"} <= line.keys()):
+                raise ValueError
+            lines += [line] if text else []
         except ValueError:
             if i < len(texts) - 1:
-                raise MatrixError(f"{path}, line {i + 1}: not JSON; remove the line") from None
+                raise MatrixError(f"{path}, line {i + 1}: not a line of results; remove it") from None
     return list({line["id"]: line for line in lines}.values())
 
 

@@ -134,7 +134,9 @@ def ids(tmp_path, text: str, data: str = "d", only=None) -> list[str]:
 @pytest.mark.parametrize("bad, message", [
     ("name = 3", "name must be str"), ("seeds = []", "seeds must be"), ("seeds = [1, 1]", "seeds must be"),
     ('base = "b"', "there is no row 'b'"), ("budget = {hours = 1}", "budget must be"), ("colour = 1", "unknown key"),
-    ("budget = {iterations = true}", "budget must be"), ("equivalence = 'x'", "equivalence must be"), ("[", "TOML")])
+    ("budget = {iterations = true}", "budget must be"), ("budget = {tokens = nan}", "budget must be"),
+    ("budget = {seconds = -1}", "budget must be"), ('name = "../x"', "names a folder"), ("threads = -1", "negative"),
+    ('data = {a = "x"}', "lists of arguments"), ("equivalence = 'x'", "equivalence must be"), ("[", "TOML")])
 def test_a_bad_matrix_is_one_clear_error(tmp_path, bad, message):
     top, rest = MATRIX.split("[settings]")
     kept = [line for line in top.splitlines() if line.partition(" ")[0] != bad.partition(" ")[0]]
@@ -143,7 +145,9 @@ def test_a_bad_matrix_is_one_clear_error(tmp_path, bad, message):
 
 
 @pytest.mark.parametrize("row, message", [
-    ('set = {seed = 3}', "seed is the runner's"), ('patches = ["none"]', "no patch 'none'"), ("colour = 1", "unknown"),
+    ('set = {seed = 3}', "seed is the runner's"), ("set = {colour = 3}", "'colour' is no setting"),
+    ("patches = [3]", "a patch must be a string"), ('set = {preset = "x"}', "no preset 'x'"),
+    ('patches = ["none"]', "no patch 'none'"), ("colour = 1", "unknown"),
     ('solve = "model_dim"', "solve must be"), ('init_from = "z"', "no row 'z'"), ('grid = {group_size = 3}', "a list"),
     ('patches = ["ttt=all"]', "score_patches"), ('score_of = "a"\nset = {group_size = 8}', "score_patches"),
     ('name = "a"', "matrix.toml")])
@@ -381,6 +385,16 @@ def test_a_gap_is_a_failure_unless_it_is_the_point(tiny_run, tmp_path, monkeypat
             runner.train_results(folder, job)
     opens = matrices.Job(matrices.replace(row, patches=("unrounded_scales",)), 1337, config, "source")
     assert runner.train_results(folder, opens)["logits_identical"] is False
+
+
+def test_a_damaged_result_is_one_clear_error(tmp_path, drive):
+    assert drive(ROWS, "--only", "a")[0] == 0
+    path = tmp_path / "results/test/results.jsonl"
+    good = path.read_text()
+    for bad in ("[]", '{"id": 1}', "{", "null"):
+        path.write_text(bad + "\n" + good)
+        status, said = drive(ROWS)
+        assert status == 1 and "line 1: not a line of results" in said and "Traceback" not in said
 
 
 def test_two_runners_do_not_share_a_matrix(tmp_path, drive):

@@ -272,6 +272,30 @@ def test_codebook_codes_are_the_nearest_entries_in_the_file():
 
 
 @pytest.mark.parametrize("fmt", ALL_FORMATS, ids=str)
+def test_every_format_is_verified(fmt, tmp_path):
+    w = torch.randn(6, 20)
+    w[2] = 0
+    path = tmp_path / "a"
+    pack.write_artifact(path, {"w": to_pack(fmt.quantize(w), fmt)}, {})
+    assert pack.verify(path)[0].startswith("sound")
+
+
+@pytest.mark.parametrize("fmt, code, message", [
+    (Binary(8), 0, "binary code is 0"), (Codebook(4, 8), 2, "outside -2..1"), (Codebook(3, 8), -2, "outside -1..1")])
+def test_a_code_that_its_format_does_not_have_is_refused(fmt, code, message, monkeypatch):
+    stored = fmt.quantize(torch.randn(6, 20))
+    stored.codes[3, 4] = code
+    tensors = {"w": to_pack(stored, fmt)}
+    with pytest.raises(pack.ArtifactError, match=message):
+        pack.encode_artifact(tensors, {})
+    with monkeypatch.context() as m:
+        m.setattr(pack, "check_codes", lambda name, t: None)
+        data = pack.encode_artifact(tensors, {})
+    with pytest.raises(pack.ArtifactError, match=message):
+        pack.decode_artifact(data)
+
+
+@pytest.mark.parametrize("fmt", ALL_FORMATS, ids=str)
 def test_the_wire_carries_every_format(fmt):
     stored = fmt.quantize(torch.randn(2, 6, 20))
     like = Stored(stored.codes.to("meta"), None if stored.scales is None else stored.scales.to("meta"))
