@@ -8,7 +8,7 @@ BIN    := $(VENV)/bin
 run: data            ## prepare the data, train a few minutes on the CPU, pack, score the file
 	$(BIN)/python train_gpt.py --preset cpu $(ARGS)
 
-test: setup lint     ## everything that CI runs
+test: $(VENV)/.ready-ray lint     ## everything that CI runs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests
 
 lint: setup
@@ -30,5 +30,10 @@ $(VENV)/.ready: requirements.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
+# The tests run the ablations on a Ray cluster of two local workers as well.
+$(VENV)/.ready-ray: $(VENV)/.ready pyproject.toml
+	$(BIN)/pip install --quiet --disable-pip-version-check '.[ray]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) runs data/packages
+	rm -rf $(VENV) runs data/packages build *.egg-info

@@ -66,6 +66,10 @@ class MatrixError(ValueError):
     """A matrix that cannot be run; the message says what, where and what to do."""
 
 
+class MachineLost(RuntimeError):
+    """A run ended with its machine and has no result; the message says how."""
+
+
 @dataclass(frozen=True)
 class Row:
     """One line of the matrix, with every grid resolved."""
@@ -109,6 +113,12 @@ class Job:
     config: train_gpt.Config  # without what the runner decides
     source: str  # identity of code and data
     parent: Job | None = field(default=None, repr=False)  # whose latents or artifact this one takes
+
+    @property
+    def takes(self) -> str:
+        """The file of its parent's run that it needs, from the folder of runs; empty without a parent."""
+        file = "model.tern" if self.row.score_of else "checkpoint.safetensors"
+        return f"{self.parent.id}/run/{file}" if self.parent else ""
 
     @property
     def settings(self) -> dict:

@@ -4,6 +4,7 @@
     python ablations/run.py MATRIX --dry-run                         # what would run, with ids and solved widths
     python ablations/run.py MATRIX --only base "weight decay"        # some rows
     python ablations/run.py MATRIX --jobs 2                          # two runs at a time, each on its own cores
+    python ablations/run.py MATRIX --ray ADDRESS                     # on the machines of a Ray cluster (cluster.py)
     python ablations/run.py MATRIX --report                          # only the report
 
 Results are appended to ablations/results/NAME/results.jsonl, one line per run, by an id that hashes settings, code,
@@ -38,7 +39,7 @@ sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "ablations")) if path no
 import diagnose  # noqa: E402
 import patches  # noqa: E402
 import report  # noqa: E402
-from matrix import Job, Matrix, MatrixError, data_folders, jobs, read_matrix  # noqa: E402
+from matrix import Job, MachineLost, Matrix, MatrixError, data_folders, jobs, read_matrix  # noqa: E402
 
 import eval_bpb  # noqa: E402
 import train_gpt  # noqa: E402
@@ -286,11 +287,6 @@ def clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d} h" if minutes >= 60 else f"{minutes} min"
 
 
-def taken_from(job: Job, runs: Path) -> Path:
-    """The file of its parent's run that a job needs."""
-    return runs / job.parent.id / "run" / ("model.tern" if job.row.score_of else "checkpoint.safetensors")
-
-
 def to_run(wanted: list[Job], lines: dict[str, dict], runs: Path, retry: bool) -> list[Job]:
     """The jobs without a result, and those whose files such a job needs and that are gone; parents first."""
     def finished(job: Job) -> bool:
@@ -300,70 +296,100 @@ def to_run(wanted: list[Job], lines: dict[str, dict], runs: Path, retry: bool) -
     todo = {job.id for job in wanted if not finished(job)}
     for job in reversed(wanted):  # children come after their parents
         if job.id in todo and job.parent and lines.get(job.parent.id, {}).get("status") == "ok":
-            todo |= set() if taken_from(job, runs).exists() else {job.parent.id}
+            todo |= set() if (runs / job.takes).exists() else {job.parent.id}
     return [job for job in wanted if job.id in todo]
 
 
-def run_all(matrix: Matrix, wanted: list[Job], results: Results, runs: Path, slots: int, retry: bool) -> bool:
-    """Run the jobs that have no result yet; False if it was stopped."""
+class Machine:
+    """This machine: `slots` runs at a time, each on its own cores."""
+
+    def __init__(self, matrix: Matrix, runs: Path, slots: int):
+        self.matrix, self.runs, self.slots = matrix, runs, slots
+        self.children, self.free = Children(), queue.SimpleQueue()
+        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+        for slot in range(slots):
+            self.free.put(cores[slot * len(cores) // slots : (slot + 1) * len(cores) // slots] if slots > 1 else [])
+
+    def run(self, job: Job) -> dict:
+        """A job's line of results. Raises InterruptedError once stopped."""
+        cores = self.free.get()
+        try:
+            return execute(job, self.matrix, self.runs, cores, self.children)
+        finally:
+            self.free.put(cores)
+
+    def stop(self) -> None:
+        self.children.stop()
+
+
+def run_all(matrix: Matrix, wanted: list[Job], results: Results, runs: Path, machine, retry: bool) -> bool:
+    """Run the jobs that have no result yet; False if it was stopped, or if machines were lost with their runs.
+
+    machine: what runs them, `machine.slots` at a time: a Machine, or a cluster.Cluster, which may raise MachineLost.
+    """
     todo = to_run(wanted, results.lines, runs, retry)
     parents = {row.init_from for row in matrix.rows} - {""}
     print(f"{matrix.name}: {len(wanted)} runs, {len(wanted) - len(todo)} of them done before", flush=True)
-    children, free = Children(), queue.SimpleQueue()
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    for slot in range(slots):
-        free.put(cores[slot * len(cores) // slots : (slot + 1) * len(cores) // slots] if slots > 1 else [])
 
     def work(job: Job) -> dict:
-        mine, began = free.get(), time.time()
+        began = time.time()
         try:
-            return execute(job, matrix, runs, mine, children)
-        except InterruptedError:
+            return machine.run(job)
+        except (InterruptedError, MachineLost):
             raise
         except Exception as e:  # whatever it is, it is this run's and not the matrix's
             return describe(job, matrix) | {"status": "failed", "message": repr(e)[:500], "steps": 0,
                                             "seconds": time.time() - began}
-        finally:
-            free.put(mine)
 
     def on_signal(signum: int, _frame) -> None:
-        children.stop()
+        machine.stop()
         raise KeyboardInterrupt
 
     previous = {signum: signal.signal(signum, on_signal) for signum in (signal.SIGINT, signal.SIGTERM)}
     spent: list[float] = []
     pending: dict[Future, Job] = {}
+    lost: set[str] = set()
     try:
-        with ThreadPoolExecutor(slots) as pool:
+        with ThreadPoolExecutor(machine.slots) as pool:
             while todo or pending:
                 under_way = {job.id for job in (*todo, *pending.values())}
                 for job in [j for j in todo if not j.parent or j.parent.id not in under_way]:
-                    if len(pending) < slots:
+                    if len(pending) < machine.slots:
                         todo.remove(job)
-                        if job.parent and results.lines[job.parent.id]["status"] != "ok":
+                        if job.parent and job.parent.id in lost:
+                            lost.add(job.id)
+                        elif job.parent and results.lines[job.parent.id]["status"] != "ok":
                             message = f"the run it starts from, {job.parent.row.name}, has no result"
                             results.add(describe(job, matrix) | {"status": "failed", "message": message, "steps": 0})
                         else:
                             pending[pool.submit(work, job)] = job
                 done, _ = wait(pending, return_when=FIRST_COMPLETED)  # at once if all that was left had no parent
                 for future in done:
-                    job, line = pending.pop(future), future.result()
+                    job = pending.pop(future)
+                    try:
+                        line = future.result()
+                    except MachineLost as e:
+                        lost.add(job.id)
+                        print(f"  {job.id} {job.row.name}, seed {job.seed}: lost, {e}", file=sys.stderr, flush=True)
+                        continue
                     results.add(line)
                     if job.row.name not in parents:
                         (runs / job.id / "run" / "checkpoint.safetensors").unlink(missing_ok=True)
                     spent.append(line["seconds"])
-                    left = (len(todo) + len(pending)) * sum(spent) / len(spent) / slots
+                    left = (len(todo) + len(pending)) * sum(spent) / len(spent) / machine.slots
                     said = f"val_bpb {line['val_bpb']:.5f}" if line["status"] == "ok" else line["message"]
                     print(f"  {job.id} {job.row.name}, seed {job.seed}: {line['status']}, {said}, "
                           f"{line['seconds']:.0f} s; {len(todo) + len(pending)} left, about {clock(left)}", flush=True)
     except (KeyboardInterrupt, InterruptedError):
-        children.stop()
+        machine.stop()
         print("stopped; the same command goes on where it was", file=sys.stderr)
         return False
     finally:
         for signum, handler in previous.items():
             signal.signal(signum, handler)
-    return True
+    if lost:
+        print(f"{len(lost)} runs were lost with their machines; the same command runs them", file=sys.stderr)
+    return not lost
 
 
 def dry_run(matrix: Matrix, wanted: list[Job], lines: dict[str, dict]) -> None:
@@ -384,6 +410,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--report", action="store_true", help="only write the report")
     p.add_argument("--retry", action="store_true", help="run again what failed before")
     p.add_argument("--jobs", type=int, default=1, help="runs at a time (timed ones are never)")
+    p.add_argument("--ray", metavar="ADDRESS", help="run on a Ray cluster: its address, or auto (pip install '.[ray]')")
     p.add_argument("--results", default=str(ROOT / "ablations" / "results"), help="folder of results")
     p.add_argument("--runs", default=str(ROOT / "runs" / "ablations"), help="folder of the runs themselves")
     args = p.parse_args(argv)
@@ -397,9 +424,15 @@ def main(argv: list[str] | None = None) -> int:
             if args.dry_run:
                 dry_run(matrix, wanted, {line["id"]: line for line in read_results(folder / "results.jsonl")})
                 return 0
-            slots = 1 if matrix.timed else args.jobs
-            with contextlib.closing(Results(folder / "results.jsonl")) as results:
-                if not run_all(matrix, wanted, results, Path(args.runs).resolve(), slots, args.retry):
+            runs = Path(args.runs).resolve()
+            with contextlib.closing(Results(folder / "results.jsonl")) as results, contextlib.ExitStack() as stack:
+                if args.ray:
+                    import cluster
+
+                    machine = stack.enter_context(cluster.connect(args.ray, matrix, runs))
+                else:
+                    machine = Machine(matrix, runs, 1 if matrix.timed else args.jobs)
+                if not run_all(matrix, wanted, results, runs, machine, args.retry):
                     return 130
         asked = jobs(matrix, dict.fromkeys(data_folders(matrix), ""))
         paths = report.write(matrix, asked, read_results(folder / "results.jsonl"), folder)
