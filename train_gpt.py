@@ -133,6 +133,7 @@ class Config:
     mlp_hidden: int = setting(0, "MLP hidden width, any number; 0: mlp_mult * model_dim", 0)
     rope_base: float = setting(10000.0, "RoPE base frequency", 1e-30)
     logit_softcap: float = setting(30.0, "logits are softcap * tanh(logits / softcap)", 1e-30)
+    smear: bool = setting(False, "SmearGate: each embedding is blended with the one before, by learned gates")
     qk_gain_init: float = setting(1.5, "initial gain of normalised queries, learned per head")
     tied_embed_init_std: float = setting(0.005, "initial standard deviation of the tied embedding", 1e-30)
     # storage formats
@@ -216,7 +217,7 @@ class Config:
 
 
 CPU_TRACK = dict(  # an int4 embedding beats a ternary one with a wider MLP at these bytes
-    cap_bytes=128_000, cap_counts_code=False, embed_format="int4", mlp_hidden=184,
+    cap_bytes=128_000, cap_counts_code=False, embed_format="int4", mlp_hidden=184, smear=True,
     train_seq_len=256, train_batch_tokens=8192, val_batch_size=8192, tied_embed_lr=0.01,
 )
 PR367 = dict(  # run_8xh100.sh and train_bitnet.py of PR 367
@@ -548,6 +549,11 @@ def cross_entropy(logits: Tensor, targets: Tensor, cap: float) -> Tensor:
     return ((logits - shift).exp().sum(-1).log() + shift[..., 0] - target.sum(-1)).mean()
 
 
+def previous(x: Tensor) -> Tensor:
+    """x [batch, time, ..] one position later, zeros first."""
+    return F.pad(x, (0,) * (2 * (x.ndim - 2)) + (1, 0))[:, :-1]
+
+
 class GPT(nn.Module):
     """Token ids [batch, time] -> hidden states -> logits. Born with fp32 initial latents; Latents makes it bf16."""
 
@@ -557,6 +563,8 @@ class GPT(nn.Module):
         self.tok_emb = nn.Embedding(config.vocab_size, config.model_dim)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.skip_weights = nn.Parameter(torch.ones(config.num_layers // 2, config.model_dim))
+        if config.smear:
+            self.smear = nn.Parameter(torch.zeros(config.model_dim))
         nn.init.normal_(self.tok_emb.weight, std=config.tied_embed_init_std)
         for block in self.blocks:  # each block starts as the identity
             nn.init.zeros_(block.attn.proj.weight)
@@ -583,7 +591,10 @@ class GPT(nn.Module):
     def embed(self, ids: Tensor) -> Tensor:
         """What enters the first block, fp32 [batch, time, model_dim]."""
         # The table in fp32: its gradient sums thousands of rows per frequent token, which bf16 would lose.
-        return norm(F.embedding(ids, self.tok_emb.weight.float()))
+        x = norm(F.embedding(ids, self.tok_emb.weight.float()))
+        # SmearGate (parameter-golf PR 162). A token that brings the one before it needs no head to fetch it, so heads
+        # that look for what followed an earlier occurrence form hundreds of steps sooner (LOG.md, negatives).
+        return torch.lerp(x, previous(x), torch.sigmoid(self.smear.float())) if self.config.smear else x
 
     def head(self, hidden: Tensor) -> Tensor:
         """Softcapped logits, fp32 [.., vocab_size], of hidden states [.., model_dim]."""
@@ -600,17 +611,23 @@ MODEL_SETTINGS = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_
                   "rope_base", "logit_softcap", "train_seq_len")
 
 
+MODEL_OPTIONS = {"activation_bits": 16, "smear": False}  # likewise, where they are not these values
+
+
 def artifact_meta(config: Config) -> dict:
     settings = {name: getattr(config, name) for name in MODEL_SETTINGS}
-    return {"config": settings | ({"activation_bits": 8} if config.activation_bits == 8 else {})}
+    chosen = {name: getattr(config, name) for name, without in MODEL_OPTIONS.items()
+              if getattr(config, name) != without}
+    return {"config": settings | chosen}
 
 
 def model_from_stored(tensors: dict[str, pack.StoredTensor], meta: dict) -> GPT:
     """The model of an artifact. Raises ConfigError unless its tensors are exactly those of its configuration."""
     try:
         settings = {name: meta["config"][name] for name in MODEL_SETTINGS}
-        bits = meta["config"].get("activation_bits", 16)
-        config = Config(**settings, activation_bits=bits, group_size=128 * (bits == 16), eval_stride=0,
+        options = MODEL_OPTIONS | {name: meta["config"][name] for name in MODEL_OPTIONS if name in meta["config"]}
+        bits = options["activation_bits"]
+        config = Config(**settings, **options, group_size=128 * (bits == 16), eval_stride=0,
                         train_batch_tokens=settings["train_seq_len"])
     except (KeyError, TypeError) as e:
         raise ConfigError(f"the artifact's configuration is not one of this trainer: {e!r}") from None

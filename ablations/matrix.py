@@ -54,6 +54,11 @@ import plan  # noqa: E402
 import submission  # noqa: E402
 import train_gpt  # noqa: E402
 
+# So that results of before are still found: settings that came after the first of them, with the value that changes
+# nothing, and techniques that have moved from patches.py into the trainer, with what they are now.
+LATER = {"smear": False}
+MOVED = {"smear": {"smear": True}}
+
 BUDGETS = ("iterations", "tokens", "seconds")
 SOLVABLE = {"mlp_hidden": 8, "num_layers": 1, "vocab_size": 64}  # and in steps of what
 # Settings that the runner decides, and those that say where a run is and how it is watched.
@@ -128,16 +133,25 @@ class Job:
 
     @property
     def what(self) -> str:
-        """Hash of what is asked for: settings, seed, patches, and the same of the run it starts from."""
-        parts = {"settings": self.settings, "patches": self.row.patches, "score_patches": self.row.score_patches,
-                 "parent": [self.parent.what, bool(self.row.score_of)] if self.parent else ""}
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+        """Hash of what is asked for, as of what_of its line."""
+        return what_of({"settings": self.settings, "patches": self.row.patches,
+                        "score_patches": self.row.score_patches}, self.parent.what if self.parent else "")
 
     @property
     def id(self) -> str:
         """Hash of everything that decides what the run computes: also the code and the data."""
         parts = [self.what, self.source, self.parent.id if self.parent else ""]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def what_of(line: Mapping, parent: str) -> str:
+    """Hash of what a line of results is of: settings, seed, patches, and the same of the run it starts from, parent."""
+    settings = LATER | line["settings"]
+    for name in line["patches"]:
+        settings |= MOVED.get(name, {})
+    parts = {"settings": settings, "patches": [name for name in line["patches"] if name not in MOVED],
+             "score_patches": list(line["score_patches"]), "parent": parent}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def take(table: dict, key: str, kind, where: str, default=None):
@@ -212,7 +226,7 @@ def read_row(table: dict, shared: dict, seeds: list, where: str) -> list[Row]:
         except ValueError as e:
             raise MatrixError(f"{where}: {e}") from None
     misplaced = any(p.partition("=")[0] in techniques.SCORING for p in patches)
-    if misplaced or score_of and (changes or patches or init_from):
+    if misplaced or bool(score_of) != bool(score_patches) or score_of and (changes or patches or init_from):
         raise MatrixError(f"{where}: a technique of the scorer belongs in score_patches of a row with score_of, which "
                           "changes nothing else")
     row = Row(name, take(table, "why", str, where), shared | changes, tuple(patches), tuple(seeds), init_from, score_of,

@@ -110,30 +110,11 @@ def xsa(last: int = 2) -> None:
     after(GPT, "__init__", exclude)
 
 
-def previous(x: Tensor) -> Tensor:
-    """x [batch, time, ..] one position later, zeros first."""
-    return F.pad(x, (0,) * (2 * (x.ndim - 2)) + (1, 0))[:, :-1]
-
-
 def extend_embedding(make: Callable[[GPT], None], change: Callable[[GPT, Tensor, Tensor], Tensor]) -> None:
     """Add parameters to the model (make) and change what enters its first block: change(model, ids, x)."""
     after(GPT, "__init__", lambda model, config: make(model))
     original = GPT.embed
     GPT.embed = lambda self, ids: change(self, ids, original(self, ids))
-
-
-@patch
-def smear() -> None:
-    """SmearGate: each embedding blended with the one before, by a learned gate per channel that starts at one half
-    (parameter-golf PR 162)."""
-    def make(model: GPT) -> None:
-        model.smear = nn.Parameter(torch.zeros(model.config.model_dim))
-
-    def change(model: GPT, ids: Tensor, x: Tensor) -> Tensor:
-        gate = torch.sigmoid(model.smear.float())
-        return (1 - gate) * x + gate * previous(x)
-
-    extend_embedding(make, change)
 
 
 @patch
@@ -149,7 +130,7 @@ def bigram(rows: int = 1024, dim: int = 32) -> None:
         model.bigram_scale = nn.Parameter(torch.full((1,), 0.05))
 
     def change(model: GPT, ids: Tensor, x: Tensor) -> Tensor:
-        before = previous(ids[..., None])[..., 0]
+        before = train_gpt.previous(ids[..., None])[..., 0]
         index = (36313 * ids ^ 27191 * before) % (rows - 1)
         index = torch.where(torch.arange(ids.shape[1], device=ids.device) > 0, index, rows - 1)  # nothing before
         added = F.linear(F.embedding(index, model.bigram_table.weight.float()), model.bigram_proj.weight.float())

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import stats
-from matrix import Job, Matrix, Row
+from matrix import Job, Matrix, Row, what_of
 
 COLOURS = 8  # of the palette in STYLE; further rows are grey
 
@@ -45,9 +45,14 @@ def summarize(matrix: Matrix, asked: list[Job], lines: list[dict]) -> list[Summa
     A line belongs to the row that asks for just what it did (Job.what), whatever that is called now. Of several, made
     by other code or of other data, the newest counts.
     """
+    by_id = {line["id"]: line for line in lines}
+
+    def what(line: dict) -> str:
+        return what_of(line, what(by_id[line["parent"]]) if line["parent"] in by_id else "")
+
     newest: dict[str, dict] = {}
     for line in sorted(lines, key=lambda line: line.get("finished", "")):
-        newest[line["what"]] = line
+        newest[what(line)] = line
     found: dict[str, list[dict]] = {row.name: [] for row in matrix.rows}
     for job in asked:
         if job.seed in job.row.seeds and job.what in newest:

@@ -164,7 +164,7 @@ def patch_flags(patches: tuple[str, ...]) -> list[str]:
 def describe(job: Job, matrix: Matrix) -> dict:
     """What a line says of its run before it is run."""
     return {
-        "id": job.id, "what": job.what, "matrix": matrix.name, "row": job.row.name, "seed": job.seed,
+        "id": job.id, "matrix": matrix.name, "row": job.row.name, "seed": job.seed,
         "settings": job.settings,
         "patches": list(job.row.patches), "score_patches": list(job.row.score_patches),
         "parent": job.parent.id if job.parent else "", "source": job.source, "machine": train_gpt.machine(),
@@ -252,6 +252,9 @@ class Results:
         self.lines[line["id"]] = line
 
 
+NEEDED = {"id", "row", "seed", "status", "settings", "patches", "score_patches", "parent"}  # in every line
+
+
 def read_results(path: Path) -> list[dict]:
     """The lines of a results file, the last of each id; a last line that was cut off is left out."""
     if not path.exists():
@@ -261,7 +264,7 @@ def read_results(path: Path) -> list[dict]:
     for i, text in enumerate(texts):
         try:
             line = json.loads(text) if text else None
-            if text and not (isinstance(line, dict) and {"id", "what", "row", "seed", "status"} <= line.keys()):
+            if text and not (isinstance(line, dict) and line.keys() >= NEEDED):
                 raise ValueError
             lines += [line] if text else []
         except ValueError:

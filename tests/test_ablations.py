@@ -149,7 +149,8 @@ def test_a_bad_matrix_is_one_clear_error(tmp_path, bad, message):
     ("patches = [3]", "a patch must be a string"), ('set = {preset = "x"}', "no preset 'x'"),
     ('patches = ["none"]', "no patch 'none'"), ("colour = 1", "unknown"),
     ('solve = "model_dim"', "solve must be"), ('init_from = "z"', "no row 'z'"), ('grid = {group_size = 3}', "a list"),
-    ('patches = ["ttt=all"]', "score_patches"), ('score_of = "a"\nset = {group_size = 8}', "score_patches"),
+    ('patches = ["ttt=all"]', "score_patches"), ('score_of = "a"', "score_patches"),
+    ('score_of = "a"\nset = {group_size = 8}', "score_patches"),
     ('name = "a"', "matrix.toml")])
 def test_a_bad_row_is_one_clear_error(tmp_path, row, message):
     name = "" if row.startswith("name") else 'name = "b"\n'
@@ -177,7 +178,7 @@ def test_ids_know_what_matters_and_nothing_else(tmp_path):
     assert ids(tmp_path, MATRIX.replace("a test", "another").replace("threads = 1", "threads = 2")) == base
     for change in (("iterations = 5", "iterations = 6"), ("iterations = 5", "seconds = 5"), ("[1, 2]", "[3, 4]"),
                    ('preset = "tiny"', 'preset = "tiny"\nmatrix_lr = 0.03'),
-                   ('why = "the base"', 'why = "the base"\npatches = ["smear"]')):
+                   ('why = "the base"', 'why = "the base"\npatches = ["xsa=1"]')):
         assert ids(tmp_path, MATRIX.replace(*change))[0] != base[0], change
     assert ids(tmp_path, MATRIX, data="other")[0] != base[0]
 
@@ -361,6 +362,23 @@ def test_results_follow_what_a_row_asks_for_not_its_name(tmp_path, drive):
     assert drive(ROWS)[0] == 0 and table(tmp_path) == first
 
 
+def test_results_of_before_are_still_found(tmp_path, drive, monkeypatch):
+    """A line without a setting that came later, and one of a technique that was a patch then."""
+    text = MATRIX + '[[row]]\nname = "gate"\nwhy = "x"\nset = {smear = true}\n'
+    text += '[[row]]\nname = "child"\nwhy = "x"\ninit_from = "gate"\n'
+    assert drive(text)[0] == 0
+    path = tmp_path / "results/test/results.jsonl"
+    old = runner.read_results(path)
+    for line in old:
+        assert line["settings"].pop("smear") == (line["row"] == "gate")
+        line["patches"] = ["smear"] if line["row"] == "gate" else []
+    path.write_text("".join(json.dumps(line) + "\n" for line in old))
+    first = table(tmp_path)
+    assert drive(text, "--report")[0] == 0 and table(tmp_path) == first
+    path.write_text("".join(json.dumps(line | {"patches": []}) + "\n" for line in old))
+    assert drive(text, "--report")[0] == 0 and "| gate | 0 |" in table(tmp_path)
+
+
 def test_a_parent_whose_files_are_gone_runs_again(tmp_path, drive):
     text = MATRIX + '[[row]]\nname = "child"\nwhy = "x"\nscore_of = "a"\nscore_patches = ["ttt=none"]\n'
     drive(text, "--only", "a")
@@ -500,12 +518,12 @@ def test_every_matrix_in_the_repository_is_valid(path):
 
 def test_program_applies_patches_in_both_processes(data_dir, tmp_path):
     args = tiny_args(data_dir, tmp_path, "--iterations", 3, "--checkpoint-every", 0)
-    command = [sys.executable, str(ROOT / "ablations/program.py"), "--patch", "smear", "train", *args]
+    command = [sys.executable, str(ROOT / "ablations/program.py"), "--patch", "bigram=64,8", "train", *args]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "identical bit for bit" in done.stdout
     tensors, _ = pack.read_artifact(tmp_path / "tiny_seed1337/model.tern")
-    assert "smear" in tensors
+    assert "bigram_scale" in tensors
     command[2:4] = ["--patch", "blur"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2 and done.stderr.startswith("error: there is no patch 'blur'")

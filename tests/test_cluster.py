@@ -80,7 +80,7 @@ def test_a_cluster_measures_what_one_machine_does(tmp_path, data_dir, workers):
     for row, status in (("base", "ok"), ("base again", "ok"), ("too fast", "failed")):
         here, there = found["here"][row], found["there"][row]
         assert here["status"] == there["status"] == status, there
-        for key in ("id", "what", "source", "settings", "val_bpb", "artifact_sha256", "message"):
+        for key in ("id", "source", "settings", "val_bpb", "artifact_sha256", "message"):
             assert here.get(key) == there.get(key), (row, key)
     model = tmp_path / "runs_there" / found["there"]["base"]["id"] / "run" / "model.tern"
     assert model.read_bytes() == (tmp_path / "runs_here" / model.relative_to(tmp_path / "runs_there")).read_bytes()

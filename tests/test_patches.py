@@ -37,7 +37,7 @@ def unpatched():
                 setattr(owner, name, value)
 
 
-TRAINING = ["xsa=1", "smear", "bigram=64,8", "factored=16", "activation=relu", "activation=leaky2", "activation=gelu",
+TRAINING = ["xsa=1", "bigram=64,8", "factored=16", "activation=relu", "activation=leaky2", "activation=gelu",
             "activation=swiglu", "parallel", "recur=0.4", "document_mask", "orthogonal", "bf16_latents", "ema=0.5",
             "ema_params=0.5", "swa=0.3", "muon=polar", "muon=rows", "warmdown=cosine,0.1", "warmdown=sqrt", "gptq=4"]
 
@@ -91,16 +91,6 @@ def test_exclusive_attention_is_orthogonal_to_the_own_value():
     assert (y * own).sum(-1).abs().max() < 1e-5
     left = train_gpt.attend(q, k, v) - y
     assert torch.allclose(F.normalize(left, dim=-1).abs(), F.normalize(own, dim=-1).abs(), atol=1e-4)
-
-
-def test_smear_is_half_of_the_token_before_at_first():
-    plain = train_gpt.GPT.embed
-    patches.smear()
-    model = train_gpt.GPT(SMALL)
-    ids = torch.tensor([[5, 9, 9]])
-    x = plain(model, ids)
-    assert torch.allclose(model.embed(ids), torch.stack((x[:, 0] / 2, (x[:, 0] + x[:, 1]) / 2,
-                                                         (x[:, 1] + x[:, 2]) / 2), dim=1))
 
 
 def test_bigrams_see_the_token_before_and_nothing_else():

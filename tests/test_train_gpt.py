@@ -438,6 +438,18 @@ def test_int8_activations_are_part_of_the_model_and_need_one_scale_per_row():
 # -- checkpoints -------------------------------------------------------------------------------------------------
 
 
+def test_smear_is_half_of_the_token_before_at_first():
+    torch.manual_seed(0)
+    model, plain = GPT(replace(TINY, smear=True)), GPT(TINY)
+    plain.load_state_dict({n: p for n, p in model.state_dict().items() if n != "smear"})
+    ids = torch.tensor([[5, 9, 9]])
+    x = plain.embed(ids)
+    half = torch.stack((x[:, 0] / 2, (x[:, 0] + x[:, 1]) / 2, (x[:, 1] + x[:, 2]) / 2), dim=1)
+    assert torch.allclose(model.embed(ids), half)
+    assert artifact_meta(replace(TINY, smear=True))["config"]["smear"] is True
+    assert "smear" not in artifact_meta(TINY)["config"]
+
+
 def test_optimizer_state_survives_a_checkpoint(tmp_path):
     def make(seed):
         torch.manual_seed(seed)
