@@ -899,7 +899,8 @@ def in_bundle() -> bool:
 def code_files() -> list[Path]:
     """The program's own files, all that training, packing and scoring need beside libraries."""
     here = Path(__file__).resolve()
-    names = [here.name] if in_bundle() else ["train_gpt.py", "formats.py", "pack.py", "eval_bpb.py", "entropy.py"]
+    sources = ["train_gpt.py", "runlog.py", "formats.py", "pack.py", "eval_bpb.py", "entropy.py"]
+    names = [here.name] if in_bundle() else sources
     return [path for path in map(here.with_name, names) if path.is_file()]
 
 

@@ -83,8 +83,9 @@ RECORD_SEEDS, RECORD_NATS, RECORD_P = 3, 0.005, 0.01  # the competition's rule f
 # The one file
 # ---------------------------------------------------------------------------------------------------------------
 
-MODULES = ("entropy", "pack", "formats", "eval_bpb", "train_gpt")  # when loaded, each imports only those before it
-YOUNGER = ("entropy", "formats")  # modules that the first submissions do not have
+# When loaded, each imports only those before it.
+MODULES = ("entropy", "pack", "formats", "eval_bpb", "runlog", "train_gpt")
+YOUNGER = ("entropy", "formats", "runlog")  # modules that the first submissions do not have
 LIBRARIES = ("torch", "numpy", "sentencepiece", "zstandard", "safetensors", "constriction")  # of these modules
 MAX_SOURCE, MAX_SOURCES = 1 << 20, 1 << 22  # bytes of one module, and of all
 

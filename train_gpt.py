@@ -24,13 +24,10 @@ import hashlib
 import json
 import math
 import os
-import platform
 import re
-import shutil
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -48,6 +45,7 @@ from torch import Tensor, nn
 
 import eval_bpb
 import pack
+import runlog
 from eval_bpb import (
     AuditError,
     ByteCounter,
@@ -201,6 +199,7 @@ class Config:
             make_format(self, name)
         need(self.ternary_rule in ("absmean", "lsq", "rms", "elastic"), "ternary_rule",
              "must be absmean, lsq, rms or elastic")
+        need(self.ternary_rule != "elastic" or self.threshold == 0.5, "threshold", "the elastic rule has none")
         need(self.activation_bits in (8, 16), "activation_bits", "must be 8 or 16")
         per_row = self.group_size == 0 or self.group_size >= max(self.model_dim, self.hidden_dim)
         always = self.quantize_start == self.quantize_ramp == 0  # its products take params for ternary
@@ -217,7 +216,7 @@ class Config:
 
 
 CPU_TRACK = dict(  # an int4 embedding beats a ternary one with a wider MLP at these bytes
-    cap_bytes=128_000, cap_counts_code=False, embed_format="int4", mlp_hidden=184, smear=True,
+    cap_bytes=128_000, cap_counts_code=False, embed_format="int4", mlp_hidden=192, smear=True,
     train_seq_len=256, train_batch_tokens=8192, val_batch_size=8192, tied_embed_lr=0.01,
 )
 PR367 = dict(  # run_8xh100.sh and train_bitnet.py of PR 367
@@ -807,7 +806,7 @@ class Latents:
         for bank in self.mine:
             stored = bank.format.quantize(bank.latent, bank.state)
             if measure and bank.optimizer == "muon" and not isinstance(bank.format, Float):
-                counts[0] += (stored.codes == 0).sum() if bank.format.kind != "codebook" else 0
+                counts[0] += (stored.codes == 0).sum()
                 counts[1] += (stored.codes != bank.stored.codes).sum()
                 counts[2] += stored.codes.numel()
             bank.stored = stored
@@ -829,7 +828,11 @@ class Latents:
         if not measure:
             return math.nan, math.nan
         zeros, changed, total = self.ranks.sum(counts).tolist()
-        return (zeros / total, changed / total) if total else (math.nan, math.nan)
+        if not total:
+            return math.nan, math.nan
+        # An index of zero into a codebook is no weight of zero.
+        indices = any(b.format.kind == "codebook" for b in self.banks if b.optimizer == "muon")
+        return math.nan if indices else zeros / total, changed / total
 
     @torch.no_grad()
     def load(self, latents: Mapping[str, Tensor]) -> None:
@@ -1163,70 +1166,8 @@ def stored_from_checkpoint(path: str | Path) -> dict[str, pack.StoredTensor]:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# What one sees
+# Bytes
 # ---------------------------------------------------------------------------------------------------------------
-
-METRICS_SCHEMA = 1
-
-
-class Log:
-    """Rank 0's output: the terminal, log.txt (the field's grammar) and metrics.jsonl (typed records)."""
-
-    def __init__(self, folder: Path, rank: int, append: bool):
-        self.quiet, self.bar_width = rank != 0, 0
-        if not self.quiet:
-            folder.mkdir(parents=True, exist_ok=True)
-            mode = "a" if append else "w"
-            self.text, self.metrics = open(folder / "log.txt", mode), open(folder / "metrics.jsonl", mode)
-
-    def line(self, text: str, console: bool = True) -> None:
-        if self.quiet:
-            return
-        if console:
-            self.clear_bar()
-            print(text, flush=True)
-        print(text, file=self.text, flush=True)
-
-    def record(self, kind: str, **values) -> None:
-        if not self.quiet:
-            print(json.dumps({"type": kind} | values, sort_keys=True), file=self.metrics, flush=True)
-
-    def bar(self, text: str) -> None:
-        """A line that the next one overwrites; only on a terminal."""
-        if not self.quiet and sys.stdout.isatty():
-            text = text[: shutil.get_terminal_size().columns - 1]
-            print("\r" + text.ljust(self.bar_width), end="", flush=True)
-            self.bar_width = len(text)
-
-    def clear_bar(self) -> None:
-        if self.bar_width:
-            print("\r" + " " * self.bar_width + "\r", end="")
-            self.bar_width = 0
-
-    def close(self) -> None:
-        if not self.quiet:
-            self.clear_bar()
-            self.text.close()
-            self.metrics.close()
-
-
-def clock(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
-
-
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def machine() -> dict:
-    gpu = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {
-        "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
-        "platform": f"{platform.system()} {platform.machine()}", "cpu": torch.backends.cpu.get_cpu_capability(),
-        "cores": cores(), "gpu": gpu,
-    }
-
 
 def predicted_bytes(config: Config) -> dict[str, tuple[dict, int, float]]:
     """Part of the model's file -> (format, symbols, bytes), with pack.expected_bits for each symbol."""
@@ -1282,7 +1223,7 @@ class Trainer:
         self.ranks = Ranks(rank, world)
         self.seconds: dict[str, float] = {}  # phase -> seconds
         self.signal, self.signalled = 0, 0.0  # number of the last signal, and when it came
-        self.log: Log | None = None
+        self.log: runlog.Log | None = None
         self.step, self.elapsed, self.step_seconds, self.tokens_seen, self.finished = 0, 0.0, 0.0, 0, False
         self.quantized = schedule(config, 0, 0.0).quantized
         self.folder, self.shown = Path(config.out_dir) / config.run_id, ""
@@ -1332,7 +1273,7 @@ class Trainer:
             self.latents.refresh(self.quantized)
         self.optimizer = Optimizer(self.latents, c)
         self.compiled: Callable[[Tensor, Tensor], Tensor] = self.model
-        self.log = Log(self.folder, self.rank, append=loaded is not None)
+        self.log = runlog.Log(self.folder, self.rank, append=loaded is not None)
         if loaded:
             self.restore(*loaded)
         if self.world > 1:  # every rank has looked for its checkpoint, and all found the same
@@ -1347,46 +1288,7 @@ class Trainer:
         self.seconds["load"] = time.perf_counter() - began
 
     def preflight(self, origin: dict[str, str], notices: list[str]) -> None:
-        c, log = self.config, self.log
-        sizes = predicted_bytes(c)
-        parameters, total = sum(p.numel() for p in self.model.parameters()), round(sum(b for *_, b in sizes.values()))
-        code = sum(map(len, self.sources.values()))
-        counted = total + (code if c.cap_counts_code else 0)
-        why = "asked for" if c.device != "auto" else "no CUDA device found" if self.device.type == "cpu" else "found"
-        accum = c.train_batch_tokens // (self.world * self.micro_tokens)
-        if not self.step or self.source_changed:  # a log reproduces its run
-            for name, text in self.sources.items():
-                log.line(f"{'=' * 40} {name}\n{text.decode()}", console=False)
-        log.record("header", schema=METRICS_SCHEMA, preset=self.preset, argv=sys.argv[1:], settings=asdict(c),
-                   origin=origin, machine=machine(), world_size=self.world, source_sha256=self.source_sha256,
-                   source=folder_identity(self.source_sha256), data_sha256=self.data.hashes, data=self.data.identity,
-                   parameters=parameters, resumed_at=self.step)
-        log.line(f"{'=' * 20} {c.run_id} (preset {self.preset}) {'=' * 20}")
-        log.line(f"machine     {json.dumps(machine(), sort_keys=True)}", console=False)
-        settings = [f"{n}={v}" + (f" ({origin[n]})" if n in origin else "") for n, v in asdict(c).items()]
-        log.line(textwrap.fill(", ".join(settings), 118, initial_indent="settings    ", subsequent_indent=" " * 12,
-                               break_on_hyphens=False))
-        for notice in notices:
-            log.line(f"notice      {notice}")
-        log.line(f"device      {self.device} ({why}) x {self.world} process(es), {torch.get_num_threads()} thread(s) "
-                 "each")
-        log.line("dtype       bf16 params and activations (a param is what the file holds); fp32 latents, gradient "
-                 "sums, optimizer state and losses (bf16 would lose small updates)")
-        log.line(f"data        {c.data_path}: {int(self.loader.ends[-1]):,} training tokens, {self.val_tokens.size:,} "
-                 f"validation tokens, identity {self.data.identity[:16]}")
-        log.line(f"model       {c.num_layers} layers x {c.model_dim}, {c.num_heads} heads, {c.num_kv_heads} kv, "
-                 f"mlp {c.hidden_dim}, vocab {c.vocab_size}: {parameters:,} parameters")
-        for part, (spec, count, size) in sizes.items():
-            label = f" ({pack.format_label(spec)}): {count:,}" if spec else ":"
-            log.line(f"              {part}{label} in {size:,.0f} bytes")
-        log.line(f"bytes       {total:,} predicted for the model, {code:,} of code"
-                 f"{'' if c.cap_counts_code else ' (not counted)'}; cap {c.cap_bytes:,}: "
-                 f"{'fits, margin' if counted <= c.cap_bytes else 'OVER by'} {abs(c.cap_bytes - counted):,}")
-        log.line(f"step        {c.train_batch_tokens:,} tokens = {self.world} process(es) x {accum} micro-batch(es) x "
-                 f"{self.micro_tokens // c.train_seq_len} sequences of {c.train_seq_len}")
-        if self.step:
-            log.line(f"resume      at step {self.step}, {self.elapsed:.1f} s of training done"
-                     + ("; the program was changed since" if self.source_changed else ""))
+        runlog.preflight(self, origin, notices, predicted_bytes(self.config))
         self.phase("load")
 
     def phase(self, name: str, note: str = "") -> None:
@@ -1411,7 +1313,7 @@ class Trainer:
             if self.device.type == "cuda":
                 rng["rng/cuda"] = torch.cuda.get_rng_state(self.device)
             state = {name: getattr(self, name) for name in RUN_STATE} | {
-                "schema": METRICS_SCHEMA, "position": self.loader.position, "config": asdict(self.config),
+                "schema": runlog.METRICS_SCHEMA, "position": self.loader.position, "config": asdict(self.config),
                 "data": self.data.identity, "source": folder_identity(self.source_sha256),
             }
             save_checkpoint(self.checkpoint_path, tensors | rng, state)
@@ -1533,7 +1435,7 @@ class Trainer:
             self.tokens_seen += tokens
             now = time.perf_counter() - began
             self.step_seconds, self.elapsed = now - self.elapsed, now
-            self.report_step(plan, loss, tokens, zero_frac, churn, logged, progress)
+            runlog.step(self, plan, loss, tokens, zero_frac, churn, logged, progress)
             if c.val_loss_every > 0 and self.step % c.val_loss_every == 0:
                 score = self.validate(max(c.val_batch_size // (self.world * c.train_seq_len), 1))
                 log.line(f"step:{self.step}/{c.iterations} val_loss:{score.val_loss:.4f} val_bpb:{score.val_bpb:.4f} "
@@ -1548,7 +1450,11 @@ class Trainer:
                      f"step:{self.step}/{c.iterations}")
         self.settle()
         self.check_replicas()
-        self.report_memory()
+        steps = max(self.step - self.first_step, 1)
+        held = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in self.state_tensors()}
+        table = torch.zeros(self.world, 3, dtype=torch.int64, device=self.device)
+        table[self.rank] = torch.tensor([sum(held.values()), *(v // steps for v in self.ranks.sent.values())])
+        runlog.memory(self, *self.ranks.sum(table).T.tolist())
         self.save()
         self.check_compiled()  # after saving: what was trained is not lost with the packing
         self.phase("train", f", {self.step:,} steps, {self.tokens_seen:,} tokens")
@@ -1558,26 +1464,6 @@ class Trainer:
         if self.quantized < 1:
             self.quantized = 1.0
             self.latents.refresh()
-
-    def report_step(self, plan: StepPlan, loss: float, tokens: int, zero_frac: float, churn: float, logged: bool,
-                    progress: float) -> None:
-        """The log line, the record and the bar of the step that just ended."""
-        c, now, rate = self.config, self.elapsed, tokens / self.step_seconds
-        left = min(c.max_wallclock_seconds - now if c.max_wallclock_seconds else math.inf,
-                   (c.iterations - self.step) * now / self.step if c.iterations else math.inf)
-        if logged:
-            self.log.line(
-                f"step:{self.step}/{c.iterations} train_loss:{loss:.4f} train_time:{1000 * now:.0f}ms "
-                f"step_avg:{1000 * now / self.step:.2f}ms tok/s:{rate:.0f} zero_frac:{zero_frac:.4f} "
-                f"churn:{churn:.5f} lr_scale:{plan.lr_scale:.3f} left:{clock(left)}", console=not sys.stdout.isatty())
-            self.log.record(
-                "train", step=self.step, loss=loss, elapsed=now, step_seconds=self.step_seconds, tokens=tokens,
-                tokens_seen=self.tokens_seen, zero_frac=None if math.isnan(zero_frac) else zero_frac,
-                churn=None if math.isnan(churn) else churn, lr_scale=plan.lr_scale, momentum=plan.momentum,
-                seq_len=plan.seq_len)
-            self.shown = f"zero_frac {zero_frac:.3f}  churn {churn:.4f}"
-        self.log.bar(f"[{'#' * int(24 * progress):<24}] step {self.step}  loss {loss:.4f}  "
-                     f"{1000 * self.step_seconds:.0f} ms/step  {rate:,.0f} tok/s  {self.shown}  {clock(left)} left")
 
     @torch.no_grad()
     def diverged(self, loss: float, seq_len: int) -> TrainingError:
@@ -1646,24 +1532,6 @@ class Trainer:
             raise TrainingError(f"replicas differ: ranks {differ} do not hold the same bits as rank 0")
         self.log.line(f"replicas    {self.world} ranks hold identical params ({self.replica_sha256[:16]})")
 
-    def report_memory(self) -> None:
-        """Bytes of state on each rank, and what the optimizer sent in a step, counted where it was sent."""
-        steps = max(self.step - self.first_step, 1)
-        held = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in self.state_tensors()}
-        table = torch.zeros(self.world, 3, dtype=torch.int64, device=self.device)
-        table[self.rank] = torch.tensor([sum(held.values()), *(v // steps for v in self.ranks.sent.values())])
-        state, gradients, codes = self.ranks.sum(table).T.tolist()
-        ternary = [b for b in self.latents.banks if b.format.kind == "ternary"]
-        each = sum(len(b.wire) for b in ternary) / max(sum(b.grad.numel() for b in ternary), 1)
-        self.log.line(f"memory      {', '.join(f'{n:,}' for n in state)} bytes of params, gradients and optimizer state"
-                      f"{' on the ranks' if self.world > 1 else ''}")
-        if self.world > 1:
-            self.log.line(
-                f"sent/step   gradients {sum(gradients):,} bytes to their owners, codes and scales {sum(codes):,} back "
-                f"({each:.3f} for a ternary weight), over all {self.world} ranks")
-        self.log.record("memory", state_bytes=state, gradient_bytes=gradients, code_bytes=codes,
-                        bytes_per_ternary_weight=each)
-
     def state_tensors(self) -> Iterator[Tensor]:
         """All that this rank keeps between steps."""
         yield from (p.data for p in self.model.parameters())
@@ -1682,7 +1550,7 @@ class Trainer:
 
     def finish(self) -> bool:
         """Score in memory, pack, score the file in a fresh process, print the final block. True if all holds."""
-        c, log, artifact = self.config, self.log, self.folder / "model.tern"
+        c, artifact = self.config, self.folder / "model.tern"
         began = time.perf_counter()
         memory = self.validate(c.eval_batch_seqs)
         if dist.is_initialized():  # the others have nothing left to do; the scoring processes form their own group
@@ -1695,9 +1563,7 @@ class Trainer:
         pack.write_artifact(artifact, self.latents.pack(self.order), artifact_meta(c))
         self.seconds["pack"] = time.perf_counter() - began
         size = pack.budget(artifact, pack.code_files(), c.cap_bytes, c.cap_counts_code)
-        log.line(f"Ternary artifact: {size.bytes_model} bytes = {size.bytes_model / 1e6:.2f}MB")
-        log.line(f"Code size: {size.bytes_code} bytes")
-        log.line(f"Total submission size: {size.bytes_model + size.bytes_code} bytes")
+        runlog.size(self, size)
         self.phase("pack")
 
         began = time.perf_counter()
@@ -1705,32 +1571,8 @@ class Trainer:
         scored = self.score_in_fresh_process(artifact)
         self.seconds["score"] = memory_seconds + time.perf_counter() - began
         self.phase("score")
-        chunked, sliding = scored["chunked"], scored["sliding"]
-        gap = chunked["val_bpb"] - memory.val_bpb
-        for name, s, extra in (("final_ternary_roundtrip", chunked, ""),
-                               ("final_sliding_window", sliding, f" stride:{c.eval_stride}")):
-            if s:
-                log.line(f"{name} val_loss:{s['val_loss']:.4f} val_bpb:{s['val_bpb']:.4f}{extra} "
-                         f"eval_time:{1000 * s['seconds']:.0f}ms")
-                log.line(f"{name}_exact val_loss:{s['val_loss']:.8f} val_bpb:{s['val_bpb']:.8f}")
-        parts = " + ".join(f"{n} {self.seconds[n]:.1f}" for n in ("load", "compile", "train", "pack", "score"))
-        log.line(f"{'=' * 20} result {'=' * 20}")
-        log.line(f"val_bpb before packing    {memory.val_bpb:.8f}   (in memory, chunked)")
-        log.line(f"val_bpb from the file     {chunked['val_bpb']:.8f}   (fresh process, chunked)")
-        verdict = "identical bit for bit" if same else "DIFFER"
-        log.line(f"roundtrip gap             {gap + 0.0:.8f}   (logits {verdict})")
-        if sliding:
-            log.line(f"sliding val_bpb           {sliding['val_bpb']:.8f}   (stride {c.eval_stride}, window "
-                     f"{c.train_seq_len}, {sliding['tokens']:,} tokens, {sliding['bytes']:,} bytes)")
-        log.line(f"bytes                     model {size.bytes_model:,} + code {size.bytes_code:,}"
-                 f"{'' if c.cap_counts_code else ' (not counted)'} -> total {size.total:,} of {c.cap_bytes:,}: "
-                 f"{'FITS' if size.fits else 'OVER'}, margin {size.margin:,}")
-        log.line(f"seconds                   {parts} = {sum(self.seconds.values()):.1f}")
-        log.line(f"artifact                  {artifact}  sha256 {sha256_file(artifact)[:16]}")
-        log.record("final", step=self.step, tokens_seen=self.tokens_seen, memory=asdict(memory), score=scored,
-                   roundtrip_gap=gap, logits_identical=same, seconds=self.seconds, bytes_model=size.bytes_model,
-                   bytes_code=size.bytes_code, bytes_total=size.total, cap=c.cap_bytes, fits=size.fits,
-                   artifact_sha256=sha256_file(artifact), replica_sha256=self.replica_sha256)
+        gap = scored["chunked"]["val_bpb"] - memory.val_bpb
+        runlog.result(self, memory, scored, gap, same, size, artifact)
         return same and gap == 0.0
 
     @torch.inference_mode()
@@ -1798,7 +1640,7 @@ def run(argv: list[str]) -> int:
 
             print(plan.report(preset, config))
             return 0
-        torch.set_num_threads(config.threads or max(1, cores() // local_world))
+        torch.set_num_threads(config.threads or max(1, runlog.cores() // local_world))
         trainer = Trainer(preset, config, rank, world, local_rank)
         if trainer.device.type == "cuda":
             if local_rank >= torch.cuda.device_count():

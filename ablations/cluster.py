@@ -52,7 +52,7 @@ class Folder:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# On a machine of the cluster
+# On a machine of the cluster. These functions are sent by value, so they use nothing else of this project.
 # ---------------------------------------------------------------------------------------------------------------
 
 
@@ -76,7 +76,7 @@ def local_data(folder: Folder, name: str) -> str:
     if manifest.exists() and manifest.read_bytes() == folder.manifest:
         return folder.here
     if not folder.parcel:
-        raise MatrixError(f"{folder.path} is too large to be sent: put it at {folder.here} on {os.uname().nodename}")
+        raise RuntimeError(f"{folder.path} is too large to be sent: put it at {folder.here} on {os.uname().nodename}")
     return str(unpacked(folder.parcel, name))
 
 
@@ -131,6 +131,11 @@ def folder_of(path: str) -> Folder:
     return Folder(path, str(here), files["manifest.json"].read_bytes(), [ray.put(zipped(files))] if small else [])
 
 
+def by_value() -> None:
+    """Send what this module defines as code: the other machines cannot import it."""
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+
 class Cluster:
     """What run.run_all runs jobs on: `slots` of them at a time."""
 
@@ -145,8 +150,7 @@ class Cluster:
         self.slots = max(1, sum(int(min(node["CPU"] // cpus, node.get("GPU", 0) / gpus if gpus else 1e9))
                                 for node in nodes))
         print(f"Ray: {len(nodes)} machines, {self.slots} runs at a time, {cpus} cores {'and a GPU ' * gpus}each")
-        # By value: the machines of the cluster import nothing of ours.
-        ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+        by_value()
         # A run whose machine is lost goes to another, as long as there are some.
         self.remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=2)(run_here)
         code = {str(path.relative_to(ROOT)): path for glob in CODE for path in sorted(ROOT.glob(glob))}
@@ -163,7 +167,7 @@ class Cluster:
                 job.id, self.key, self.code, self.matrix, self.folders, {name: version(name) for name in SAME}, taken,
                 job.row.name in self.parents))
         except ray.exceptions.RayTaskError as e:
-            raise e.cause if isinstance(e.cause, MatrixError | RuntimeError) else RuntimeError(str(e)) from None
+            raise e.cause if isinstance(e.cause, RuntimeError) else RuntimeError(str(e)) from None
         except (ray.exceptions.RayError, OSError) as e:
             if self.stopped:
                 raise InterruptedError from None

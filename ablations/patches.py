@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 import eval_bpb
 import formats
+import runlog
 import train_gpt
 from train_gpt import GPT, MLP, Attention, Block, Float, Latents, Linear, Trainer, norm
 
@@ -63,8 +65,8 @@ def apply(texts: list[str]) -> None:
         function(*values)
 
 
-def before(cls: type, name: str, extra: Callable) -> None:
-    """Run extra(self, *args) before the method."""
+def before(cls: type | ModuleType, name: str, extra: Callable) -> None:
+    """Run extra(self, *args) before the method, or the function of a module."""
     original = getattr(cls, name)
 
     def method(self, *args, **kwargs):
@@ -293,7 +295,7 @@ def averaged(values: Callable[[Trainer], list[Tensor]], weight: Callable[[Traine
             bank.latent.copy_(x)
         self.latents.refresh()
 
-    before(Trainer, "report_step", follow)  # after the refresh of every step
+    before(runlog, "step", follow)  # after the refresh of every step
     before(Trainer, "settle", use)
 
 

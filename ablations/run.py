@@ -42,6 +42,7 @@ import report  # noqa: E402
 from matrix import Job, MachineLost, Matrix, MatrixError, data_folders, jobs, read_matrix  # noqa: E402
 
 import eval_bpb  # noqa: E402
+import runlog  # noqa: E402
 import train_gpt  # noqa: E402
 
 PROGRAM = ROOT / "ablations" / "program.py"
@@ -130,7 +131,7 @@ def execute(job: Job, matrix: Matrix, runs: Path, cores: list[int], children: Ch
     folder, began = runs / job.id, time.time()
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    threads = matrix.threads or len(cores) or train_gpt.cores()
+    threads = matrix.threads or len(cores) or runlog.cores()
     head = [sys.executable, str(PROGRAM)]
     timeout = TIMEOUT + 3 * matrix.budget[1] * matrix.timed
     output = folder / "output.txt"
@@ -167,7 +168,7 @@ def describe(job: Job, matrix: Matrix) -> dict:
         "id": job.id, "matrix": matrix.name, "row": job.row.name, "seed": job.seed,
         "settings": job.settings,
         "patches": list(job.row.patches), "score_patches": list(job.row.score_patches),
-        "parent": job.parent.id if job.parent else "", "source": job.source, "machine": train_gpt.machine(),
+        "parent": job.parent.id if job.parent else "", "source": job.source, "machine": runlog.machine(),
     }
 
 
@@ -420,6 +421,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.jobs < 1:
             raise MatrixError(f"--jobs {args.jobs}: at least 1 is needed")
+        if args.ray and args.jobs != 1:
+            raise MatrixError("--jobs is for this machine; a cluster runs as many at a time as it has cores for")
         matrix = read_matrix(args.matrix)
         folder = Path(args.results) / matrix.name
         if not args.report:

@@ -23,6 +23,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # run as a script, only bench/ is on the module path
 
+import runlog  # noqa: E402
 import train_gpt  # noqa: E402
 from eval_bpb import keep_freed_memory  # noqa: E402
 
@@ -57,7 +58,7 @@ def main() -> int:
                    help="queries x kv heads of a tile, such as 128x16; several are compared")
     args = p.parse_args()
     keep_freed_memory()
-    torch.set_num_threads(train_gpt.cores())
+    torch.set_num_threads(runlog.cores())
     print("ms forward + backward, and relative errors of out, dq, dk, dv; one kv head")
     for sequences, heads, length in SHAPES:
         torch.manual_seed(0)

@@ -11,6 +11,7 @@ ratio within a pair of turns. Settings must be known to both checkouts.
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import subprocess
 import sys
@@ -30,7 +31,7 @@ def work(checkout: str, settings: list[str]) -> None:
     import train_gpt
 
     _, config, _, _ = train_gpt.resolve_settings(["--preset", "cpu_10min_128kb", *settings], {})
-    torch.set_num_threads(config.threads or train_gpt.cores())
+    torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
     eval_bpb.keep_freed_memory()
     torch.compiler.config.cache_key_tag = eval_bpb.sha256_file(train_gpt.__file__)
     torch.manual_seed(0)

@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]  # also where a test imports this file
 
 import eval_bpb  # noqa: E402
+import runlog  # noqa: E402
 import textbook  # noqa: E402
 import train_gpt  # noqa: E402
 
@@ -174,7 +175,7 @@ def measure_machine(shapes: list[str]) -> dict:
             rates[f"{shape} {name}"] = {"inputs": inputs, "outputs": outputs} | {
                 n: product_rate(c.train_batch_tokens, inputs, outputs, dtype)
                 for n, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32))}
-    return train_gpt.machine() | {"threads": torch.get_num_threads(), "gflops": rates}
+    return runlog.machine() | {"threads": torch.get_num_threads(), "gflops": rates}
 
 
 def run_steps(side: Side, loader: train_gpt.TokenLoader) -> dict[str, list[float]]:
@@ -364,7 +365,7 @@ def main() -> int:
     def log(text: str) -> None:
         print(f"[{time.perf_counter() - began:6.0f} s] {text}", file=sys.stderr, flush=True)
 
-    torch.set_num_threads(args.threads or train_gpt.cores())
+    torch.set_num_threads(args.threads or runlog.cores())
     eval_bpb.keep_freed_memory()
     torch.utils.deterministic.fill_uninitialized_memory = False  # train_gpt.main's as well
     torch._inductor.config.cpp.enable_kernel_profile = True  # fused kernels get names; costs nothing unprofiled

@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+import ray
 from ray.cluster_utils import Cluster
 
 from conftest import ROOT, VOCAB, clean_env
@@ -111,7 +112,20 @@ def at_work() -> list[int]:
     return [int(pid) for pid in found.split()]
 
 
+def test_what_is_sent_needs_no_module_of_ours(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "ablations"))
+    import cluster
+
+    cluster.by_value()
+    (tmp_path / "sent").write_bytes(ray.cloudpickle.dumps((cluster.run_here, cluster.Folder("a", "b", b"c", []))))
+    load = "import pickle; run, folder = pickle.load(open('sent', 'rb')); print(run.__name__, folder.path)"
+    done = subprocess.run([sys.executable, "-I", "-c", load], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.split() == ["run_here", "a"], done.stderr
+
+
 def test_no_cluster_is_one_clear_error(tmp_path, data_dir):
     done = runner(tmp_path, data_dir, "--ray", "127.0.0.1:1", "--results", str(tmp_path / "r"))
     assert done.returncode == 1 and done.stderr.startswith("error: --ray 127.0.0.1:1"), done.stdout + done.stderr
     assert "Traceback" not in done.stderr
+    done = runner(tmp_path, data_dir, "--ray", "auto", "--jobs", "2")
+    assert done.returncode == 1 and done.stderr.startswith("error: --jobs is for this machine")

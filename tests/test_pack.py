@@ -514,7 +514,7 @@ def test_budget_of_a_missing_file_is_an_error(tmp_path):
 def test_code_files_are_those_beside_pack():
     """All that training, packing and scoring need beside libraries: what a budget counts."""
     here = Path(pack.__file__).resolve().parent
-    names = ["train_gpt.py", "formats.py", "pack.py", "eval_bpb.py", "entropy.py"]
+    names = ["train_gpt.py", "runlog.py", "formats.py", "pack.py", "eval_bpb.py", "entropy.py"]
     assert pack.code_files() == [here / name for name in names if (here / name).is_file()]
     assert here / "entropy.py" in pack.code_files(), "pack.py imports it"
 

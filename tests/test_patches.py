@@ -14,6 +14,7 @@ from test_quantizers import SMALL
 import eval_bpb
 import formats
 import pack
+import runlog
 import train_gpt
 from conftest import ROOT
 
@@ -27,7 +28,7 @@ CLASSES = [train_gpt.GPT, train_gpt.Attention, train_gpt.MLP, train_gpt.Block, t
 @pytest.fixture(autouse=True)
 def unpatched():
     """What patches replace is put back."""
-    before = [(owner, dict(vars(owner))) for owner in (*CLASSES, train_gpt, eval_bpb)]
+    before = [(owner, dict(vars(owner))) for owner in (*CLASSES, train_gpt, eval_bpb, runlog)]
     yield
     for owner, names in before:
         for name in [n for n in vars(owner) if n not in names]:
@@ -137,7 +138,7 @@ def test_orthogonalisation_variants(kind):
 
 def test_averages_are_those_of_their_definition(data_dir, tmp_path):
     seen: list[list[torch.Tensor]] = []
-    patches.before(train_gpt.Trainer, "report_step", lambda self, *_: seen.append(
+    patches.before(runlog, "step", lambda self, *_: seen.append(
         [b.latent.clone() for b in self.latents.mine]))
     patches.ema(0.5)
     trainer = tiny_trainer(data_dir, tmp_path, "--iterations", 4)

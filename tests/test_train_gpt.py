@@ -102,6 +102,7 @@ def test_unknown_flags_are_errors(argv, capsys):
     (["--eval-stride", "4096"], {}, "eval_stride"),
     (["--seq-ramp-start", "5"], {}, "seq_ramp_start"),
     (["--resume", "maybe"], {}, "resume"),
+    (["--ternary-rule", "elastic", "--threshold", "0.7"], {}, "threshold=0.7"),
     (["--max-wallclock-seconds", "0", "--iterations", "0"], {}, "iterations"),
 ])
 def test_bad_settings_are_one_clear_error(argv, env, message):
@@ -410,6 +411,14 @@ def test_int8_products_are_exact_but_for_the_rounding_of_tokens(group_size):
     mine = torch.autograd.grad(y, (x, w), grad)
     theirs = torch.autograd.grad(product(x, w, 16), (x, w), grad)  # the rounding is passed straight through
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(mine, theirs, strict=True))
+
+
+@pytest.mark.parametrize("matrix_format, zeros", [("ternary", True), ("codebook4", False), ("bf16", False)])
+def test_zero_frac_is_of_codes_that_mean_zero(matrix_format, zeros):
+    config = replace(TINY, matrix_format=matrix_format)
+    zero_frac, churn = Latents(GPT(config), config).refresh(measure=True)
+    assert 0.2 < zero_frac < 0.6 if zeros else math.isnan(zero_frac)
+    assert math.isnan(churn) == (matrix_format == "bf16")
 
 
 def test_int8_activations_are_part_of_the_model_and_need_one_scale_per_row():
