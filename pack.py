@@ -917,18 +917,26 @@ def format_label(format: dict) -> str:
     return f"{format['kind']}{number} g{format['group_size']} {format.get('scale', 'bf16')}"
 
 
-def describe(data: bytes) -> dict:
-    """All that `inspect` shows. A merged stream's bytes are shared among its tensors by count: tensor i gets
-    floor(B * c_i / n) - floor(B * c_(i-1) / n) of B bytes, with c the running count, so that shares add up to B."""
-    header, (tensors, meta) = parse_header(data), decode_artifact(data)
+def tensor_bytes(header: Header) -> dict[str, int]:
+    """Bytes of each tensor in the file, by name. A merged stream's bytes are shared among its tensors by count: tensor
+    i gets floor(B * c_i / n) - floor(B * c_(i-1) / n) of B bytes, with c the running count, so that shares add up."""
     streams = {(s.format, s.role): s for s in header.streams}
-    running, rows = dict.fromkeys(streams, 0), []
+    running, shares = dict.fromkeys(streams, 0), {}
     for name, shape, index in header.tensors:
-        share, format, t = 0, header.formats[index], tensors[name]
-        for role, (_, shape_of_role) in layout(format, shape).items():
+        shares[name] = 0
+        for role, (_, shape_of_role) in layout(header.formats[index], shape).items():
             s, before, count = streams[index, role], running[index, role], math.prod(shape_of_role)
             running[index, role] = before + count
-            share += s.bytes * (before + count) // s.count - s.bytes * before // s.count if s.count else 0
+            shares[name] += s.bytes * (before + count) // s.count - s.bytes * before // s.count if s.count else 0
+    return shares
+
+
+def describe(data: bytes) -> dict:
+    """All that `inspect` shows."""
+    header, (tensors, meta) = parse_header(data), decode_artifact(data)
+    shares, rows = tensor_bytes(header), []
+    for name, shape, index in header.tensors:
+        share, format, t = shares[name], header.formats[index], tensors[name]
         sign = 1 << (8 * t.codes.itemsize - 1)
         values = t.codes & (sign - 1) if format["kind"] in FLOAT_SYMBOLS else t.codes  # -0.0 is a zero
         n = t.codes.size

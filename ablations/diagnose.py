@@ -50,16 +50,16 @@ def levels(spec: dict) -> set[int] | None:
     return set(range(low, high + 1))
 
 
-def formats(folder: Path) -> dict[str, dict]:
-    """Part ("matrices", "embedding") -> diagnostics of a run's quantizer, from its checkpoint and its file.
+def formats(folder: Path, tensors: dict[str, pack.StoredTensor]) -> dict[str, dict]:
+    """Part ("matrices", "embedding") -> diagnostics of a run's quantizer, from its checkpoint and its file, which holds
+    these tensors.
 
     error: rms(latent - param) / rms(latent). zero_frac, used: shares of zero codes and of the alphabet's codes in use
     (of a codebook: of all entries of all groups); dead: entries without a weight. bits: true bits per weight in the
     file, codes and scales together.
     """
     state, _ = train_gpt.load_checkpoint(folder)
-    header = pack.describe((folder / "model.tern").read_bytes())
-    tensors, _ = pack.read_artifact(folder / "model.tern")
+    shares = pack.tensor_bytes(pack.parse_header((folder / "model.tern").read_bytes()))
     out = {}
     for part, names in (("matrices", [n for n in tensors if n.startswith("blocks.") and n.endswith(".weight")]),
                         ("embedding", ["tok_emb.weight"])):
@@ -78,7 +78,7 @@ def formats(folder: Path) -> dict[str, dict]:
                 present = torch.arange(groups.shape[-1]) < sizes
                 used += float(((groups == code) & present).any(-1).sum())
             possible += len(levels(fmt.spec())) * groups.shape[:-1].numel()
-        size = sum(row["bytes"] for row in header["tensors"] if row["tensor"] in names)
+        size = sum(shares[name] for name in names)
         out[part] = {"error": math.sqrt(error / norm) if norm else 0.0, "bits": 8 * size / weights,
                      "weights": int(weights)} | ({"zero_frac": None if math.isnan(zeros) else zeros / weights,
                                                   "used": used / possible, "dead": int(possible - used)}

@@ -196,7 +196,7 @@ def train_results(folder: Path, job: Job) -> dict:
         "curve": [[r["step"], round(r["elapsed"], 3), r["tokens_seen"], r["loss"]] for r in steps],
         "codes_curve": [[r["step"], r["zero_frac"], r["churn"]] for r in steps if r["churn"] is not None],
         "artifact_sha256": final["artifact_sha256"], "active": diagnose.prove_active(tensors, job.config),
-        "formats": diagnose.formats(folder),
+        "formats": diagnose.formats(folder, tensors),
     }
 
 

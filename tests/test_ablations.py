@@ -448,7 +448,7 @@ def test_a_real_run_is_measured_and_proved(tiny_run, data_dir):
     tensors, _ = pack.read_artifact(folder / "model.tern")
     config = Config(**json.loads(json.dumps(runner.read_metrics(folder)[0]["settings"])))
     assert diagnose.prove_active(tensors, config) == "ternary g32 log7: 12 matrices, 16,384 weights"
-    found = diagnose.formats(folder)["matrices"]
+    found = diagnose.formats(folder, tensors)["matrices"]
     assert found["weights"] == 16384 and 0.3 < found["error"] < 0.6 and 0.9 < found["used"] <= 1
     assert found["zero_frac"] == pytest.approx(runner.read_metrics(folder)[-1]["score"]["model"]["zero_frac"])
     shares = {row["tensor"]: row["bytes"] for row in pack.describe((folder / "model.tern").read_bytes())["tensors"]}
