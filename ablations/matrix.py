@@ -38,10 +38,12 @@ import hashlib
 import itertools
 import json
 import math
+import multiprocessing
 import re
 import sys
 import tomllib
 from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -261,7 +263,10 @@ def configure(matrix: Matrix, row: Row, seed: int) -> train_gpt.Config:
         else:
             steps = amount if kind == "iterations" else amount / config.train_batch_tokens
             config = replace(config, iterations=round(steps), max_wallclock_seconds=0.0)
-        return solved(config, row, matrix.equal_bytes) if matrix.equal_bytes else config
+        if not matrix.equal_bytes:
+            return config
+        reshaping = tuple(p for p in row.patches if p.partition("=")[0] in techniques.RESHAPING)
+        return replace(solved(replace(config, seed=0), row.solve, matrix.equal_bytes, reshaping), seed=seed)
     except (train_gpt.ConfigError, SystemExit) as e:
         raise MatrixError(f"{matrix.path}, row {row.name}: {e}") from None
 
@@ -276,17 +281,22 @@ def data_folders(matrix: Matrix) -> list[tuple[str, str]]:
     return list(dict.fromkeys(found))
 
 
-def solved(config: train_gpt.Config, row: Row, size: int) -> train_gpt.Config:
-    """config with the setting row.solve as large as a model file of so many bytes allows, by the planner."""
+@functools.cache
+def solved(config: train_gpt.Config, name: str, size: int, patches: tuple[str, ...] = ()) -> train_gpt.Config:
+    """config with the setting called name as large as a model file of so many bytes allows, by the planner."""
+    if patches:  # they change the model for good, so in a process of their own
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), techniques.apply, (patches,)) as pool:
+            return pool.submit(solved, config, name, size).result()
+
     def fits(value: int) -> bool:
-        other = plan.changed(config, row.solve, value)
+        other = plan.changed(config, name, value)
         return other is None or plan.model_bytes(other) <= size
 
-    now = config.hidden_dim if row.solve == "mlp_hidden" else getattr(config, row.solve)
-    value = plan.largest(fits, now, SOLVABLE[row.solve])
-    best = plan.changed(config, row.solve, value) if value else None
+    now = config.hidden_dim if name == "mlp_hidden" else getattr(config, name)
+    value = plan.largest(fits, now, SOLVABLE[name])
+    best = plan.changed(config, name, value) if value else None
     if best is None:
-        raise MatrixError(f"row {row.name}: no {row.solve} makes a model of {size:,} bytes; make the rest smaller")
+        raise train_gpt.ConfigError(f"no {name} makes a model of {size:,} bytes; make the rest smaller")
     return best
 
 

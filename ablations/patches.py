@@ -11,7 +11,7 @@ import copy
 import inspect
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import ModuleType
 
@@ -28,6 +28,7 @@ from train_gpt import GPT, MLP, Attention, Block, Float, Latents, Linear, Traine
 
 PATCHES: dict[str, Callable] = {}
 SCORING: set[str] = set()  # patches of the scorer alone: they make no other artifact
+RESHAPING = {"activation", "bigram", "factored"}  # the model has other parameters
 OPEN_A_GAP = {"unrounded_scales"}  # what is packed is not what was trained, and that is the point
 
 
@@ -59,7 +60,7 @@ def parse(text: str) -> tuple[Callable, list]:
     return PATCHES[name], values
 
 
-def apply(texts: list[str]) -> None:
+def apply(texts: Sequence[str]) -> None:
     for text in texts:
         function, values = parse(text)
         function(*values)

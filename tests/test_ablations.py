@@ -197,6 +197,9 @@ def test_widths_are_solved_for_equal_bytes(tmp_path):
         assert 0.95 * 90000 < plan.model_bytes(c) <= 90000, name
     widths = [configs[name].hidden_dim for name in ("binary", "a", "int8", "bf16")]
     assert widths == sorted(widths, reverse=True) and len(set(widths)) == 4
+    gated = read(tmp_path, text + '[[row]]\nname = "gated"\nwhy = "x"\npatches = ["bigram=256,16"]\n')
+    hidden = {row.name: matrices.configure(gated, row, 1).hidden_dim for row in gated.rows}
+    assert 0.5 < hidden["gated"] / hidden["a"] < 0.98, "the table takes bytes"
     small = read(tmp_path, text.replace("90000", "1000"))
     with pytest.raises(matrices.MatrixError, match="makes a model of 1,000 bytes"):
         matrices.configure(small, small.rows[0], 1)
