@@ -587,10 +587,14 @@ class GPT(nn.Module):
                 skips.append(x)
         return norm(x)
 
+    def lookup(self, ids: Tensor) -> Tensor:
+        """Normalised embeddings, fp32 [batch, time, model_dim]."""
+        # The table in fp32: its gradient sums thousands of rows per frequent token, which bf16 would lose.
+        return norm(F.embedding(ids, self.tok_emb.weight.float()))
+
     def embed(self, ids: Tensor) -> Tensor:
         """What enters the first block, fp32 [batch, time, model_dim]."""
-        # The table in fp32: its gradient sums thousands of rows per frequent token, which bf16 would lose.
-        x = norm(F.embedding(ids, self.tok_emb.weight.float()))
+        x = self.lookup(ids)
         # SmearGate (parameter-golf PR 162). A token that brings the one before it needs no head to fetch it, so heads
         # that look for what followed an earlier occurrence form hundreds of steps sooner (LOG.md, negatives).
         return torch.lerp(x, previous(x), torch.sigmoid(self.smear.float())) if self.config.smear else x
@@ -1322,11 +1326,12 @@ class Trainer:
     def restore(self, tensors: dict[str, Tensor], state: dict) -> None:
         mine, theirs = asdict(self.config), state.get("config")
         theirs = theirs if isinstance(theirs, dict) else {}
-        differ = [n for n in mine if n not in FREE_SETTINGS and mine[n] != theirs.get(n)]
+        theirs = {f.name: f.default for f in fields(Config)} | theirs  # a setting that is new since does nothing there
+        differ = [n for n in mine if n not in FREE_SETTINGS and mine[n] != theirs[n]]
         if differ:
             raise CheckpointError(
                 f"{self.checkpoint_path}: made with other settings: "
-                + ", ".join(f"{n}={theirs.get(n)} (now {mine[n]})" for n in differ)
+                + ", ".join(f"{n}={theirs[n]} (now {mine[n]})" for n in differ)
                 + "; resume with the same ones or use another --run-id"
             )
         if state.get("data") != self.data.identity:

@@ -5,15 +5,17 @@
     python ablations/run.py MATRIX --ray auto        # or HEAD:6379
 
 Every machine needs this project's environment (the same Python, Ray, torch and numpy), and nothing else: the code and
-the data go with the first run to each machine. A corpus of more than SHIPPED bytes is not sent: it must lie in the same
-folder on every machine, and so must a tokenizer outside the data folder. A run gets as many cores as the matrix has
-threads, or a whole machine, and a GPU where there are any (not measured). Results and files of runs come back to where
-a run on this machine would have put them.
+the data go with the first run to each machine, and stay there under the temporary folder. A corpus of more than SHIPPED
+bytes is not sent: it must lie in the same folder on every machine, and so must a tokenizer outside the data folders. A
+run gets as many cores as the matrix has threads; timed runs, and those of a matrix without threads, get a machine. It
+gets a GPU where there are any (not measured). Results and files of runs come back to where a run on this machine would
+have put them. A run whose process or machine is lost goes to another, ATTEMPTS times.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -23,6 +25,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -33,22 +36,23 @@ from matrix import ROOT, Job, MachineLost, Matrix, MatrixError, data_folders
 
 try:
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 except ImportError:
     raise MatrixError("--ray needs Ray: pip install '.[ray]'") from None
 
 CODE = ("*.py", "ablations/*.py", "data/*.py")  # what a run needs of this repository
 SHIPPED = 2**30  # bytes of a data folder that are sent to machines that do not have it
 SAME = ("torch", "numpy")  # packages whose versions decide what a run computes
+ATTEMPTS = 3
 
 
 @dataclass(frozen=True)
-class Folder:
-    """A data folder: where it lies here, its manifest, and the zip of it as an object of Ray's, if it may be sent."""
+class Parcel:
+    """Files for other machines: a name that says what is in it, where they lie here, and their zip, if it is sent."""
 
-    path: str  # as the matrix names it
+    name: str
     here: str
-    manifest: bytes
-    parcel: list  # of the reference: inside a list Ray does not fetch it before it is asked for
+    zip: list  # of the reference to it: inside a list Ray does not fetch it before it is asked for
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -56,59 +60,61 @@ class Folder:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def unpacked(parcel: list, name: str) -> Path:
-    """The folder of a zip on this machine, made when first asked for, whole or not at all."""
+def fingerprint(folder: Path) -> str:
+    """Hash of the names and sizes of a folder's files and of its manifest, "" without any; worker.py looks closer."""
+    try:
+        files = [(p.name, p.stat().st_size) for p in sorted(folder.iterdir()) if p.is_file()]
+        manifest = (folder / "manifest.json").read_bytes() if ("manifest.json" in dict(files)) else b""
+    except OSError:
+        return ""
+    return hashlib.sha256(json.dumps(files).encode() + manifest).hexdigest()[:16] if files else ""
+
+
+def unpacked(parcel: Parcel) -> Path:
+    """The folder of a parcel on this machine, made when first asked for, whole or not at all."""
     store = Path(tempfile.gettempdir()) / f"ablations-{os.getuid()}"
     store.mkdir(mode=0o700, exist_ok=True)
-    if (there := store / name).exists():
-        return there
-    making = Path(tempfile.mkdtemp(dir=store))
-    zipfile.ZipFile(io.BytesIO(ray.get(parcel[0]))).extractall(making)
-    try:
-        making.rename(there)
-    except OSError:  # another run of this machine was first
-        shutil.rmtree(making)
+    if not (there := store / parcel.name).exists():
+        with tempfile.TemporaryDirectory(dir=store) as making:
+            zipfile.ZipFile(io.BytesIO(ray.get(parcel.zip[0]))).extractall(whole := Path(making) / "whole")
+            with contextlib.suppress(OSError):  # another run of this machine was first
+                whole.rename(there)
     return there
 
 
-def local_data(folder: Folder, name: str) -> str:
-    manifest = Path(folder.here) / "manifest.json"
-    if manifest.exists() and manifest.read_bytes() == folder.manifest:
-        return folder.here
-    if not folder.parcel:
-        raise RuntimeError(f"{folder.path} is too large to be sent: put it at {folder.here} on {os.uname().nodename}")
-    return str(unpacked(folder.parcel, name))
-
-
-def run_here(job: str, key: str, code: list, matrix: bytes, folders: list[Folder], versions: dict[str, str],
-             taken: dict[str, bytes], keep_latents: bool) -> tuple[dict, dict[str, bytes]]:
-    """Run a job, by id; its line, and its files by name. Raises RuntimeError if it could not even begin."""
+def look(versions: dict[str, str], data: list[Parcel]) -> str:
+    """Why this machine cannot take runs; empty if it can."""
     if (mine := {name: version(name) for name in SAME}) != versions:
-        raise RuntimeError(f"{os.uname().nodename} has {mine}, the machine that asks {versions}: install the same")
-    root = unpacked(code, f"code-{key}")
+        return f"it has {mine}, the machine that asks {versions}: install the same"
+    missing = [p.here for p in data if not p.zip and f"data-{fingerprint(Path(p.here))}" != p.name]
+    return f"{missing[0]} is too large to be sent: copy it there" if missing else ""
+
+
+def run_here(order: dict, code: Parcel, data: dict[str, Parcel], matrix: bytes, taken: dict[str, bytes],
+             keep_latents: bool) -> tuple[dict | None, str, dict[str, bytes]]:
+    """Run a job; its line of results, or none and what was said; and its files by name."""
+    root = unpacked(code)
+    order = order | {"data": {path: p.here if f"data-{fingerprint(Path(p.here))}" == p.name else str(unpacked(p))
+                              for path, p in data.items()}}
     with tempfile.TemporaryDirectory(prefix="ablation-") as place:
         runs = Path(place)
         for name, content in taken.items():
             (runs / name).parent.mkdir(parents=True)
             (runs / name).write_bytes(content)
         (runs / "matrix.toml").write_bytes(matrix)
-        order = {"matrix": str(runs / "matrix.toml"), "id": job, "runs": place, "line": str(runs / "line.json"),
-                 "data": {f.path: local_data(f, f"data-{key}-{i}") for i, f in enumerate(folders)}}
         (runs / "order.json").write_text(json.dumps(order))
-        command = [sys.executable, str(root / "ablations" / "worker.py"), str(runs / "order.json")]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                                   start_new_session=True)
+        process = subprocess.Popen([sys.executable, str(root / "ablations" / "worker.py"), str(runs)], text=True,
+                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             said, _ = process.communicate()
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
         if not (runs / "line.json").exists():
-            raise RuntimeError(f"{os.uname().nodename}: {(said.strip() or 'ended without a word').splitlines()[-1]}")
-        line = json.loads((runs / "line.json").read_text())
-        files = {str(path.relative_to(runs)): path.read_bytes() for path in (runs / job).rglob("*") if path.is_file()
-                 and (keep_latents or path.name != "checkpoint.safetensors")}
-    return line, files
+            return None, (said.strip() or "it ended without a word").splitlines()[-1], {}
+        files = {str(path.relative_to(runs)): path.read_bytes() for path in (runs / order["id"]).rglob("*")
+                 if path.is_file() and (keep_latents or path.name != "checkpoint.safetensors")}
+        return json.loads((runs / "line.json").read_text()), "", files
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -116,24 +122,40 @@ def run_here(job: str, key: str, code: list, matrix: bytes, folders: list[Folder
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def zipped(files: dict[str, Path]) -> bytes:
-    out = io.BytesIO()
-    with zipfile.ZipFile(out, "w") as archive:
-        for name, path in files.items():
-            archive.write(path, name)
-    return out.getvalue()
-
-
-def folder_of(path: str) -> Folder:
-    here = (ROOT / path).resolve()
-    files = {file.name: file for file in sorted(here.iterdir()) if file.is_file()}
-    small = sum(file.stat().st_size for file in files.values()) <= SHIPPED
-    return Folder(path, str(here), files["manifest.json"].read_bytes(), [ray.put(zipped(files))] if small else [])
-
-
 def by_value() -> None:
     """Send what this module defines as code: the other machines cannot import it."""
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+
+def zipped(files: dict[str, Path]) -> bytes:
+    """The same bytes for the same files."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        for name, path in files.items():
+            archive.writestr(zipfile.ZipInfo(name), path.read_bytes())
+    return out.getvalue()
+
+
+def code_parcel() -> Parcel:
+    content = zipped({str(path.relative_to(ROOT)): path for glob in CODE for path in sorted(ROOT.glob(glob))})
+    return Parcel(f"code-{hashlib.sha256(content).hexdigest()[:16]}", str(ROOT), [ray.put(content)])
+
+
+def data_parcel(path: str) -> Parcel:
+    here = (ROOT / path).resolve()
+    files = {file.name: file for file in sorted(here.iterdir()) if file.is_file()}
+    small = sum(file.stat().st_size for file in files.values()) <= SHIPPED
+    return Parcel(f"data-{fingerprint(here)}", str(here), [ray.put(zipped(files))] if small else [])
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place for one run at a time."""
+
+    node: str  # Ray's id
+    name: str
+    cpus: int
+    gpus: int
 
 
 class Cluster:
@@ -141,46 +163,103 @@ class Cluster:
 
     def __init__(self, matrix: Matrix, runs: Path):
         self.runs, self.stopped = runs, False
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
-        if not nodes:
-            raise MatrixError("no machine of the Ray cluster has a core to give; ray start --address=... some")
-        whole = min(int(node["CPU"]) for node in nodes)
-        cpus = whole if matrix.timed or not matrix.threads else min(matrix.threads, whole)
-        gpus = int(any(node.get("GPU") for node in nodes))
-        self.slots = max(1, sum(int(min(node["CPU"] // cpus, node.get("GPU", 0) / gpus if gpus else 1e9))
-                                for node in nodes))
-        print(f"Ray: {len(nodes)} machines, {self.slots} runs at a time, {cpus} cores {'and a GPU ' * gpus}each")
         by_value()
-        # A run whose machine is lost goes to another, as long as there are some.
-        self.remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=2)(run_here)
-        code = {str(path.relative_to(ROOT)): path for glob in CODE for path in sorted(ROOT.glob(glob))}
-        self.code, self.key = [ray.put(zipped(code))], os.urandom(8).hex()
-        self.folders = [folder_of(path) for path in dict.fromkeys(path for path, _ in data_folders(matrix))]
-        self.matrix = matrix.path.read_bytes()
+        self.remote = ray.remote(max_retries=0)(run_here)  # a retry by Ray itself could wait forever for a machine
+        self.code, self.matrix = code_parcel(), matrix.path.read_bytes()
+        folders = data_folders(matrix)
+        self.data = {path: data_parcel(path) for path in dict.fromkeys(path for path, _ in folders)}
+        self.tokenizers = {t: str((ROOT / t).resolve()) for _, t in folders if t}
         self.parents = {row.init_from for row in matrix.rows} - {""}
+        self.changed, self.free = threading.Condition(), self.find_slots(matrix)
+        self.slots, self.alive = len(self.free), len(self.free)
+        machines = len({slot.node for slot in self.free})
+        print(f"Ray: {machines} machines, {self.slots} runs at a time", flush=True)
+
+    def find_slots(self, matrix: Matrix) -> list[Slot]:
+        """Places on all machines that can take runs. Raises MatrixError if there are none."""
+        slots, versions = [], {name: version(name) for name in SAME}
+        for node in ray.nodes():
+            cores, gpus = (int(node["Resources"].get(kind, 0)) for kind in ("CPU", "GPU"))
+            if not node["Alive"] or not cores:
+                continue
+            where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            try:
+                asked = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=where)(look)
+                why = ray.get(asked.remote(versions, list(self.data.values())), timeout=60)
+            except ray.exceptions.RayError as e:
+                why = f"it does not answer ({type(e).__name__})"
+            if why:
+                print(f"{node['NodeName']} is left out: {why}", file=sys.stderr)
+                continue
+            each = min(matrix.threads, cores) if matrix.threads and not matrix.timed else cores
+            places = cores // each if not gpus else 1 if matrix.timed else min(cores // each, gpus)
+            slots += [Slot(node["NodeID"], node["NodeName"], each, min(gpus, 1))] * places
+        if not slots:
+            raise MatrixError("no machine of the Ray cluster can take runs; ray start --address=... some")
+        return slots
+
+    def take(self) -> Slot:
+        """Raises MachineLost if no machine is left, InterruptedError once stopped."""
+        with self.changed:
+            while not self.free and self.alive and not self.stopped:
+                self.changed.wait(1)
+            if self.stopped:
+                raise InterruptedError
+            if not self.alive:
+                raise MachineLost("no machine is left")
+            return self.free.pop()
+
+    def give_back(self, slot: Slot) -> None:
+        """Unless its machine is gone."""
+        with self.changed:
+            if any(node["NodeID"] == slot.node and node["Alive"] for node in ray.nodes()):
+                self.free.append(slot)
+            else:
+                self.alive -= 1
+            self.changed.notify_all()
 
     def run(self, job: Job) -> dict:
-        """A job's line of results; its files are in runs/ID. Raises MachineLost, InterruptedError, RuntimeError."""
-        taken = {job.takes: (self.runs / job.takes).read_bytes()} if job.parent else {}
-        try:
-            line, files = ray.get(self.remote.remote(
-                job.id, self.key, self.code, self.matrix, self.folders, {name: version(name) for name in SAME}, taken,
-                job.row.name in self.parents))
-        except ray.exceptions.RayTaskError as e:
-            raise e.cause if isinstance(e.cause, RuntimeError) else RuntimeError(str(e)) from None
-        except (ray.exceptions.RayError, OSError) as e:
-            if self.stopped:
-                raise InterruptedError from None
-            raise MachineLost(type(e).__name__) from None
+        """A job's line of results; its files are in runs/ID. Raises MachineLost, InterruptedError."""
+        for attempt in range(ATTEMPTS):
+            slot = self.take()
+            try:
+                line, said, files = self.ask(slot, job)
+            except (ray.exceptions.RayError, OSError) as e:
+                said, line = f"{type(e).__name__}: {str(e).strip().splitlines()[-1] if str(e).strip() else ''}", None
+            finally:
+                self.give_back(slot)
+            if line is not None:
+                break
+            print(f"  {job.id} {job.row.name}, seed {job.seed}: attempt {attempt + 1} on {slot.name} ended: {said}",
+                  file=sys.stderr, flush=True)
+        else:
+            raise MachineLost(f"{ATTEMPTS} times, the last one with: {said}")
         shutil.rmtree(self.runs / job.id, ignore_errors=True)
         for name, content in files.items():
             (self.runs / name).parent.mkdir(parents=True, exist_ok=True)
             (self.runs / name).write_bytes(content)
         return line
 
+    def ask(self, slot: Slot, job: Job) -> tuple[dict | None, str, dict[str, bytes]]:
+        taken = {job.takes: (self.runs / job.takes).read_bytes()} if job.parent else {}
+        order = {"id": job.id, "row": job.row.name, "threads": slot.cpus, "tokenizers": self.tokenizers}
+        where = NodeAffinitySchedulingStrategy(slot.node, soft=False)
+        line = [job]  # and those that it starts from, whose data are part of its id
+        while line[-1].parent:
+            line.append(line[-1].parent)
+        data = {each.config.data_path: self.data[each.config.data_path] for each in line}
+        asked = self.remote.options(num_cpus=slot.cpus, num_gpus=slot.gpus, scheduling_strategy=where).remote(
+            order, self.code, data, self.matrix, taken, job.row.name in self.parents)
+        while True:
+            try:
+                return ray.get(asked, timeout=1)
+            except ray.exceptions.GetTimeoutError:
+                if self.stopped:
+                    ray.cancel(asked, force=True)
+                    raise InterruptedError from None
+
     def stop(self) -> None:
-        self.stopped = True
-        ray.shutdown()  # which ends this driver's tasks
+        self.stopped = True  # a signal may have come while the condition is held: waiters look every second
 
 
 @contextlib.contextmanager

@@ -263,11 +263,13 @@ def configure(matrix: Matrix, row: Row, seed: int) -> train_gpt.Config:
         else:
             steps = amount if kind == "iterations" else amount / config.train_batch_tokens
             config = replace(config, iterations=round(steps), max_wallclock_seconds=0.0)
+        train_gpt.micro_batch_tokens(config, 1)  # raises if batches do not divide
         if not matrix.equal_bytes:
             return config
         reshaping = tuple(p for p in row.patches if p.partition("=")[0] in techniques.RESHAPING)
-        return replace(solved(replace(config, seed=0), row.solve, matrix.equal_bytes, reshaping), seed=seed)
-    except (train_gpt.ConfigError, SystemExit) as e:
+        found = solved(replace(config, seed=0, run_id=""), row.solve, matrix.equal_bytes, reshaping)
+        return replace(found, seed=seed, run_id=config.run_id)
+    except (ValueError, SystemExit) as e:  # a ConfigError, or an argument that a patch does not take
         raise MatrixError(f"{matrix.path}, row {row.name}: {e}") from None
 
 
@@ -285,8 +287,8 @@ def data_folders(matrix: Matrix) -> list[tuple[str, str]]:
 def solved(config: train_gpt.Config, name: str, size: int, patches: tuple[str, ...] = ()) -> train_gpt.Config:
     """config with the setting called name as large as a model file of so many bytes allows, by the planner."""
     if patches:  # they change the model for good, so in a process of their own
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), techniques.apply, (patches,)) as pool:
-            return pool.submit(solved, config, name, size).result()
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            return pool.submit(solved_patched, config, name, size, patches).result()
 
     def fits(value: int) -> bool:
         other = plan.changed(config, name, value)
@@ -298,6 +300,11 @@ def solved(config: train_gpt.Config, name: str, size: int, patches: tuple[str, .
     if best is None:
         raise train_gpt.ConfigError(f"no {name} makes a model of {size:,} bytes; make the rest smaller")
     return best
+
+
+def solved_patched(config: train_gpt.Config, name: str, size: int, patches: tuple[str, ...]) -> train_gpt.Config:
+    techniques.apply(patches)
+    return solved(config, name, size)
 
 
 def source_identity(row: Row, data_identity: str) -> str:

@@ -151,7 +151,7 @@ def factored(dim: int = 64) -> None:
         model.embed_proj = Linear(dim, config.model_dim, 16)
         nn.init.orthogonal_(model.embed_proj.weight)
 
-    def embed(model: GPT, ids: Tensor) -> Tensor:
+    def lookup(model: GPT, ids: Tensor) -> Tensor:
         return norm(F.linear(F.embedding(ids, model.tok_emb.weight.float()), model.embed_proj.weight.float()))
 
     def head(model: GPT, hidden: Tensor) -> Tensor:
@@ -159,7 +159,7 @@ def factored(dim: int = 64) -> None:
         return cap * torch.tanh(F.linear(low, model.tok_emb.weight).float() / cap)
 
     after(GPT, "__init__", make)
-    GPT.embed, GPT.head = embed, head
+    GPT.lookup, GPT.head = lookup, head
 
 
 @patch

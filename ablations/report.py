@@ -48,8 +48,10 @@ def summarize(matrix: Matrix, asked: list[Job], lines: list[dict]) -> list[Summa
     by_id = {line["id"]: line for line in lines}
 
     def what(line: dict) -> str:
-        return what_of(line, what(by_id[line["parent"]]) if line["parent"] in by_id else "")
+        return what_of(line, what(by_id[line["parent"]]) if line["parent"] else "")
 
+    # What a run started from is part of what it is: without that line nobody knows.
+    lines = [line for line in lines if not line["parent"] or line["parent"] in by_id]
     newest: dict[str, dict] = {}
     for line in sorted(lines, key=lambda line: line.get("finished", "")):
         newest[what(line)] = line

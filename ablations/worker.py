@@ -1,10 +1,10 @@
 """One run of a matrix in a process of its own, as a machine of a cluster starts it (cluster.py).
 
-    python ablations/worker.py ORDER.json
+    python ablations/worker.py FOLDER
 
-The order holds paths, "matrix", "runs" and "line" (of the file to write), the "id" of the run, and under "data" where
-the data folders that the matrix names are on this machine.
-The matrix is read again here, with this machine's code and data: an id that is not found means that they differ.
+The folder holds matrix.toml and order.json: the "id" and "row" of the run, its "threads", and where the "data" folders
+and "tokenizers" that the matrix names are on this machine. The run is made in the folder, and its line of results is
+line.json. The matrix is read again here, with this machine's code and data: an id that is not found means they differ.
 """
 
 from __future__ import annotations
@@ -24,27 +24,33 @@ from matrix import Job, MatrixError, data_folders, jobs, read_matrix  # noqa: E4
 import eval_bpb  # noqa: E402
 
 
-def moved(job: Job, data: dict[str, str]) -> Job:
-    """The job with this machine's folder of its data; its id does not depend on where the data are."""
-    config = dataclasses.replace(job.config, data_path=data[job.config.data_path])
+def moved(job: Job, order: dict) -> Job:
+    """The job with this machine's folders; its id does not depend on where things are."""
+    c = job.config
+    config = dataclasses.replace(c, data_path=order["data"][c.data_path],
+                                 tokenizer_path=order["tokenizers"].get(c.tokenizer_path, ""))
     return dataclasses.replace(job, config=config)
 
 
 def main() -> int:
     program.end_with_parent()
-    order = json.loads(Path(sys.argv[1]).read_text())
+    folder = Path(sys.argv[1])
+    order = json.loads((folder / "order.json").read_text())
     try:
-        matrix = read_matrix(order["matrix"])
-        identity = {(path, tokenizer): eval_bpb.open_data(order["data"][path], tokenizer).identity
-                    for path, tokenizer in data_folders(matrix)}
-        job = next((job for job in jobs(matrix, identity) if job.id == order["id"]), None)
+        matrix = read_matrix(folder / "matrix.toml")
+        identity = {(path, tokenizer): eval_bpb.open_data(
+            order["data"][path], order["tokenizers"].get(tokenizer, "")).identity if path in order["data"] else ""
+            for path, tokenizer in data_folders(matrix)}
+        job = next((job for job in jobs(matrix, identity, [order["row"]]) if job.id == order["id"]), None)
         if job is None:
             raise MatrixError(f"no run of {matrix.name} is {order['id']} with the code and data of this machine")
     except (MatrixError, eval_bpb.DataError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
-    line = run.execute(moved(job, order["data"]), matrix, Path(order["runs"]), [], run.Children())
-    Path(order["line"]).write_text(json.dumps(line))
+    matrix = dataclasses.replace(matrix, threads=order["threads"])
+    line = run.execute(moved(job, order), matrix, folder, [], run.Children())
+    (folder / "line.part").write_text(json.dumps(line))
+    (folder / "line.part").rename(folder / "line.json")
     return 0
 
 

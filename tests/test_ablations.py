@@ -200,6 +200,9 @@ def test_widths_are_solved_for_equal_bytes(tmp_path):
     gated = read(tmp_path, text + '[[row]]\nname = "gated"\nwhy = "x"\npatches = ["bigram=256,16"]\n')
     hidden = {row.name: matrices.configure(gated, row, 1).hidden_dim for row in gated.rows}
     assert 0.5 < hidden["gated"] / hidden["a"] < 0.98, "the table takes bytes"
+    bad = read(tmp_path, text + '[[row]]\nname = "bad"\nwhy = "x"\npatches = ["activation=tanh"]\n')
+    with pytest.raises(matrices.MatrixError, match="row bad: activation 'tanh'"):
+        matrices.configure(bad, bad.rows[-1], 1)
     small = read(tmp_path, text.replace("90000", "1000"))
     with pytest.raises(matrices.MatrixError, match="makes a model of 1,000 bytes"):
         matrices.configure(small, small.rows[0], 1)
@@ -380,6 +383,18 @@ def test_results_of_before_are_still_found(tmp_path, drive, monkeypatch):
     assert drive(text, "--report")[0] == 0 and table(tmp_path) == first
     path.write_text("".join(json.dumps(line | {"patches": []}) + "\n" for line in old))
     assert drive(text, "--report")[0] == 0 and "| gate | 0 |" in table(tmp_path)
+
+
+def test_a_result_without_its_parents_is_nobodys(tmp_path, drive):
+    """Without knowing what it started from, a child looks like a run from scratch."""
+    text = ROWS + '[[row]]\nname = "child"\nwhy = "x"\ninit_from = "b"\n'
+    assert drive(text)[0] == 0
+    path = tmp_path / "results/test/results.jsonl"
+    lines = [line for line in runner.read_results(path) if line["row"] != "b"]
+    path.write_text("".join(json.dumps(line | {"val_bpb": 9.0} if line["row"] == "child" else line) + "\n"
+                            for line in lines))
+    assert drive(text, "--report")[0] == 0
+    assert "| a | 2 | 1.5400 |" in table(tmp_path) and "| child | 0 |" in table(tmp_path)
 
 
 def test_a_parent_whose_files_are_gone_runs_again(tmp_path, drive):

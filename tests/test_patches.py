@@ -45,7 +45,8 @@ TRAINING = ["xsa=1", "bigram=64,8", "factored=16", "activation=relu", "activatio
 
 def logits_after_training(data_dir, folder) -> tuple[torch.Tensor, torch.Tensor]:
     """Of the model in memory and of the one in the file, after a few steps."""
-    trainer = tiny_trainer(data_dir, folder, "--iterations", 6, "--lr-warmup-steps", 0, "--checkpoint-every", 3)
+    trainer = tiny_trainer(data_dir, folder, "--iterations", 6, "--lr-warmup-steps", 0, "--checkpoint-every", 3,
+                           "--smear", 1)
     trainer.train()
     trainer.log.close()
     pack.write_artifact(folder / "model.tern", trainer.latents.pack(trainer.order),
