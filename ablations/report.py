@@ -75,12 +75,16 @@ def number(value: float, digits: int = 4, sign: bool = False) -> str:
     return "" if value is None or math.isnan(value) else f"{value:{'+' if sign else ''}.{digits}f}"
 
 
+def probability(value: float) -> str:
+    return "<0.001" if value < 0.0005 else number(value, 3)
+
+
 def cells(s: Summary) -> list[str]:
     c = s.comparison
     row = [s.row.name, str(len(s.bpb)), number(s.mean("val_bpb")), number(s.sd())]
     row += ["", "", "", "", "", "base"] if c is None else [
         number(c.mean, sign=True), f"{number(c.low, sign=True)} to {number(c.high, sign=True)}" if c.n > 1 else "",
-        number(c.p_t, 3), number(c.p_flip, 3), number(c.p_holm, 3), s.verdict]
+        probability(c.p_t), probability(c.p_flip), probability(c.p_holm), s.verdict]
     size = s.mean("bytes_model")
     gaps = [abs(line["gap"]) for line in s.ok if "gap" in line]
     return [*row, number(c.detectable) if c else "", number(max(gaps), 5) if gaps else "",
@@ -249,7 +253,7 @@ def differences(rows: list[Summary]) -> str:
                        'style="stroke: var(--ink)"/>')
     for i, s in enumerate(compared):
         c, y = s.comparison, len(compared) - i - 0.5
-        colour = {"better": "var(--c3)", "worse": "var(--c2)"}.get(s.verdict, "var(--faint)")
+        colour = {"better": "var(--c3)", "worse": "var(--c2)"}.get(s.verdict.partition(",")[0], "var(--faint)")
         chart.parts.append(chart.text(chart.left - 8, chart.py(y) + 4, s.row.name, "end"))
         if c.n > 1:
             chart.parts.append(f'<line x1="{chart.px(c.low)}" x2="{chart.px(c.high)}" y1="{chart.py(y)}" '
@@ -320,7 +324,7 @@ def scatter(rows: list[Summary], key: str, label: str, caption: str) -> str:
 
 def html_table(columns: list[str], rows: list[list[str]], text: set[int] = frozenset()) -> str:
     def cell(i: int, value: str) -> str:
-        kind = "text" if i in text else "number" if value[:1] in "+-.0123456789" and value else ""
+        kind = "text" if i in text else "number" if value[:1] in "<+-.0123456789" and value else ""
         return f'<td class="{kind}">{html.escape(value)}</td>'
 
     head = "".join(f"<th>{html.escape(c)}</th>" for c in columns)

@@ -97,7 +97,8 @@ def verdict(c: Comparison, bound: float) -> str:
     if c.n < 2:
         return "not tested"
     if c.p_holm < ALPHA:
-        return "better" if c.mean < 0 else "worse"
+        word = "better" if c.mean < 0 else "worse"
+        return f"{word}, by less than {bound:g}" if c.equivalent <= bound else word
     if c.equivalent <= bound:  # two one-sided tests (Schuirmann 1987)
         return f"no effect beyond {bound:g}"
     return "undecided"

@@ -92,6 +92,7 @@ def test_verdicts_follow_the_statistics():
     assert stats.verdict(comparison([-0.02, -0.021, -0.019], 0.01), 0.01) == "better"
     assert stats.verdict(comparison([0.02, 0.021, 0.019], 0.01), 0.01) == "worse"
     assert stats.verdict(comparison([0.02, 0.021, 0.019], 0.06), 0.01) == "undecided"
+    assert stats.verdict(comparison([-0.002, -0.0021, -0.0019], 0.01), 0.01) == "better, by less than 0.01"
     assert stats.verdict(comparison([0.001, -0.001, 0.0005, -0.0005], 0.9), 0.01) == "no effect beyond 0.01"
     assert stats.verdict(comparison([0.03, -0.03, 0.01, -0.02], 0.9), 0.01) == "undecided", "no effect needs a bound"
     assert stats.verdict(comparison([0.03], math.nan), 0.01) == "not tested"
@@ -296,7 +297,7 @@ def test_a_matrix_runs_once_and_reports(tmp_path, drive):
     assert status == 0, said
     assert "8 runs, 0 of them done before" in said and "left, about" in said
     first = table(tmp_path)
-    assert "| b | 2 | 1.6000 | 0.7071 | +0.0600 | +0.0600 to +0.0600 | 0.000 | 0.500 |" in first
+    assert "| b | 2 | 1.6000 | 0.7071 | +0.0600 | +0.0600 to +0.0600 | <0.001 | 0.500 |" in first
     assert "c \\| d" in first and "## Claims" in first
     assert "8 of them done before" in drive(ROWS, "--jobs", "2")[1] and table(tmp_path) == first
 
