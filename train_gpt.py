@@ -596,7 +596,7 @@ class GPT(nn.Module):
         """What enters the first block, fp32 [batch, time, model_dim]."""
         x = self.lookup(ids)
         # SmearGate (parameter-golf PR 162). A token that brings the one before it needs no head to fetch it, so heads
-        # that look for what followed an earlier occurrence form hundreds of steps sooner (LOG.md, negatives).
+        # that copy what followed an earlier occurrence seem to form sooner (LOG.md, gates).
         return torch.lerp(x, previous(x), torch.sigmoid(self.smear.float())) if self.config.smear else x
 
     def head(self, hidden: Tensor) -> Tensor:
