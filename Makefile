@@ -9,7 +9,7 @@ run: data            ## prepare the data, train a few minutes on the CPU, pack, 
 	$(BIN)/python train_gpt.py --preset cpu $(ARGS)
 
 test: $(VENV)/.ready-ray lint     ## everything that CI runs
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
 
 lint: setup
 	$(BIN)/ruff check .

@@ -530,7 +530,8 @@ def test_ticks_are_round_and_inside(low, span):
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "ablations/matrices").glob("*.toml")), ids=lambda p: p.stem)
-def test_every_matrix_in_the_repository_is_valid(path):
+def test_every_matrix_in_the_repository_is_valid(path, monkeypatch):
+    monkeypatch.setattr(matrices, "solved", lambda config, *_: config)  # which takes most of a minute, and has a test
     m = matrices.read_matrix(path)
     assert matrices.jobs(m, dict.fromkeys(matrices.data_folders(m), "d")) and m.name == path.stem
 
