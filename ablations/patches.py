@@ -507,29 +507,59 @@ TRAINING_SHARDS: list = []  # program.py fills it from --data
 
 
 @scoring
-def ttt(what: str, lr: float = 0.001, chunk: int = 4096) -> None:
+def ttt(what: str, lr: float = 0.001, chunk: int = 4096, group: int = 128) -> None:
     """Score-first test-time training: each chunk of the stream is scored by windows as ever, and then, never before, a
     step of SGD with momentum 0.9 is taken on each of its sequences. what: all params, vectors (all but matrices and
-    embedding), or none, which must give the score of no training."""
-    if what not in ("all", "vectors", "none"):
-        raise ValueError(f"ttt {what!r}: all, vectors or none")
+    embedding), scales (one factor for each group of the matrices and embedding, the codes staying as they are), or
+    none, which must give the score of no training."""
+    if what not in ("all", "vectors", "scales", "none"):
+        raise ValueError(f"ttt {what!r}: all, vectors, scales or none")
 
     def evaluate(model, tokens, counter, seq_len, stride, batch_seqs=32, compiled=False):
         return score_and_train(model, np.asarray(tokens).astype(np.int64), counter, seq_len, stride, batch_seqs, what,
-                               lr, chunk)
+                               lr, chunk, group)
 
     eval_bpb.evaluate = evaluate
 
 
+class Values:
+    """A param that SGD moves as it is, in fp32: bf16 would lose the updates."""
+
+    def __init__(self, param: Tensor, group: int):
+        self.value = param.detach().float()
+
+    def grad(self, grad: Tensor) -> Tensor:
+        return grad.float()
+
+    def param(self) -> Tensor:
+        return self.value
+
+
+class Factors(Values):
+    """A param that SGD moves by one factor per group of inputs, 1 at first."""
+
+    def __init__(self, param: Tensor, group: int):
+        self.group, self.shape = group, param.shape
+        self.start = formats.split_groups(param.detach().float(), group)[0]
+        self.value = torch.ones_like(self.start[..., :1])
+
+    def grad(self, grad: Tensor) -> Tensor:
+        return (formats.split_groups(grad.float(), self.group)[0] * self.start).sum(-1, keepdim=True)
+
+    def param(self) -> Tensor:
+        return formats.join_groups(self.start * self.value, self.shape)
+
+
 def score_and_train(model, tokens: np.ndarray, counter, seq_len: int, stride: int, batch_seqs: int, what: str,
-                    lr: float, chunk: int):
+                    lr: float, chunk: int, group: int = 128):
     """eval_bpb.evaluate's Score, with training on what was scored."""
     began, model = time.perf_counter(), copy.deepcopy(model)
     for name, p in model.named_parameters():
-        p.requires_grad_(what == "all" or what == "vectors" and train_gpt.optimizer_of(name) == "scalar")
+        vector = train_gpt.optimizer_of(name) == "scalar"
+        p.requires_grad_(what == "all" or what == "vectors" and vector or what == "scales" and not vector)
     trained = [p for p in model.parameters() if p.requires_grad]
-    precise = [p.detach().float() for p in trained]  # bf16 would lose the updates
-    speed = [torch.zeros_like(x) for x in precise]
+    moved = [(Factors if what == "scales" else Values)(p, group) for p in trained]
+    speed = [torch.zeros_like(m.value) for m in moved]
     windows = list(eval_bpb.sliding_windows(len(tokens) - 1, seq_len, stride))
     stream, total, count, trained_to, boundary = torch.from_numpy(tokens), 0.0, 0, 0, chunk
     while windows:
@@ -549,9 +579,9 @@ def score_and_train(model, tokens: np.ndarray, counter, seq_len: int, stride: in
             ids = stream[trained_to : trained_to + seq_len + 1]
             trained_to += seq_len
             grads = torch.autograd.grad(model(ids[None, :-1], ids[None, 1:]), trained)
-            for p, x, v, g in zip(trained, precise, speed, grads, strict=True):
-                x.sub_(v.mul_(0.9).add_(g.float()), alpha=lr)
-                p.data.copy_(x)
+            for p, m, v, g in zip(trained, moved, speed, grads, strict=True):
+                m.value.sub_(v.mul_(0.9).add_(m.grad(g)), alpha=lr)
+                p.data.copy_(m.param())
     if not math.isfinite(total):
         raise eval_bpb.AuditError(f"test-time training of {what} at lr {lr} diverged")
     size = int(counter.count(tokens[:-1], tokens[1:]).sum())

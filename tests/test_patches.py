@@ -175,7 +175,7 @@ def test_test_time_training_scores_first(tiny_run, data_dir, monkeypatch):
     plain = eval_bpb.evaluate(model, tokens, counter, 64, 32)
     assert score("none", tokens).val_loss == pytest.approx(plain.val_loss, rel=1e-6)
     assert score("all", tokens, 0.0).val_loss == pytest.approx(plain.val_loss, rel=1e-6)
-    for what in ("all", "vectors"):
+    for what in ("all", "vectors", "scales"):
         trained = score(what, tokens)
         assert trained.tokens == plain.tokens and trained.val_loss != plain.val_loss
     seen: list[torch.Tensor] = []
@@ -192,6 +192,40 @@ def test_test_time_training_scores_first(tiny_run, data_dir, monkeypatch):
     assert not torch.equal(losses[0], losses[1])
     again = eval_bpb.load_artifact(tiny_run[0] / "model.tern", torch.device("cpu"))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True)), "a copy learns"
+
+
+def test_scales_train_without_their_codes():
+    w = torch.randn(4, 300).bfloat16()
+    factors = patches.Factors(w, 128)
+    assert torch.equal(factors.param(), w.float()) and factors.value.shape == (4, 3, 1), "128, 128 and 44 inputs"
+    x = torch.ones(4, 3, 1, requires_grad=True)
+    wide = x.repeat_interleave(128, dim=1)[:, :300, 0]
+    direct, = torch.autograd.grad((w.float() * wide).pow(3).sum(), x)
+    assert torch.allclose(factors.grad(3 * w.float() ** 2), direct, rtol=1e-4)
+    factors.value[1, 2] = 2.0
+    ratio = factors.param() / w.float()
+    assert torch.equal(ratio[1, 256:], torch.full((44,), 2.0)) and (ratio == 2).sum() == 44
+
+
+def test_activations_are_those_of_their_papers():
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(3, SMALL.model_dim, generator=g)
+    unit = F.rms_norm(x, (SMALL.model_dim,))
+    for kind, function in {"relu": lambda h: h.clamp_min(0), "gelu": lambda h: h * (1 + torch.erf(h / 2**0.5)) / 2,
+                           "leaky2": lambda h: torch.where(h > 0, h, h / 2) ** 2}.items():
+        patches.activation(kind)
+        mlp = train_gpt.MLP(SMALL)
+        for p in mlp.parameters():
+            torch.nn.init.normal_(p, std=0.2, generator=g)
+        h = function(unit @ mlp.fc.weight.mT)
+        assert torch.allclose(mlp(x), F.rms_norm(h, h.shape[-1:]) @ mlp.proj.weight.mT, atol=1e-5), kind
+    patches.activation("swiglu")
+    mlp = train_gpt.MLP(SMALL)
+    for p in mlp.parameters():
+        torch.nn.init.normal_(p, std=0.2, generator=g)
+    gate = unit @ mlp.gate.weight.mT
+    h = gate * torch.sigmoid(gate) * (unit @ mlp.fc.weight.mT)
+    assert torch.allclose(mlp(x), F.rms_norm(h, h.shape[-1:]) @ mlp.proj.weight.mT, atol=1e-5)
 
 
 def test_temperature_comes_from_training_tokens(tiny_run, data_dir):
