@@ -44,6 +44,7 @@ import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import NormalDist
 
 import numpy as np
 import zstandard
@@ -615,35 +616,59 @@ def check_codes(name: str, t: StoredTensor) -> None:
             raise damaged(f"tensor {name!a}: a code is outside {low}..{high}, the entries of its codebook")
 
 
-# Bits that a symbol of a trained model takes here (LOG.md, "bits of trained models"; fp32 is not compressed). What
-# `expected_bits` and so every plan assumes.
+NORMAL = NormalDist()
+
+# Bits that a symbol of a trained model takes here (LOG.md, "bits of trained models" and "equal_bytes"; fp32 is not
+# compressed). What `expected_bits` and so every plan assumes.
 BITS = {
-    "ternary": 1.577, "binary": 1.0, "five": 2.18,
-    "int2": 0.7, "int3": 1.8, "int4": 2.80, "int5": 3.8, "int6": 4.7, "int7": 5.7, "int8": 6.8,
-    "fp8": 5.4, "bf16": 10.9, "fp16": 13.9, "fp32": 32.0,  # of either sign, like an embedding
-    "vector fp8": 4.7, "vector bf16": 8.6, "vector fp16": 11.6,  # near one, like gains
+    "ternary": 1.577, "binary": 1.0, "five": 2.18, "codebook entry": 7.2,
+    "embedding int2": 0.7, "embedding int3": 1.8, "embedding int4": 2.80, "embedding int5": 3.8,
+    "embedding int6": 4.7, "embedding int7": 5.7, "embedding int8": 6.8,
+    "fp8": 5.4, "bf16": 10.9, "fp16": 13.9, "fp32": 32.0,  # of either sign
+    "vectors fp8": 4.7, "vectors bf16": 8.6, "vectors fp16": 11.6,  # near one, like gains
     "scale log4": 0.2, "scale log5": 1.1, "scale log6": 1.95, "scale log7": 2.9, "scale log8": 3.8,
     "scale bf16": 6.8, "scale fp16": 9.1,
 }
 
 
+def entropy_of(shares: Iterable[float]) -> float:
+    """Bits per symbol of independent symbols that occur in these shares."""
+    return sum(-p * math.log2(p) for p in shares if p > 0)
+
+
 def threshold_entropy(format: dict) -> float:
     """Bits per ternary code of normal weights, by the format's rule and threshold; without these, absmean and 0.5."""
     unit = 1.0 if format.get("rule") == "rms" else math.sqrt(2 / math.pi)  # of the threshold, in standard deviations
-    zeros = math.erf(format.get("threshold", 0.5) * unit / math.sqrt(2))
-    return sum(-p * math.log2(p) for p in (zeros, (1 - zeros) / 2, (1 - zeros) / 2) if p > 0)
+    zeros = 2 * NORMAL.cdf(format.get("threshold", 0.5) * unit) - 1
+    return entropy_of((zeros, (1 - zeros) / 2, (1 - zeros) / 2))
 
 
-def expected_bits(format: dict, vector: bool = False) -> dict[str, float]:
-    """Role -> bits that one of its symbols is expected to take in the file of a trained model."""
+def absmax_entropy(bits: int, group: int) -> float:
+    """Bits per int code of normal weights divided by the largest magnitude of `group` of them: by that one's median."""
+    limit = 2 ** (bits - 1) - 1
+    step = NORMAL.inv_cdf((1 + 0.5 ** (1 / group)) / 2) / limit
+    below = [0.0, *(NORMAL.cdf((code + 0.5) * step) for code in range(-limit, limit)), 1.0]
+    return entropy_of(after - before for before, after in zip(below, below[1:], strict=False))
+
+
+def expected_bits(format: dict, part: str = "matrices", shape: tuple[int, ...] = (128,)) -> dict[str, float]:
+    """Role -> bits that one of its symbols is expected to take in the file of a trained model.
+
+    part: matrices (of blocks; ints are those of normal weights), embedding (whose rare tokens stay near their small
+    start, and whose codes take less for it), or vectors. shape: of the tensor; ints depend on how many share a scale.
+    """
+    name = code_symbol(format) if format["kind"] == "int" else format["kind"]
+    known = BITS.get(f"{part} {name}", BITS.get(name))
     if format["kind"] in FLOAT_SYMBOLS:
-        return {"codes": BITS[("vector " if vector else "") + format["kind"]]}
+        return {"codes": known}
     if format["kind"] == "codebook":
-        return {"codes": math.log2(format["entries"]), "scales": BITS["bf16"]}
-    codes = BITS.get(format["kind"]) or BITS[code_symbol(format)]
+        return {"codes": math.log2(format["entries"]), "scales": BITS["codebook entry"]}
+    if known is None:
+        size = format["group_size"]
+        known = absmax_entropy(format["bits"], min(size, shape[-1]) if size else math.prod(shape))
     if format["kind"] == "ternary":
-        codes *= threshold_entropy(format) / threshold_entropy({})
-    return {"codes": codes, "scales": BITS[f"scale {format['scale']}"]}
+        known *= threshold_entropy(format) / threshold_entropy({})
+    return {"codes": known, "scales": BITS[f"scale {format['scale']}"]}
 
 
 def encode_artifact(tensors: dict[str, StoredTensor], meta: dict) -> bytes:

@@ -1184,7 +1184,7 @@ def predicted_bytes(config: Config) -> dict[str, tuple[dict, int, float]]:
         for role, (_, role_shape) in pack.layout(spec, shape).items():
             _, count, size = parts.get(f"{part} {role}", (spec, 0, 0.0))
             n = math.prod(role_shape)
-            bits = pack.expected_bits(spec, part == "vectors")[role]
+            bits = pack.expected_bits(spec, part, shape)[role]
             parts[f"{part} {role}"] = spec, count + n, size + n * bits / 8
     formats = [spec for i, (spec, *_) in enumerate(parts.values()) if spec not in [p[0] for p in parts.values()][:i]]
     rows = [(n, shape, formats.index(format_of(config, n, len(shape)).spec())) for n, shape in shapes.items()]

@@ -94,6 +94,7 @@ def cells(s: Summary) -> list[str]:
 
 COLUMNS = ["row", "n", "val_bpb", "sd", "difference", "95% interval", "p (t)", "p (flips)", "p (Holm)", "verdict",
            "could have seen", "gap", "bytes", "bits/weight", "error", "zeros"]
+MISSED = 0.02  # of a size in bytes
 NOTE = ("Differences are row less base over paired seeds, so negative is better. p (t): paired t-test; p (flips): all "
         "sign flips, at least 2/2^n; p (Holm): the t-test's after Holm's correction over the matrix, which verdicts go "
         "by. Could have seen: the true difference that so many seeds find with 80% probability at p < 0.05, "
@@ -119,11 +120,20 @@ def failures(rows: list[Summary]) -> list[list[str]]:
             for s in rows for line in s.failed]
 
 
+def unequal(matrix: Matrix, rows: list[Summary]) -> str:
+    """Which rows' files missed the size that their widths were solved for by more than MISSED, and by how much."""
+    off = {s.row.name: statistics.mean(line["bytes_model"] for line in s.ok) / matrix.equal_bytes - 1
+           for s in rows if s.ok and matrix.equal_bytes}
+    missed = ", ".join(f"{name} {share:+.1%}" for name, share in off.items() if abs(share) > MISSED)
+    return f" (missed by more than {MISSED:.0%}: {missed})" * bool(missed)
+
+
 def sentence(matrix: Matrix, rows: list[Summary]) -> str:
     kind, amount = matrix.budget
     seconds = [line["train_seconds"] for s in rows for line in s.ok if "train_seconds" in line]
     each = f"; a run trained for {statistics.median(seconds):.0f} s in the median" if seconds else ""
-    size = f" Widths are solved for model files of {matrix.equal_bytes:,} bytes." if matrix.equal_bytes else ""
+    size = f" Widths are solved for model files of {matrix.equal_bytes:,} bytes{unequal(matrix, rows)}." * (
+        matrix.equal_bytes > 0)
     sources = {line["source"] for s in rows for line in s.ok if not line["patches"] + line["score_patches"]}
     size += f" Runs were made by {len(sources)} versions of code or data: compare with care." * (len(sources) > 1)
     return (f"{matrix.why} Base: {matrix.base}. Budget of a run: {amount:,} {kind}{each}.{size} Equivalence bound: "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -193,6 +194,16 @@ def test_a_plan_knows_what_a_threshold_does_to_the_codes(rule, threshold):
     expected = pack.expected_bits(fmt.spec())
     scales = 2.2 / 128  # of an untrained matrix: less than a trained one's
     assert true_bits(settings) - scales == pytest.approx(expected["codes"], rel=0.012)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 6, 8])
+@pytest.mark.parametrize("group", [32, 128, 512])
+def test_a_plan_knows_what_ints_of_a_matrix_take(bits, group):
+    fmt = train_gpt.make_format(Config(matrix_format=f"int{bits}", group_size=group), "matrix_format")
+    codes = fmt.quantize(torch.randn(512, 512, generator=torch.Generator().manual_seed(0))).codes
+    shares = codes.flatten().int().add(128).bincount().double() / codes.numel()
+    order0 = float(torch.special.entr(shares).sum() / math.log(2))
+    assert pack.expected_bits(fmt.spec(), shape=(512, 512))["codes"] == pytest.approx(order0, rel=0.03)
 
 
 @pytest.mark.parametrize("name", PAGE_FORMATS)
