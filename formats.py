@@ -136,9 +136,10 @@ class Format:
         """Param, bf16, in the codes' shape."""
         raise NotImplementedError
 
-    def learn(self, latent: Tensor, grad: Tensor, state: State, lr_scale: float) -> None:
+    def learn(self, latent: Tensor, grad: Tensor, state: State, lr_scale: float, quantized: float = 1.0) -> None:
         """Before each update of the latent: move the state, and turn the gradient of the param, in place, into that of
-        the latent. The straight-through estimator (arXiv 1308.3432) leaves it as it is."""
+        the latent. The straight-through estimator (arXiv 1308.3432) leaves it as it is. quantized: how far the param
+        is on the way from the latent to the stored value; at 0 it is the latent, and so is its gradient."""
 
     def spec(self) -> dict:
         """The format as a file and pack.py know it."""
@@ -237,13 +238,15 @@ class ElasticTernary(GroupFormat):
         codes = (1.5 * ratio.clamp(-self.CLIP, self.CLIP)).round()
         return self.store(codes, alpha[..., 0] * (2 / 3), alpha[..., 0] > 0, latent.shape)
 
-    def learn(self, latent: Tensor, grad: Tensor, state: State, lr_scale: float) -> None:
+    def learn(self, latent: Tensor, grad: Tensor, state: State, lr_scale: float, quantized: float = 1.0) -> None:
+        if not quantized:
+            return
         ratio, alpha = self.ratio(latent, state)
         inside = ratio.abs() <= self.CLIP
         level = (1.5 * ratio.clamp(-self.CLIP, self.CLIP)).round() / 1.5
         slope = torch.where(inside, level - ratio, level)  # of the value, by alpha
-        g = (split_groups(grad, self.group_size)[0] * slope).sum(-1) * alpha[..., 0] * math.log(2)
-        grad.mul_(join_groups(inside, latent.shape))
+        g = (split_groups(grad, self.group_size)[0] * slope).sum(-1) * alpha[..., 0] * (math.log(2) * quantized)
+        grad.mul_(join_groups(torch.where(inside, 1.0, 1.0 - quantized), latent.shape))
         state["theta_steps"] += 1
         steps = state["theta_steps"].view(-1, *[1] * (g.ndim - 1))
         mean = state["theta_mean"].lerp_(g, 1 - self.BETA1) / (1 - self.BETA1**steps)
@@ -366,7 +369,7 @@ class Codebook(Format):
         entries = stored.scales.reshape(*index.shape[:-1], self.entries)
         return join_groups(entries.gather(-1, index), stored.codes.shape).bfloat16()
 
-    def learn(self, latent: Tensor, grad: Tensor, state: State, lr_scale: float) -> None:
+    def learn(self, latent: Tensor, grad: Tensor, state: State, lr_scale: float, quantized: float = 1.0) -> None:
         w, sizes = split_groups(latent, self.group_size)
         flat = state["codebook"].amax(-1) == state["codebook"].amin(-1)
         if bool(flat.any()):  # a latent that began as zeros: start when it has become something
@@ -382,7 +385,7 @@ class Codebook(Format):
                 state[name][..., k] = torch.where(n > 0, self.decay * old + (1 - self.decay) * new, old)
         state["codebook"].copy_(state["sum"] / state["count"])
         if self.commitment:
-            grad.add_(latent - self.dequantize(stored).float(), alpha=2 * self.commitment)
+            grad.add_(latent - self.dequantize(stored).float(), alpha=2 * self.commitment * quantized)
 
     def commitment_loss(self, latent: Tensor, state: State) -> float:
         """commitment * sum (w - Q(w))^2, whose gradient learn adds."""

@@ -11,10 +11,10 @@ The one idea: every parameter has three forms, and only `Latents.refresh` conver
 
     latent (fp32, the optimizer's) --quantize--> stored (codes + scales, the file's) --dequantize--> param (bf16)
 
-The model trains on params that are already dequantize(quantize(latent)); its forward is a plain dense GPT. The
-straight-through estimator (Bengio et al., arXiv 1308.3432) is the optimizer step: the gradient of the param is applied
-to the latent and the param is refreshed. The artifact holds the codes and scales of the last refresh, so the model
-rebuilt from the file is the model that was trained, bit for bit.
+The model trains on params that are already dequantize(quantize(latent)), unless --quantize-start or --quantize-ramp
+puts that off; its forward is a plain dense GPT. The straight-through estimator (Bengio et al., arXiv 1308.3432) is the
+optimizer step: the gradient of the param is applied to the latent and the param is refreshed. The artifact holds the
+codes and scales of the last refresh, so the model rebuilt from the file is the model that was trained, bit for bit.
 """
 
 from __future__ import annotations
@@ -248,10 +248,10 @@ PRESETS: dict[str, dict] = {
 # PR 367's variables for techniques that this trainer does not have: the values under which nothing is lost, and why.
 # A value outside them is an error; one inside that asks for something anyway is answered with a printed notice.
 FOREIGN_ENV = {
-    "XSA_LAST_N": (("0",), "exclusive self-attention is not in this trainer (PR 367 found that it breaks training)"),
+    "XSA_LAST_N": (("0",), "exclusive self-attention is not in this trainer (no gain was seen: LOG.md, negatives)"),
     "TIE_EMBEDDINGS": (("1",), "the embedding is always tied to the output head"),
     "CONTROL_TENSOR_NAME_PATTERNS": ((), "storage formats are chosen with matrix_format, embed_format, vector_format"),
-    "TTT_ENABLED": (("0", "1"), "no test-time training: the score is of the model as stored (PR 367: no effect)"),
+    "TTT_ENABLED": (("0", "1"), "no test-time training: the score is of the model as stored (LOG.md, negatives)"),
     "TTT_LR": (None, "no test-time training"),
     "TTT_EPOCHS": (None, "no test-time training"),
     "TTT_CHUNK_TOKENS": (None, "no test-time training"),
@@ -488,7 +488,7 @@ class Linear(nn.Linear):
 
 
 class Attention(nn.Module):
-    attend = staticmethod(attend)
+    attend = staticmethod(attend)  # the part of it that other kinds of attention replace
 
     def __init__(self, c: Config):
         super().__init__()
@@ -842,8 +842,10 @@ class Latents:
     def load(self, latents: Mapping[str, Tensor]) -> None:
         """Latents <- those of a checkpoint (name -> fp32 tensor); formats that learn start anew. Not yet refreshed.
 
-        Raises ValueError on a tensor that is missing or of another shape.
+        Raises ValueError on a tensor that is missing, of another shape, or of another model.
         """
+        if foreign := latents.keys() - {name for bank in self.banks for name in bank.names}:
+            raise ValueError(f"this model has no {sorted(foreign)[0]}")
         for bank in self.banks:
             for i, name in enumerate(bank.names):
                 if name not in latents or latents[name].shape != bank.grad[i].shape:
@@ -941,8 +943,11 @@ class Optimizer:
         assert len(held) == len(set(held)) == sum(len(b.names) for b in latents.mine), "not one group per parameter"
 
     @torch.no_grad()
-    def step(self, lr_scale: float, momentum: float) -> None:
-        """One update of the latents from the accumulated gradients, which are cleared; params are not refreshed."""
+    def step(self, lr_scale: float, momentum: float, quantized: float = 1.0) -> None:
+        """One update of the latents from the accumulated gradients, which are cleared; params are not refreshed.
+
+        quantized: with which the params that have these gradients were refreshed.
+        """
         latents = self.latents
         works = latents.reduce()
         if self.config.grad_clip_norm > 0:
@@ -950,7 +955,7 @@ class Optimizer:
             norm = latents.ranks.sum(own.square().sum()).sqrt()
             own *= (self.config.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0)
         for bank in latents.mine:
-            bank.format.learn(bank.latent, bank.grad, bank.state, lr_scale)
+            bank.format.learn(bank.latent, bank.grad, bank.state, lr_scale, quantized)
         lr = self.config.matrix_lr * lr_scale
         for bank, buffer in zip(self.muon, self.momentum, strict=True):
             buffer.mul_(momentum).add_(bank.grad)
@@ -1430,7 +1435,7 @@ class Trainer:
             loss, finite = self.latents.total_loss()  # waits for the device, so the clock below is true
             if not finite:
                 raise self.diverged(loss, plan.seq_len)
-            self.optimizer.step(plan.lr_scale, plan.momentum)
+            self.optimizer.step(plan.lr_scale, plan.momentum, self.quantized)
             self.step += 1
             logged = c.train_log_every > 0 and (self.step <= 10 or self.step % c.train_log_every == 0)
             self.quantized = plan.quantized

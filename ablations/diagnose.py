@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -13,16 +14,26 @@ import train_gpt
 from eval_bpb import AuditError
 
 
-def prove_active(tensors: dict[str, pack.StoredTensor], config: train_gpt.Config) -> str:
-    """One line on the format of the block matrices, after a check that the file holds nothing else.
+def prove_active(tensors: dict[str, pack.StoredTensor], config: train_gpt.Config,
+                 names: Iterable[str] | None = None) -> str:
+    """One line on the format of the matrices (all but the embedding), after a check that the file holds nothing else.
 
-    Raises AuditError unless there are block matrices, each has the format of the settings, and its codes are in that
-    format's alphabet and not all equal.
+    names: of all parameters of the model; without them, those of the settings' model, which patches may have changed.
+    Raises AuditError unless the settings quantize, the file has every matrix, each has the format of the settings, and
+    its codes are in that format's alphabet and not all equal.
     """
     wanted = train_gpt.make_format(config, "matrix_format").spec()
-    matrices = {n: t for n, t in tensors.items() if n.startswith("blocks.") and n.endswith(".weight")}
-    if not matrices:
-        raise AuditError("the file holds no block matrices: nothing is quantized")
+    if wanted["kind"] in pack.FLOAT_SYMBOLS:
+        raise AuditError(f"the settings store matrices as {wanted['kind']}: nothing is quantized")
+    if names is None:
+        with torch.device("meta"):
+            names = [name for name, _ in train_gpt.GPT(config).named_parameters()]
+    names = {n for n in (*names, *tensors) if n.endswith(".weight") and n != "tok_emb.weight"}
+    if not names & tensors.keys():
+        raise AuditError("the file holds no matrices: nothing is quantized")
+    if missing := names - tensors.keys():
+        raise AuditError(f"{sorted(missing)[0]} is not in the file")
+    matrices = {n: t for n, t in tensors.items() if n in names}
     for name, t in matrices.items():
         if t.format != wanted:
             raise AuditError(f"{name} is stored as {pack.format_label(t.format)}, not as {pack.format_label(wanted)}")
@@ -55,11 +66,10 @@ def formats(folder: Path, tensors: dict[str, pack.StoredTensor]) -> dict[str, di
     these tensors.
 
     error: rms(latent - param) / rms(latent). zero_frac, used: shares of zero codes and of the alphabet's codes in use
-    (of a codebook: of all entries of all groups); dead: entries without a weight. bits: true bits per weight in the
-    file, codes and scales together.
+    (of a codebook: of all entries of all groups); dead: entries without a weight. bits: true bits per weight, codes and
+    scales together, of a file of these tensors alone, as parts of one format share the streams of the run's file.
     """
     state, _ = train_gpt.load_checkpoint(folder)
-    shares = pack.tensor_bytes(pack.parse_header((folder / "model.tern").read_bytes()))
     out = {}
     for part, names in (("matrices", [n for n in tensors if n.startswith("blocks.") and n.endswith(".weight")]),
                         ("embedding", ["tok_emb.weight"])):
@@ -78,7 +88,8 @@ def formats(folder: Path, tensors: dict[str, pack.StoredTensor]) -> dict[str, di
                 present = torch.arange(groups.shape[-1]) < sizes
                 used += float(((groups == code) & present).any(-1).sum())
             possible += len(levels(fmt.spec())) * groups.shape[:-1].numel()
-        size = sum(shares[name] for name in names)
+        alone = pack.parse_header(pack.encode_artifact({name: tensors[name] for name in names}, {}))
+        size = sum(stream.bytes for stream in alone.streams)
         out[part] = {"error": math.sqrt(error / norm) if norm else 0.0, "bits": 8 * size / weights,
                      "weights": int(weights)} | ({"zero_frac": None if math.isnan(zeros) else zeros / weights,
                                                   "used": used / possible, "dead": int(possible - used)}

@@ -6,6 +6,7 @@
     seeds = [1, 2, 3]
     equivalence = 0.01                  # bpb: a difference below which nobody cares
     budget = {iterations = 600}         # or tokens, or seconds (such rows run one at a time)
+    timeout = 3600                      # optional: seconds after which a run is given up (more if budget is in seconds)
     threads = 1                         # optional: CPU threads of a run; without it all cores, shared by --jobs
     equal_bytes = 125000                # optional: solve each row's width for a model file of so many bytes
 
@@ -24,6 +25,7 @@
     init_from = "full precision"        # optional: start from the final latents of that row's run of the same seed
     score_of = "absmean"                # optional: do not train; score that row's artifact again, with
     score_patches = ["ttt=vectors"]     #   techniques of the scorer
+    against = "full precision"          # optional: the row that this one is compared with, in place of the base
     solve = "mlp_hidden"                # optional: the setting that equal_bytes solves for (default mlp_hidden)
     seeds = [1, 2]                      # optional: fewer seeds
     grid = {group_size = [32, 64]}      # optional: one row for each combination, named "name group_size=32"
@@ -91,6 +93,7 @@ class Row:
     score_patches: tuple[str, ...]
     solve: str
     claim: str
+    against: str = ""  # name of another row, or "": the base
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,7 @@ class Matrix:
     equal_bytes: int  # 0: rows are as their settings say
     equivalence: float
     threads: int  # 0: the runner decides
+    timeout: int  # seconds
     data: dict[str, list[str]]  # folder -> arguments of data/prepare.py
     path: Path
 
@@ -119,6 +123,7 @@ class Job:
     seed: int
     config: train_gpt.Config  # without what the runner decides
     source: str  # identity of code and data
+    data: str  # identity of the data
     parent: Job | None = field(default=None, repr=False)  # whose latents or artifact this one takes
 
     @property
@@ -185,13 +190,14 @@ def read_matrix(path: str | Path) -> Matrix:
         take(table, "name", str, where), take(table, "why", str, where), take(table, "base", str, where), tuple(rows),
         next(iter(budget.items())), take(table, "equal_bytes", int, where, 0),
         float(take(table, "equivalence", int | float, where)), take(table, "threads", int, where, 0),
+        take(table, "timeout", int, where, 3600),
         take(table, "data", dict, where, {}), path)
     if table:
         raise MatrixError(f"{where}: unknown key {next(iter(table))!r}")
     if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", matrix.name):
         raise MatrixError(f"{where}: name {matrix.name!r} must be letters, digits, _ and -: it names a folder")
-    if not 0 <= matrix.equivalence < math.inf or matrix.threads < 0 or matrix.equal_bytes < 0:
-        raise MatrixError(f"{where}: equivalence, threads and equal_bytes must not be negative")
+    if not 0 <= matrix.equivalence < math.inf or matrix.threads < 0 or matrix.equal_bytes < 0 or matrix.timeout < 1:
+        raise MatrixError(f"{where}: equivalence, threads and equal_bytes must not be negative, timeout at least 1")
     for arguments in matrix.data.values():
         if not isinstance(arguments, list) or not all(isinstance(a, str) for a in arguments):
             raise MatrixError(f"{where}: data must be folders with lists of arguments, not {arguments!r}")
@@ -199,7 +205,7 @@ def read_matrix(path: str | Path) -> Matrix:
     for name in names:
         if names.count(name) > 1:
             raise MatrixError(f"{where}: two rows are called {name!r}")
-    for name in (matrix.base, *(row.init_from or row.score_of for row in rows if row.init_from or row.score_of)):
+    for name in (matrix.base, *(name for row in rows for name in (row.init_from, row.score_of, row.against) if name)):
         if name not in names:
             raise MatrixError(f"{where}: there is no row {name!r}")
     return matrix
@@ -220,6 +226,9 @@ def read_row(table: dict, shared: dict, seeds: list, where: str) -> list[Row]:
         raise MatrixError(f"{where}: solve must be one of {', '.join(SOLVABLE)}")
     patches, score_patches = (take(table, key, list, where, []) for key in ("patches", "score_patches"))
     init_from, score_of = (take(table, key, str, where, "") for key in ("init_from", "score_of"))
+    if of_runs := [p for p in score_patches if str(p).partition("=")[0] not in techniques.SCORING]:
+        raise MatrixError(f"{where}: {of_runs[0]!r} is no technique of the scorer; score_patches may be "
+                          + ", ".join(sorted(techniques.SCORING)))
     for patch in (*patches, *score_patches):
         try:
             if not isinstance(patch, str):
@@ -232,15 +241,20 @@ def read_row(table: dict, shared: dict, seeds: list, where: str) -> list[Row]:
         raise MatrixError(f"{where}: a technique of the scorer belongs in score_patches of a row with score_of, which "
                           "changes nothing else")
     row = Row(name, take(table, "why", str, where), shared | changes, tuple(patches), tuple(seeds), init_from, score_of,
-              tuple(score_patches), solve, take(table, "claim", str, where, ""))
+              tuple(score_patches), solve, take(table, "claim", str, where, ""), take(table, "against", str, where, ""))
     if table:
         raise MatrixError(f"{where}: unknown key {next(iter(table))!r}")
     known = {f.name for f in fields(train_gpt.Config)} | {"preset"}
     if unknown := (row.settings.keys() | grid.keys()) - known:
         raise MatrixError(f"{where}: {sorted(unknown)[0]!r} is no setting of train_gpt.py")
+    for key in {"preset", "data_path", "tokenizer_path"} & row.settings.keys():
+        if not isinstance(row.settings[key], str):
+            raise MatrixError(f"{where}: {key} must be a string, not {row.settings[key]!r}")
     if row.settings.get("preset", "cpu") not in train_gpt.PRESETS:
         raise MatrixError(f"{where}: there is no preset {row.settings['preset']!r}")
-    if taken := RUNNER_SETTINGS & row.settings.keys():
+    if set(grid) & {"preset", "data_path", "tokenizer_path"}:
+        raise MatrixError(f"{where}: preset, data_path and tokenizer_path belong in set, not in grid")
+    if taken := RUNNER_SETTINGS & (row.settings.keys() | grid.keys()):
         raise MatrixError(f"{where}: {sorted(taken)[0]} is the runner's; use seeds, budget or init_from")
     if not grid:
         return [row]
@@ -314,10 +328,12 @@ def source_identity(row: Row, data_identity: str) -> str:
     return hashlib.sha256("\0".join([*map(code_of, names), data_identity]).encode()).hexdigest()
 
 
-@functools.cache
 def code_of(name: str) -> str:
-    """A program of this repository without comments and docstrings."""
-    return submission.strip((ROOT / name).read_bytes(), name)
+    """A program of this repository, as it is now, without comments and docstrings."""
+    return stripped((ROOT / name).read_bytes(), name)
+
+
+stripped = functools.cache(submission.strip)
 
 
 def jobs(matrix: Matrix, data_identity: Mapping[tuple[str, str], str], only: list[str] | None = None) -> list[Job]:
@@ -338,8 +354,8 @@ def jobs(matrix: Matrix, data_identity: Mapping[tuple[str, str], str], only: lis
             other = row.init_from or row.score_of
             parent = job(rows[other], seed, (*below, row.name)) if other else None
             config = configure(matrix, row, seed) if not row.score_of else parent.config
-            source = source_identity(row, data_identity[config.data_path, config.tokenizer_path])
-            found[row.name, seed] = Job(row, seed, config, source, parent)
+            data = data_identity[config.data_path, config.tokenizer_path]
+            found[row.name, seed] = Job(row, seed, config, source_identity(row, data), data, parent)
         return found[row.name, seed]
 
     seeds = sorted({seed for row in matrix.rows for seed in row.seeds})

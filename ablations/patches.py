@@ -98,6 +98,9 @@ def after(cls: type, name: str, extra: Callable) -> None:
 def xsa(last: int = 2) -> None:
     """Exclusive self-attention in the last layers: a head's output without its part along the token's own value
     (parameter-golf, use_xsa)."""
+    if last < 1:
+        raise ValueError(f"xsa {last}: at least one layer")
+
     class Exclusive(Attention):
         @staticmethod
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -512,8 +515,8 @@ def ttt(what: str, lr: float = 0.001, chunk: int = 4096, group: int = 128) -> No
     step of SGD with momentum 0.9 is taken on each of its sequences. what: all params, vectors (all but matrices and
     embedding), scales (one factor for each group of the matrices and embedding, the codes staying as they are), or
     none, which must give the score of no training."""
-    if what not in ("all", "vectors", "scales", "none"):
-        raise ValueError(f"ttt {what!r}: all, vectors, scales or none")
+    if what not in ("all", "vectors", "scales", "none") or chunk < 1 or group < 1:
+        raise ValueError(f"ttt {what},{lr},{chunk},{group}: all, vectors, scales or none; chunk and group at least 1")
 
     def evaluate(model, tokens, counter, seq_len, stride, batch_seqs=32, compiled=False):
         return score_and_train(model, np.asarray(tokens).astype(np.int64), counter, seq_len, stride, batch_seqs, what,

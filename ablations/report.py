@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 import math
 import statistics
 from dataclasses import replace
@@ -60,14 +61,17 @@ def summarize(matrix: Matrix, asked: list[Job], lines: list[dict]) -> list[Summa
         if job.seed in job.row.seeds and job.what in newest:
             found[job.row.name].append(newest[job.what])
     rows = [Summary(row, found[row.name]) for row in matrix.rows]
-    base = next(s for s in rows if s.row.name == matrix.base)
+    by_name = {s.row.name: s for s in rows}
+    base = by_name[matrix.base]
     others = [s for s in rows if s is not base]
-    compared = [stats.compare(s.bpb, base.bpb) for s in others]
+    compared = [stats.compare(s.bpb, by_name[s.row.against or matrix.base].bpb) for s in others]
     for s, c, p in zip(others, compared, stats.holm([c.p_t for c in compared]), strict=True):
         s.comparison = replace(c, p_holm=p)
         s.verdict = stats.verdict(s.comparison, matrix.equivalence) if s.bpb else "no result"
         if s.failed and not s.bpb:
             s.verdict = s.failed[-1]["status"]
+        elif s.failed:  # the seeds that are left are not all that was asked
+            s.verdict = f"{'undecided' if s.verdict.startswith('no effect') else s.verdict}, {len(s.failed)} failed"
     return [base, *sorted(others, key=lambda s: (math.isnan(s.mean("val_bpb")), s.mean("val_bpb")))]
 
 
@@ -83,7 +87,8 @@ def cells(s: Summary) -> list[str]:
     c = s.comparison
     row = [s.row.name, str(len(s.bpb)), number(s.mean("val_bpb")), number(s.sd())]
     row += ["", "", "", "", "", "base"] if c is None else [
-        number(c.mean, sign=True), f"{number(c.low, sign=True)} to {number(c.high, sign=True)}" if c.n > 1 else "",
+        number(c.mean, sign=True) + f" (from {s.row.against})" * bool(s.row.against),
+        f"{number(c.low, sign=True)} to {number(c.high, sign=True)}" if c.n > 1 else "",
         probability(c.p_t), probability(c.p_flip), probability(c.p_holm), s.verdict]
     size = s.mean("bytes_model")
     gaps = [abs(line["gap"]) for line in s.ok if "gap" in line]
@@ -95,12 +100,12 @@ def cells(s: Summary) -> list[str]:
 COLUMNS = ["row", "n", "val_bpb", "sd", "difference", "95% interval", "p (t)", "p (flips)", "p (Holm)", "verdict",
            "could have seen", "gap", "bytes", "bits/weight", "error", "zeros"]
 MISSED = 0.02  # of a size in bytes
-NOTE = ("Differences are row less base over paired seeds, so negative is better. p (t): paired t-test; p (flips): all "
-        "sign flips, at least 2/2^n; p (Holm): the t-test's after Holm's correction over the matrix, which verdicts go "
-        "by. Could have seen: the true difference that so many seeds find with 80% probability at p < 0.05, "
-        "before the correction. \"No effect\" needs the 90% interval within the bound. Gap: the largest, bpb from the "
-        "file less in memory. Bits per weight (codes, scales), error (rms of latent less param, over the "
-        "latent's) and share of zeros are of the block matrices, in the file.")
+NOTE = ("Differences are row less base (or the row named there) over paired seeds, so negative is better. p (t): "
+        "paired t-test; p (flips): all sign flips, at least 2/2^n; p (Holm): the t-test's after Holm's correction over "
+        "the matrix, which verdicts go by. Could have seen: the true difference that so many seeds find with 80% "
+        "probability at p < 0.05, before the correction. \"No effect\" needs the 90% interval within the bound. Gap: "
+        "the largest, bpb from the file less in memory. Bits per weight (codes, scales), error (rms of latent less "
+        "param, over the latent's) and share of zeros are of the block matrices, in the file.")
 
 
 def claims(rows: list[Summary]) -> list[list[str]]:
@@ -134,8 +139,13 @@ def sentence(matrix: Matrix, rows: list[Summary]) -> str:
     each = f"; a run trained for {statistics.median(seconds):.0f} s in the median" if seconds else ""
     size = f" Widths are solved for model files of {matrix.equal_bytes:,} bytes{unequal(matrix, rows)}." * (
         matrix.equal_bytes > 0)
-    sources = {line["source"] for s in rows for line in s.ok if not line["patches"] + line["score_patches"]}
-    size += f" Runs were made by {len(sources)} versions of code or data: compare with care." * (len(sources) > 1)
+    every = [line for s in rows for line in s.ok]
+    mixed = {"versions of code or data": {x["source"] for x in every if not x["patches"] + x["score_patches"]},
+             "versions of data": {x["data"] for x in every if "data" in x},
+             "kinds of machine": {json.dumps(x.get("machine"), sort_keys=True) for x in every},
+             "numbers of threads": {x.get("threads") for x in every}}
+    for what, found in mixed.items():
+        size += f" Runs were made by {len(found)} {what}: compare with care." * (len(found) > 1)
     return (f"{matrix.why} Base: {matrix.base}. Budget of a run: {amount:,} {kind}{each}.{size} Equivalence bound: "
             f"{matrix.equivalence:g} bpb.")
 
@@ -328,7 +338,9 @@ def scatter(rows: list[Summary], key: str, label: str, caption: str) -> str:
     chart.curve(pareto(list(zip(xs, ys, strict=True))), "var(--faint)", "Pareto front", "curve front")
     for x, y, s in points:
         chart.dot(x, y, shade[s.row.name], f"{s.row.name}: {x:,.0f}, {y:.4f}", 5)
-        chart.parts.append(chart.text(chart.px(x) + 8, chart.py(y) + 4, s.row.name))
+        right = x <= min(xs) + 0.7 * (max(xs) - min(xs))  # a label towards the middle stays on the chart
+        chart.parts.append(chart.text(chart.px(x) + (8 if right else -8), chart.py(y) + 4, s.row.name,
+                                      "start" if right else "end"))
     return figure(chart.svg(caption), caption)
 
 

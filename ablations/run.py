@@ -39,15 +39,25 @@ sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "ablations")) if path no
 import diagnose  # noqa: E402
 import patches  # noqa: E402
 import report  # noqa: E402
-from matrix import Job, MachineLost, Matrix, MatrixError, data_folders, jobs, read_matrix  # noqa: E402
+from matrix import (  # noqa: E402
+    Job,
+    MachineLost,
+    Matrix,
+    MatrixError,
+    data_folders,
+    jobs,
+    read_matrix,
+    source_identity,
+)
 
 import eval_bpb  # noqa: E402
+import formats  # noqa: E402
 import runlog  # noqa: E402
 import train_gpt  # noqa: E402
 
 PROGRAM = ROOT / "ablations" / "program.py"
-TIMEOUT = 3600.0  # seconds after which a run without a budget in seconds is given up
-TIMED = Path(tempfile.gettempdir()) / "ablations_timed.lock"  # of this machine, whatever matrix or checkout
+# Of this user on this machine, whatever matrix or checkout.
+TIMED = Path(tempfile.gettempdir()) / f"ablations_timed_{os.getuid()}.lock"
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -133,7 +143,7 @@ def execute(job: Job, matrix: Matrix, runs: Path, cores: list[int], children: Ch
     folder.mkdir(parents=True)
     threads = matrix.threads or len(cores) or runlog.cores()
     head = [sys.executable, str(PROGRAM)]
-    timeout = TIMEOUT + 3 * matrix.budget[1] * matrix.timed
+    timeout = matrix.timeout + 3 * matrix.budget[1] * matrix.timed
     output = folder / "output.txt"
     if job.row.score_of:
         c = job.config
@@ -168,7 +178,8 @@ def describe(job: Job, matrix: Matrix) -> dict:
         "id": job.id, "matrix": matrix.name, "row": job.row.name, "seed": job.seed,
         "settings": job.settings,
         "patches": list(job.row.patches), "score_patches": list(job.row.score_patches),
-        "parent": job.parent.id if job.parent else "", "source": job.source, "machine": runlog.machine(),
+        "parent": job.parent.id if job.parent else "", "source": job.source, "data": job.data,
+        "machine": runlog.machine(),
     }
 
 
@@ -195,9 +206,18 @@ def train_results(folder: Path, job: Job) -> dict:
         "tokens": final["tokens_seen"], "train_seconds": final["seconds"]["train"],
         "curve": [[r["step"], round(r["elapsed"], 3), r["tokens_seen"], r["loss"]] for r in steps],
         "codes_curve": [[r["step"], r["zero_frac"], r["churn"]] for r in steps if r["churn"] is not None],
-        "artifact_sha256": final["artifact_sha256"], "active": diagnose.prove_active(tensors, job.config),
+        "artifact_sha256": final["artifact_sha256"], "active": active(folder, tensors, job.config),
         "formats": diagnose.formats(folder, tensors),
     }
+
+
+def active(folder: Path, tensors: dict, config: train_gpt.Config) -> str:
+    """The proof that the run's matrices are quantized; empty where the settings do not ask for that."""
+    if config.matrix_format in formats.VALUE_DTYPES:
+        return ""
+    state, _ = train_gpt.load_checkpoint(folder)
+    names = [name.removeprefix("latent/") for name in state if name.startswith("latent/")]
+    return diagnose.prove_active(tensors, config, names)
 
 
 def score_results(folder: Path) -> dict:
@@ -237,11 +257,11 @@ class Results:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise MatrixError(f"{path}: another runner is at work on this matrix") from None
-        self.lines = {line["id"]: line for line in read_results(path)}
         self.file.seek(0)
         text = self.file.read()
         if text and not text.endswith(b"\n"):  # a line that a kill cut off
             self.file.truncate(text.rfind(b"\n") + 1)
+        self.lines = {line["id"]: line for line in read_results(path)}
 
     def close(self) -> None:
         self.file.close()  # which lets go of the lock
@@ -312,7 +332,8 @@ class Machine:
         self.children, self.free = Children(), queue.SimpleQueue()
         cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
         for slot in range(slots):
-            self.free.put(cores[slot * len(cores) // slots : (slot + 1) * len(cores) // slots] if slots > 1 else [])
+            own = cores[slot * len(cores) // slots : (slot + 1) * len(cores) // slots] if slots > 1 else []
+            self.free.put(own or (cores[slot % len(cores) :][:1] if slots > 1 and cores else []))
 
     def run(self, job: Job) -> dict:
         """A job's line of results. Raises InterruptedError once stopped."""
@@ -370,6 +391,11 @@ def run_all(matrix: Matrix, wanted: list[Job], results: Results, runs: Path, mac
                 done, _ = wait(pending, return_when=FIRST_COMPLETED)  # at once if all that was left had no parent
                 for future in done:
                     job = pending.pop(future)
+                    if source_identity(job.row, job.data) != job.source:
+                        machine.stop()
+                        raise MatrixError(f"the code changed while {matrix.name} ran, so what was in flight is not "
+                                          "what its id says and was not recorded; run it from a clone that stays as "
+                                          "it is")
                     try:
                         line = future.result()
                     except MachineLost as e:
@@ -401,8 +427,9 @@ def dry_run(matrix: Matrix, wanted: list[Job], lines: dict[str, dict]) -> None:
 
     for job in wanted:
         c, line = job.config, lines.get(job.id)
-        size = "" if job.row.score_of else (f"{c.num_layers} x {c.model_dim}, mlp {c.hidden_dim}, "
-                                            f"{plan.model_bytes(c):,} bytes planned")
+        size = "" if job.row.score_of else f"{c.num_layers} x {c.model_dim}, mlp {c.hidden_dim}"
+        if size and not any(p.partition("=")[0] in patches.RESHAPING for p in job.row.patches):
+            size += f", {plan.model_bytes(c):,} bytes planned"
         print(f"{job.id}  {job.row.name:<32} seed {job.seed:<6} {line['status'] if line else 'to run':<9} {size}")
 
 
@@ -416,7 +443,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--jobs", type=int, default=1, help="runs at a time (timed ones are never)")
     p.add_argument("--ray", metavar="ADDRESS", help="run on a Ray cluster: its address, or auto (pip install '.[ray]')")
     p.add_argument("--results", default=str(ROOT / "ablations" / "results"), help="folder of results")
-    p.add_argument("--runs", default=str(ROOT / "runs" / "ablations"), help="folder of the runs themselves")
+    p.add_argument("--runs", help="folder of the runs themselves (default runs/ablations/NAME)")
     args = p.parse_args(argv)
     try:
         if args.jobs < 1:
@@ -430,7 +457,7 @@ def main(argv: list[str] | None = None) -> int:
             if args.dry_run:
                 dry_run(matrix, wanted, {line["id"]: line for line in read_results(folder / "results.jsonl")})
                 return 0
-            runs = Path(args.runs).resolve()
+            runs = Path(args.runs or ROOT / "runs" / "ablations" / matrix.name).resolve()
             with contextlib.closing(Results(folder / "results.jsonl")) as results, contextlib.ExitStack() as stack:
                 if args.ray:
                     import cluster

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -108,6 +109,7 @@ seeds = [1, 2]
 equivalence = 0.01
 budget = {iterations = 5}
 threads = 1
+timeout = 3
 [settings]
 preset = "tiny"
 [[row]]
@@ -152,7 +154,10 @@ def test_a_bad_matrix_is_one_clear_error(tmp_path, bad, message):
     ('solve = "model_dim"', "solve must be"), ('init_from = "z"', "no row 'z'"), ('grid = {group_size = 3}', "a list"),
     ('patches = ["ttt=all"]', "score_patches"), ('score_of = "a"', "score_patches"),
     ('score_of = "a"\nset = {group_size = 8}', "score_patches"),
-    ('name = "a"', "matrix.toml")])
+    ('name = "a"', "matrix.toml"), ('grid = {seed = [7]}', "seed is the runner's"),
+    ('grid = {init_from = ["runs/x"]}', "init_from is the runner's"), ("set = {data_path = 5}", "must be a string"),
+    ('set = {preset = ["cpu"]}', "must be a string"), ('grid = {data_path = ["x"]}', "belong in set"),
+    ('against = "z"', "no row 'z'"), ('score_of = "a"\nscore_patches = ["ema=0.9"]', "no technique of the scorer")])
 def test_a_bad_row_is_one_clear_error(tmp_path, row, message):
     name = "" if row.startswith("name") else 'name = "b"\n'
     with pytest.raises(matrices.MatrixError, match=message):
@@ -254,7 +259,6 @@ def pretend(replace, folder) -> None:
     """Let the runner use the stub. replace: setattr, or pytest's, which takes it back."""
     (folder / "stub.py").write_text(STUB)
     replace(runner, "PROGRAM", folder / "stub.py")
-    replace(runner, "TIMEOUT", 3.0)
     replace(runner, "TIMED", folder / "timed.lock")
     replace(runner, "prepare_data", lambda matrix: dict.fromkeys(matrices.data_folders(matrix), "d"))
     replace(runner, "train_results", stub_results)
@@ -290,6 +294,45 @@ def started(tmp_path, text: str, *more: str) -> subprocess.Popen:
 
 def table(tmp_path) -> str:
     return (tmp_path / "results/test/report.md").read_text()
+
+
+def test_a_row_may_be_compared_with_another_than_the_base(tmp_path, drive):
+    text = ROWS + '[[row]]\nname = "e"\nwhy = "x"\nset = {matrix_lr = 0.25}\nagainst = "d"\n'
+    assert drive(text)[0] == 0
+    assert "| e | 2 | 1.7500 | 0.7071 | -0.0500 (from d) | -0.0500 to -0.0500 |" in table(tmp_path)
+
+
+def test_a_row_with_failures_says_so_and_claims_no_absence(tmp_path, drive):
+    text = ROWS.replace("seeds = [1, 2]", "seeds = [1, 2, 3]").replace("matrix_lr = 0.1", "threshold = 0.6")
+    assert drive(text)[0] == 0
+    results = tmp_path / "results/test/results.jsonl"
+    assert "no effect beyond 0.01 |" in table(tmp_path)
+    lines = [json.loads(text) for text in results.read_text().splitlines()]
+    line = next(x for x in lines if (x["row"], x["seed"]) == ("b", 3))
+    line |= {"status": "diverged", "message": "x"}
+    results.write_text("".join(json.dumps(x) + "\n" for x in lines))
+    assert drive(text, "--report")[0] == 0
+    row = next(x for x in table(tmp_path).splitlines() if x.startswith("| b | 2"))
+    assert "undecided, 1 failed" in row and "no effect" not in row
+
+
+def test_code_that_changes_meanwhile_ends_the_matrix(tmp_path, drive, monkeypatch):
+    asked = []
+    original = runner.source_identity
+    monkeypatch.setattr(runner, "source_identity", lambda *args: "changed" if len(asked) > 2 else original(*args))
+    execute = runner.execute
+    monkeypatch.setattr(runner, "execute", lambda *args: asked.append(args) or execute(*args))
+    status, said = drive(ROWS)
+    assert status == 1 and "the code changed while test ran" in said
+    assert len((tmp_path / "results/test/results.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_last_line_without_its_end_is_run_again(tmp_path, drive):
+    assert drive(ROWS)[0] == 0
+    first, results = table(tmp_path), tmp_path / "results/test/results.jsonl"
+    results.write_text(results.read_text()[:-1])
+    assert "7 of them done before" in drive(ROWS)[1] and table(tmp_path) == first
+    assert len(results.read_text().splitlines()) == 8
 
 
 def test_a_matrix_runs_once_and_reports(tmp_path, drive):
@@ -413,14 +456,14 @@ def test_a_gap_is_a_failure_unless_it_is_the_point(tiny_run, tmp_path, monkeypat
     records = runner.read_metrics(tiny_run[0])
     config = Config(**records[0]["settings"])
     row = matrices.Row("r", "", {}, (), (1337,), "", "", (), "mlp_hidden", "")
-    job = matrices.Job(row, 1337, config, "source")
+    job = matrices.Job(row, 1337, config, "source", "data")
     (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     assert runner.train_results(folder, job)["gap"] == 0
     for change in ({"roundtrip_gap": 1e-8}, {"logits_identical": False}):
         (folder / "metrics.jsonl").write_text("".join(json.dumps(r | change) + "\n" for r in records))
         with pytest.raises(ValueError, match="not the model that was trained"):
             runner.train_results(folder, job)
-    opens = matrices.Job(matrices.replace(row, patches=("unrounded_scales",)), 1337, config, "source")
+    opens = matrices.Job(matrices.replace(row, patches=("unrounded_scales",)), 1337, config, "source", "data")
     assert runner.train_results(folder, opens)["logits_identical"] is False
 
 
@@ -470,9 +513,12 @@ def test_a_real_run_is_measured_and_proved(tiny_run, data_dir):
     found = diagnose.formats(folder, tensors)["matrices"]
     assert found["weights"] == 16384 and 0.3 < found["error"] < 0.6 and 0.9 < found["used"] <= 1
     assert found["zero_frac"] == pytest.approx(runner.read_metrics(folder)[-1]["score"]["model"]["zero_frac"])
-    shares = {row["tensor"]: row["bytes"] for row in pack.describe((folder / "model.tern").read_bytes())["tensors"]}
+    whole = pack.parse_header((folder / "model.tern").read_bytes())
+    shares = pack.tensor_bytes(whole)  # codes and scales of the matrices share no stream with the int4 embedding here
     assert found["bits"] == pytest.approx(8 * sum(shares[n] for n in shares if n.startswith("blocks.")
-                                                  and n.endswith(".weight")) / 16384)
+                                                  and n.endswith(".weight")) / 16384, rel=0.01)
+    assert runner.active(folder, tensors, config) and not runner.active(folder, tensors, replace(
+        config, matrix_format="bf16"))
 
 
 def test_what_is_not_active_is_refused(tiny_run):
@@ -483,8 +529,12 @@ def test_what_is_not_active_is_refused(tiny_run):
             for n, t in tensors.items()}
     with pytest.raises(AuditError, match="stored as bf16"):
         diagnose.prove_active(full, config)
-    with pytest.raises(AuditError, match="no block matrices"):
+    with pytest.raises(AuditError, match="nothing is quantized"):
+        diagnose.prove_active(full, replace(config, matrix_format="bf16"))
+    with pytest.raises(AuditError, match="no matrices"):
         diagnose.prove_active({}, config)
+    with pytest.raises(AuditError, match=f"{name} is not in the file"):
+        diagnose.prove_active({n: t for n, t in tensors.items() if n != name}, config)
     with pytest.raises(AuditError, match=f"{name} is stored as bf16"):
         diagnose.prove_active(tensors | {name: full[name]}, config)
     t = tensors[name]

@@ -186,6 +186,21 @@ def true_bits(settings: dict) -> float:
     return 8 * sum(stream.bytes for stream in pack.parse_header(data).streams) / latent.numel()
 
 
+@pytest.mark.parametrize("settings", [{"ternary_rule": "elastic"},
+                                      {"matrix_format": "codebook4", "commitment": 0.5}])
+def test_formats_that_learn_leave_full_precision_alone(settings):
+    _, latents, optimizer = trained(replace(SMALL, **settings), 0)
+    plain = trained(SMALL, 0)
+    for it in (latents, plain[1]):
+        it.flat_grad.copy_(torch.randn(len(it.flat_grad), generator=torch.Generator().manual_seed(1)))
+        for bank in it.mine:
+            bank.latent.copy_(torch.randn(bank.latent.shape, generator=torch.Generator().manual_seed(2)))
+    optimizer.step(1.0, 0.95, quantized=0.0)
+    plain[2].step(1.0, 0.95, quantized=0.0)
+    for mine, other in zip(latents.mine, plain[1].mine, strict=True):
+        assert torch.equal(mine.latent, other.latent), mine.names
+
+
 @pytest.mark.parametrize("rule, threshold", [("absmean", 0.0), ("absmean", 0.3), ("lsq", 0.7), ("rms", 0.5),
                                              ("absmean", 1.2)])
 def test_a_plan_knows_what_a_threshold_does_to_the_codes(rule, threshold):
