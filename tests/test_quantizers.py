@@ -165,6 +165,14 @@ def test_a_start_that_does_not_fit_is_one_error(data_dir, tmp_path, tiny_run):
         tiny_trainer(data_dir, tmp_path, "--init-from", tmp_path / "none")
 
 
+def test_latents_of_another_model_are_refused():
+    latents = trained(SMALL, 0)[1]
+    own = {name: latent.clone() for name, _, latent, _ in latents.named()}
+    latents.load(own)
+    with pytest.raises(ValueError, match="this model has no blocks.9.mlp.fc.weight"):
+        latents.load(own | {"blocks.9.mlp.fc.weight": torch.zeros(2, 2)})
+
+
 # Rows of docs/quantizers.md: name -> settings.
 PAGE_FORMATS = {
     "ternary": {}, "ternary, lsq": {"ternary_rule": "lsq", "threshold": 0.7}, "ternary, rms": {"ternary_rule": "rms"},
