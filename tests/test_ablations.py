@@ -316,6 +316,11 @@ def test_a_row_with_failures_says_so_and_claims_no_absence(tmp_path, drive):
     assert "undecided, 1 failed" in row and "no effect" not in row
 
 
+def test_a_report_names_the_rows_that_missed_their_bytes(tmp_path, drive):
+    assert drive(MATRIX.replace("threads = 1", "threads = 1\nequal_bytes = 90000"))[0] == 0
+    assert "model files of 90,000 bytes (missed by more than 2%: a -98.9%)." in table(tmp_path)
+
+
 def test_code_that_changes_meanwhile_ends_the_matrix(tmp_path, drive, monkeypatch):
     asked = []
     original = runner.source_identity
