@@ -208,6 +208,10 @@ def read_matrix(path: str | Path) -> Matrix:
     for name in (matrix.base, *(name for row in rows for name in (row.init_from, row.score_of, row.against) if name)):
         if name not in names:
             raise MatrixError(f"{where}: there is no row {name!r}")
+    for row in rows:
+        if row.against and matrix.base in (row.name, row.against) or row.against == row.name:
+            raise MatrixError(f"{where}: {row.name!r} has against = {row.against!r}, but must name a row that is "
+                              "neither the base nor itself; and the base has none")
     return matrix
 
 

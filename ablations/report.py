@@ -127,8 +127,7 @@ def failures(rows: list[Summary]) -> list[list[str]]:
 
 def unequal(matrix: Matrix, rows: list[Summary]) -> str:
     """Which rows' files missed the size that their widths were solved for by more than MISSED, and by how much."""
-    off = {s.row.name: statistics.mean(line["bytes_model"] for line in s.ok) / matrix.equal_bytes - 1
-           for s in rows if s.ok and matrix.equal_bytes}
+    off = {s.row.name: s.mean("bytes_model") / matrix.equal_bytes - 1 for s in rows if matrix.equal_bytes}
     missed = ", ".join(f"{name} {share:+.1%}" for name, share in off.items() if abs(share) > MISSED)
     return f" (missed by more than {MISSED:.0%}: {missed})" * bool(missed)
 

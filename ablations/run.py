@@ -143,7 +143,7 @@ def execute(job: Job, matrix: Matrix, runs: Path, cores: list[int], children: Ch
     folder.mkdir(parents=True)
     threads = matrix.threads or len(cores) or runlog.cores()
     head = [sys.executable, str(PROGRAM)]
-    timeout = matrix.timeout + 3 * matrix.budget[1] * matrix.timed
+    timeout = min(matrix.timeout + 3 * matrix.budget[1] * matrix.timed, 1e9)  # more than that cannot be waited for
     output = folder / "output.txt"
     if job.row.score_of:
         c = job.config
@@ -257,11 +257,14 @@ class Results:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise MatrixError(f"{path}: another runner is at work on this matrix") from None
+        self.lines = {line["id"]: line for line in read_results(path)}
         self.file.seek(0)
         text = self.file.read()
-        if text and not text.endswith(b"\n"):  # a line that a kill cut off
-            self.file.truncate(text.rfind(b"\n") + 1)
-        self.lines = {line["id"]: line for line in read_results(path)}
+        last = text[text.rfind(b"\n") + 1 :]
+        if last and any(json.dumps(line, sort_keys=True).encode() == last for line in self.lines.values()):
+            self.file.write(b"\n")  # all of it but its end
+        elif last:  # a line that a kill cut off
+            self.file.truncate(len(text) - len(last))
 
     def close(self) -> None:
         self.file.close()  # which lets go of the lock

@@ -157,7 +157,8 @@ def test_a_bad_matrix_is_one_clear_error(tmp_path, bad, message):
     ('name = "a"', "matrix.toml"), ('grid = {seed = [7]}', "seed is the runner's"),
     ('grid = {init_from = ["runs/x"]}', "init_from is the runner's"), ("set = {data_path = 5}", "must be a string"),
     ('set = {preset = ["cpu"]}', "must be a string"), ('grid = {data_path = ["x"]}', "belong in set"),
-    ('against = "z"', "no row 'z'"), ('score_of = "a"\nscore_patches = ["ema=0.9"]', "no technique of the scorer")])
+    ('against = "z"', "no row 'z'"), ('against = "a"', "neither the base"),
+    ('against = "b"', "nor itself"), ('score_of = "a"\nscore_patches = ["ema=0.9"]', "no technique of the scorer")])
 def test_a_bad_row_is_one_clear_error(tmp_path, row, message):
     name = "" if row.startswith("name") else 'name = "b"\n'
     with pytest.raises(matrices.MatrixError, match=message):
@@ -332,10 +333,14 @@ def test_code_that_changes_meanwhile_ends_the_matrix(tmp_path, drive, monkeypatc
     assert len((tmp_path / "results/test/results.jsonl").read_text().splitlines()) == 2
 
 
-def test_a_last_line_without_its_end_is_run_again(tmp_path, drive):
+def test_a_last_line_without_its_end_is_kept_and_one_cut_off_run_again(tmp_path, drive):
     assert drive(ROWS)[0] == 0
     first, results = table(tmp_path), tmp_path / "results/test/results.jsonl"
     results.write_text(results.read_text()[:-1])
+    assert "8 of them done before" in drive(ROWS)[1] and table(tmp_path) == first
+    whole = results.read_text()
+    assert whole.endswith("\n") and len(whole.splitlines()) == 8
+    results.write_text(whole[:-2])
     assert "7 of them done before" in drive(ROWS)[1] and table(tmp_path) == first
     assert len(results.read_text().splitlines()) == 8
 
