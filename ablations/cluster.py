@@ -104,7 +104,8 @@ def run_here(order: dict, code: Parcel, data: dict[str, Parcel], matrix: bytes, 
         (runs / "matrix.toml").write_bytes(matrix)
         (runs / "order.json").write_text(json.dumps(order))
         process = subprocess.Popen([sys.executable, str(root / "ablations" / "worker.py"), str(runs)], text=True,
-                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+                                   env=os.environ | {"ABLATIONS_PARENT": str(os.getpid())})
         try:
             said, _ = process.communicate()
         finally:

@@ -35,17 +35,31 @@ def prove_active(tensors: dict[str, pack.StoredTensor], config: train_gpt.Config
         raise AuditError(f"{sorted(missing)[0]} is not in the file")
     matrices = {n: t for n, t in tensors.items() if n in names}
     for name, t in matrices.items():
-        if t.format != wanted:
-            raise AuditError(f"{name} is stored as {pack.format_label(t.format)}, not as {pack.format_label(wanted)}")
-    used = {name: set(map(int, torch.unique(torch.from_numpy(t.codes.astype("i4"))))) for name, t in matrices.items()}
-    if (alphabet := levels(wanted)) is not None:
-        for name, codes in used.items():
-            if not codes <= alphabet:
-                raise AuditError(f"{name}: code {min(codes - alphabet)} is not one of {wanted['kind']}")
-            if len(codes) < 2:
-                raise AuditError(f"{name}: all its codes are {codes}: it holds nothing")
+        check_codes(name, t, wanted)
     weights = sum(t.codes.size for t in matrices.values())
     return f"{pack.format_label(wanted)}: {len(matrices)} matrices, {weights:,} weights"
+
+
+def prove_embedding(tensors: dict[str, pack.StoredTensor], config: train_gpt.Config) -> str:
+    """The same of the embedding alone. Raises AuditError."""
+    wanted = train_gpt.make_format(config, "embed_format").spec()
+    if wanted["kind"] in pack.FLOAT_SYMBOLS:
+        raise AuditError(f"the settings store the embedding as {wanted['kind']}: it is not quantized")
+    if (t := tensors.get("tok_emb.weight")) is None:
+        raise AuditError("tok_emb.weight is not in the file")
+    check_codes("tok_emb.weight", t, wanted)
+    return f"{pack.format_label(wanted)}: embedding, {t.codes.size:,} weights"
+
+
+def check_codes(name: str, t: pack.StoredTensor, wanted: dict) -> None:
+    """Raises AuditError unless a tensor has this quantized format, and codes of its alphabet that are not all equal."""
+    if t.format != wanted:
+        raise AuditError(f"{name} is stored as {pack.format_label(t.format)}, not as {pack.format_label(wanted)}")
+    codes, alphabet = set(map(int, torch.unique(torch.from_numpy(t.codes.astype("i4"))))), levels(wanted)
+    if not codes <= alphabet:
+        raise AuditError(f"{name}: code {min(codes - alphabet)} is not one of {wanted['kind']}")
+    if len(codes) < 2:
+        raise AuditError(f"{name}: all its codes are {codes}: it holds nothing")
 
 
 def levels(spec: dict) -> set[int] | None:

@@ -64,7 +64,7 @@ LATER = {"smear": False}
 MOVED = {"smear": {"smear": True}}
 
 BUDGETS = ("iterations", "tokens", "seconds")
-SOLVABLE = {"mlp_hidden": 8, "num_layers": 1, "vocab_size": 64}  # and in steps of what
+SOLVABLE = {"mlp_hidden": 8, "num_layers": 1}  # and in steps of what
 # Settings that the runner decides, and those that say where a run is and how it is watched.
 RUNNER_SETTINGS = {"run_id", "out_dir", "resume", "threads", "seed", "iterations", "max_wallclock_seconds", "init_from"}
 WATCHING = {"run_id", "out_dir", "resume", "threads", "init_from", "data_path", "tokenizer_path"}
@@ -208,7 +208,11 @@ def read_matrix(path: str | Path) -> Matrix:
     for name in (matrix.base, *(name for row in rows for name in (row.init_from, row.score_of, row.against) if name)):
         if name not in names:
             raise MatrixError(f"{where}: there is no row {name!r}")
+    by_name = {row.name: row for row in rows}
     for row in rows:
+        if (parent := row.init_from or row.score_of) and by_name[parent].score_of:
+            raise MatrixError(f"{where}: {row.name!r} starts from {parent!r}, which trains nothing; name the row whose "
+                              f"artifact that one scores, {by_name[parent].score_of!r}")
         if row.against and matrix.base in (row.name, row.against) or row.against == row.name:
             raise MatrixError(f"{where}: {row.name!r} has against = {row.against!r}, but must name a row that is "
                               "neither the base nor itself; and the base has none")
@@ -359,6 +363,11 @@ def jobs(matrix: Matrix, data_identity: Mapping[tuple[str, str], str], only: lis
             parent = job(rows[other], seed, (*below, row.name)) if other else None
             config = configure(matrix, row, seed) if not row.score_of else parent.config
             data = data_identity[config.data_path, config.tokenizer_path]
+            for name in SOLVABLE if row.init_from and matrix.equal_bytes else ():
+                if (one := getattr(config, name)) != (two := getattr(parent.config, name)):
+                    raise MatrixError(f"{matrix.path}, row {row.name}: equal_bytes gives it {name} {one}, and {two} to "
+                                      f"the row that it starts from, {parent.row.name}; take equal_bytes out and set "
+                                      f"{name}")
             found[row.name, seed] = Job(row, seed, config, source_identity(row, data), data, parent)
         return found[row.name, seed]
 
@@ -367,8 +376,9 @@ def jobs(matrix: Matrix, data_identity: Mapping[tuple[str, str], str], only: lis
         for row in sorted(matrix.rows, key=lambda row: row.name != matrix.base):
             if seed in row.seeds and (only is None or row.name in only):
                 job(row, seed)
-    same: dict[str, Job] = {}
+    same: dict[tuple[str, str, str], Job] = {}
     for each in found.values():
-        if (other := same.setdefault(each.what, each)) is not each:
+        key = each.what, each.config.data_path, each.config.tokenizer_path
+        if (other := same.setdefault(key, each)) is not each:
             raise MatrixError(f"{matrix.path}: the rows {other.row.name!r} and {each.row.name!r} ask for the same run")
     return list(found.values())

@@ -11,8 +11,8 @@ import copy
 import inspect
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass, replace
 from types import ModuleType
 
 import numpy as np
@@ -27,19 +27,34 @@ import train_gpt
 from train_gpt import GPT, MLP, Attention, Block, Float, Latents, Linear, Trainer, norm
 
 PATCHES: dict[str, Callable] = {}
+ALLOWED: dict[str, dict[str, Container]] = {}  # of each patch: the values that an argument may have
 SCORING: set[str] = set()  # patches of the scorer alone: they make no other artifact
 RESHAPING = {"activation", "bigram", "factored"}  # the model has other parameters
 OPEN_A_GAP = {"unrounded_scales"}  # what is packed is not what was trained, and that is the point
 
 
-def patch(function: Callable) -> Callable:
-    PATCHES[function.__name__] = function
-    return function
+@dataclass(frozen=True)
+class Within:
+    """Numbers from low to below high."""
+
+    low: float
+    high: float = math.inf
+
+    def __contains__(self, value: float) -> bool:
+        return self.low <= value < self.high
+
+    def __str__(self) -> str:
+        return f"at least {self.low:g}" + (f" and below {self.high:g}" if self.high < math.inf else "")
 
 
-def scoring(function: Callable) -> Callable:
-    SCORING.add(function.__name__)
-    return patch(function)
+def patch(scorer: bool = False, **allowed: Container) -> Callable[[Callable], Callable]:
+    """Register a technique; scorer: it changes how an artifact is scored, not what is trained."""
+    def register(function: Callable) -> Callable:
+        PATCHES[function.__name__], ALLOWED[function.__name__] = function, allowed
+        SCORING.update([function.__name__] if scorer else [])
+        return function
+
+    return register
 
 
 def parse(text: str) -> tuple[Callable, list]:
@@ -57,6 +72,10 @@ def parse(text: str) -> tuple[Callable, list]:
     except (ValueError, TypeError):
         wants = ", ".join(str(p) for p in parameters) or "none"
         raise ValueError(f"patch {text!r}: the arguments must be {wants}") from None
+    for parameter, value in zip(parameters, values, strict=False):
+        if value not in (may_be := ALLOWED[name].get(parameter.name, [value])):
+            may_be = may_be if isinstance(may_be, Within) else ", ".join(may_be)
+            raise ValueError(f"patch {text!r}: {parameter.name} must be {may_be}")
     return PATCHES[name], values
 
 
@@ -94,13 +113,10 @@ def after(cls: type, name: str, extra: Callable) -> None:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-@patch
+@patch(last=Within(1))
 def xsa(last: int = 2) -> None:
     """Exclusive self-attention in the last layers: a head's output without its part along the token's own value
     (parameter-golf, use_xsa)."""
-    if last < 1:
-        raise ValueError(f"xsa {last}: at least one layer")
-
     class Exclusive(Attention):
         @staticmethod
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -123,7 +139,7 @@ def extend_embedding(make: Callable[[GPT], None], change: Callable[[GPT, Tensor,
     GPT.embed = lambda self, ids: change(self, ids, original(self, ids))
 
 
-@patch
+@patch(rows=Within(1), dim=Within(1))
 def bigram(rows: int = 1024, dim: int = 32) -> None:
     """BigramHash: a table by a hash of each token and the one before, projected to the model's width and added, at a
     learned scale that starts at 0.05 (parameter-golf PR 162). Table and projection start at zero and 1 / sqrt(dim)
@@ -145,7 +161,7 @@ def bigram(rows: int = 1024, dim: int = 32) -> None:
     extend_embedding(make, change)
 
 
-@patch
+@patch(dim=Within(1))
 def factored(dim: int = 64) -> None:
     """The embedding as a product [vocab, dim] x [dim, model_dim], used at both ends (ALBERT, arXiv 1909.11942)."""
     def make(model: GPT, config) -> None:
@@ -165,13 +181,11 @@ def factored(dim: int = 64) -> None:
     GPT.lookup, GPT.head = lookup, head
 
 
-@patch
+@patch(kind=("relu", "leaky2", "gelu", "swiglu"))
 def activation(kind: str) -> None:
     """The MLP's nonlinearity in place of relu squared: relu, leaky2 (leaky relu of slope 0.5, squared with its sign
     lost, as parameter-golf has it), gelu, or swiglu (arXiv 2002.05202; two thirds of the width, for equal weights)."""
     functions = {"relu": F.relu, "leaky2": lambda x: F.leaky_relu(x, 0.5).square(), "gelu": F.gelu}
-    if kind not in (*functions, "swiglu"):
-        raise ValueError(f"activation {kind!r}: relu, leaky2, gelu or swiglu")
 
     class Other(MLP):
         def forward(self, x: Tensor) -> Tensor:
@@ -191,7 +205,7 @@ def activation(kind: str) -> None:
     train_gpt.MLP = SwiGLU if kind == "swiglu" else Other
 
 
-@patch
+@patch()
 def parallel() -> None:
     """Attention and MLP read the same input and are added together (GPT-J)."""
     def forward(self: Block, x: Tensor, x0: Tensor, cos: Tensor, sin: Tensor, last: int) -> Tensor:
@@ -202,7 +216,7 @@ def parallel() -> None:
     Block.forward = forward
 
 
-@patch
+@patch(start=Within(0, 1))
 def recur(start: float = 0.5) -> None:
     """Late depth recurrence: from this progress on the second half of the blocks runs twice."""
     GPT.recurrent = True  # what is scored; in training Trainer says
@@ -232,7 +246,7 @@ def recur(start: float = 0.5) -> None:
     before(Trainer, "settle", lambda self: setattr(self.model, "recurrent", True))
 
 
-@patch
+@patch(bos=Within(0))
 def document_mask(bos: int = 1) -> None:
     """Attention does not look past the beginning of a document, a BOS token (through SDPA, several times as slow)."""
     original = GPT.hidden_last
@@ -252,7 +266,7 @@ def document_mask(bos: int = 1) -> None:
     GPT.hidden_last, Attention.attend = hidden_last, attend
 
 
-@patch
+@patch()
 def orthogonal() -> None:
     """Block matrices start orthogonal (arXiv 1312.6120), scaled to the norm they had; those that start at zero stay."""
     def start(model: GPT, config) -> None:
@@ -270,7 +284,7 @@ def orthogonal() -> None:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-@patch
+@patch()
 def bf16_latents() -> None:
     """Latents and momentum of the block matrices in bf16, as PR 367 had them: small updates are lost."""
     def shorten(self: Latents, *_) -> None:
@@ -318,38 +332,40 @@ def progress_of(trainer: Trainer) -> float:
                trainer.elapsed / c.max_wallclock_seconds if c.max_wallclock_seconds else 0.0)
 
 
-@patch
+@patch(decay=Within(0, 1))
 def ema(decay: float = 0.99) -> None:
     """The average of latents, exponential with this decay, goes through the quantizer in the end."""
     averaged(latents_of, lambda trainer, n: 1 - decay)
 
 
-@patch
+@patch(decay=Within(0, 1))
 def ema_params(decay: float = 0.99) -> None:
     """The same average of dequantized weights: quantized again, it is another model."""
     averaged(params_of, lambda trainer, n: 1 - decay)
 
 
-@patch
+@patch(start=Within(0, 1))
 def swa(start: float = 0.75) -> None:
     """The plain average of latents from this progress on (arXiv 1803.05407), every step, through the quantizer."""
     averaged(latents_of, lambda trainer, n: 1 / (n + 1) if progress_of(trainer) >= start else 0.0)
 
 
-@patch
+@patch()
 def unrounded_scales() -> None:
-    """Training runs on exact scales and only the file rounds them: the model scored is not the one trained."""
+    """Training runs on exact scales of the ternary matrices, and only the file rounds them, to whatever scale_dtype
+    is: the model scored is not the one trained. For the absmean rule."""
     original = Latents.refresh
 
     def refresh(self: Latents, quantized: float = 1.0, measure: bool = False):
+        ternary = [bank for bank in self.banks if bank.format.kind == "ternary"]
+        if not ternary or any(bank.format.rule != "absmean" for bank in ternary):
+            raise train_gpt.ConfigError("unrounded_scales needs ternary matrices, and ternary_rule absmean")
         result = original(self, quantized, measure)
-        for bank in self.banks:
-            if quantized == 1 and not isinstance(bank.format, Float):
+        for bank in ternary:
+            if quantized == 1:
                 stored = bank.stored
                 groups, sizes = formats.split_groups(bank.latent, bank.format.group_size)
-                exact = groups.abs().sum(-1) / sizes[:, 0]  # of the absmean rule
-                if bank.format.kind != "ternary":
-                    continue
+                exact = groups.abs().sum(-1) / sizes[:, 0]
                 codes, _ = formats.split_groups(stored.codes.float(), bank.format.group_size)
                 param = formats.join_groups(codes * exact[..., None], stored.codes.shape).bfloat16()
                 torch._foreach_copy_([p.data for p in bank.params], list(param.unbind()))
@@ -358,7 +374,7 @@ def unrounded_scales() -> None:
     Latents.refresh = refresh
 
 
-@patch
+@patch(kind=("polar", "rows"))
 def muon(kind: str) -> None:
     """Muon's orthogonalisation: polar (Polar Express coefficients, arXiv 2505.16932, table 1), or rows (rows of the
     momentum are normalised first, as PR 640 has it)."""
@@ -383,18 +399,14 @@ def muon(kind: str) -> None:
     def rows(g: Tensor, steps: int) -> Tensor:
         return original(g / (g.norm(dim=-1, keepdim=True) + 1e-7), steps)
 
-    if kind not in ("polar", "rows"):
-        raise ValueError(f"muon {kind!r}: polar or rows")
     train_gpt.newton_schulz = {"polar": polar, "rows": rows}[kind]
 
 
-@patch
+@patch(kind=("linear", "cosine", "sqrt"), floor=Within(0, 1))
 def warmdown(kind: str = "linear", floor: float = 0.0) -> None:
     """The shape of the warmdown, cosine, sqrt (1 - sqrt of its progress) or linear, and the least learning rate."""
     shapes = {"linear": lambda x: x, "cosine": lambda x: (1 - math.cos(math.pi * x)) / 2,
               "sqrt": lambda x: 1 - math.sqrt(1 - x)}
-    if kind not in shapes:
-        raise ValueError(f"warmdown {kind!r}: {', '.join(shapes)}")
     original = train_gpt.schedule
 
     def schedule(config, step: int, progress: float):
@@ -406,7 +418,7 @@ def warmdown(kind: str = "linear", floor: float = 0.0) -> None:
     train_gpt.schedule = schedule
 
 
-@patch
+@patch(sequences=Within(1), damp=Within(0))
 def gptq(sequences: int = 32, damp: float = 0.01) -> None:
     """Codes of the block matrices found one input column after the other, each column's error made up for by the
     columns to come (GPTQ, arXiv 2210.17323, algorithm 1), after training, on training tokens. Scales are those of
@@ -477,7 +489,7 @@ def compensate(latent: Tensor, codes: Tensor, scales: Tensor, fmt, hessian: Tens
 # ---------------------------------------------------------------------------------------------------------------
 
 
-@scoring
+@patch(scorer=True, sequences=Within(1))
 def temperature(sequences: int = 64) -> None:
     """Logits divided by the temperature that makes the loss of training tokens least (Guo et al., arXiv 1706.04599)."""
     original = eval_bpb.evaluate
@@ -509,14 +521,12 @@ def best_temperature(model, seq_len: int, sequences: int) -> float:
 TRAINING_SHARDS: list = []  # program.py fills it from --data
 
 
-@scoring
+@patch(scorer=True, what=("all", "vectors", "scales", "none"), chunk=Within(1), group=Within(1))
 def ttt(what: str, lr: float = 0.001, chunk: int = 4096, group: int = 128) -> None:
     """Score-first test-time training: each chunk of the stream is scored by windows as ever, and then, never before, a
     step of SGD with momentum 0.9 is taken on each of its sequences. what: all params, vectors (all but matrices and
     embedding), scales (one factor for each group of the matrices and embedding, the codes staying as they are), or
     none, which must give the score of no training."""
-    if what not in ("all", "vectors", "scales", "none") or chunk < 1 or group < 1:
-        raise ValueError(f"ttt {what},{lr},{chunk},{group}: all, vectors, scales or none; chunk and group at least 1")
 
     def evaluate(model, tokens, counter, seq_len, stride, batch_seqs=32, compiled=False):
         return score_and_train(model, np.asarray(tokens).astype(np.int64), counter, seq_len, stride, batch_seqs, what,

@@ -17,11 +17,12 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+PARENT = "ABLATIONS_PARENT"  # of the environment: the process id of what started this one
 
 
 def end_with_parent() -> None:
     """Kill this session, the scoring process too, when the process that started it is gone, however it went."""
-    parent = os.getppid()
+    parent = int(os.environ.get(PARENT, os.getppid()))
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -6,6 +6,7 @@ import html
 import json
 import math
 import statistics
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,8 +44,8 @@ class Summary:
 def summarize(matrix: Matrix, asked: list[Job], lines: list[dict]) -> list[Summary]:
     """One summary per row: the base first, then by mean score; rows without one last.
 
-    A line belongs to the row that asks for just what it did (Job.what), whatever that is called now. Of several, made
-    by other code or of other data, the newest counts.
+    A line belongs to the row that asks for just what it did (Job.what), whatever that is called now; where rows differ
+    in nothing but their data, by its name. Of several, made by other code, the newest counts.
     """
     by_id = {line["id"]: line for line in lines}
 
@@ -53,25 +54,30 @@ def summarize(matrix: Matrix, asked: list[Job], lines: list[dict]) -> list[Summa
 
     # What a run started from is part of what it is: without that line nobody knows.
     lines = [line for line in lines if not line["parent"] or line["parent"] in by_id]
-    newest: dict[str, dict] = {}
+    times = Counter(job.what for job in asked)
+    newest: dict[str | tuple[str, str], dict] = {}
     for line in sorted(lines, key=lambda line: line.get("finished", "")):
-        newest[what(line)] = line
+        newest[what(line)] = newest[what(line), line["row"]] = line
     found: dict[str, list[dict]] = {row.name: [] for row in matrix.rows}
     for job in asked:
-        if job.seed in job.row.seeds and job.what in newest:
-            found[job.row.name].append(newest[job.what])
+        key = job.what if times[job.what] == 1 else (job.what, job.row.name)
+        if job.seed in job.row.seeds and key in newest:
+            found[job.row.name].append(newest[key])
     rows = [Summary(row, found[row.name]) for row in matrix.rows]
     by_name = {s.row.name: s for s in rows}
     base = by_name[matrix.base]
     others = [s for s in rows if s is not base]
-    compared = [stats.compare(s.bpb, by_name[s.row.against or matrix.base].bpb) for s in others]
-    for s, c, p in zip(others, compared, stats.holm([c.p_t for c in compared]), strict=True):
+    references = [by_name[s.row.against or matrix.base] for s in others]
+    compared = [stats.compare(s.bpb, r.bpb) for s, r in zip(others, references, strict=True)]
+    for s, r, c, p in zip(others, references, compared, stats.holm([c.p_t for c in compared]), strict=True):
         s.comparison = replace(c, p_holm=p)
         s.verdict = stats.verdict(s.comparison, matrix.equivalence) if s.bpb else "no result"
         if s.failed and not s.bpb:
             s.verdict = s.failed[-1]["status"]
-        elif s.failed:  # the seeds that are left are not all that was asked
-            s.verdict = f"{'undecided' if s.verdict.startswith('no effect') else s.verdict}, {len(s.failed)} failed"
+        elif s.failed or s.bpb and r.failed:  # the seeds that are left are not all that was asked
+            failed = [f"{len(s.failed)} failed"] * bool(s.failed)
+            failed += [f"{len(r.failed)} of {r.row.name} failed"] * bool(r.failed)
+            s.verdict = ", ".join(["undecided" if s.verdict.startswith("no effect") else s.verdict, *failed])
     return [base, *sorted(others, key=lambda s: (math.isnan(s.mean("val_bpb")), s.mean("val_bpb")))]
 
 
@@ -94,18 +100,21 @@ def cells(s: Summary) -> list[str]:
     gaps = [abs(line["gap"]) for line in s.ok if "gap" in line]
     return [*row, number(c.detectable) if c else "", number(max(gaps), 5) if gaps else "",
             "" if math.isnan(size) else f"{size:,.0f}",
-            number(s.format("bits"), 3), number(s.format("error"), 3), number(s.format("zero_frac"), 3)]
+            number(s.format("bits"), 3), number(s.format("error"), 3), number(s.format("zero_frac"), 3),
+            number(s.format("used"), 3)]
 
 
 COLUMNS = ["row", "n", "val_bpb", "sd", "difference", "95% interval", "p (t)", "p (flips)", "p (Holm)", "verdict",
-           "could have seen", "gap", "bytes", "bits/weight", "error", "zeros"]
+           "could have seen", "gap", "bytes", "bits/weight", "error", "zeros", "in use"]
 MISSED = 0.02  # of a size in bytes
 NOTE = ("Differences are row less base (or the row named there) over paired seeds, so negative is better. p (t): "
         "paired t-test; p (flips): all sign flips, at least 2/2^n; p (Holm): the t-test's after Holm's correction over "
         "the matrix, which verdicts go by. Could have seen: the true difference that so many seeds find with 80% "
         "probability at p < 0.05, before the correction. \"No effect\" needs the 90% interval within the bound. Gap: "
         "the largest, bpb from the file less in memory. Bits per weight (codes, scales), error (rms of latent less "
-        "param, over the latent's) and share of zeros are of the block matrices, in the file.")
+        "param, over the latent's), shares of zeros and of the format's codes in use (of a codebook: of the entries of "
+        "all groups) are of the block matrices, in the file. A run only has a result if its file proves that the "
+        "quantizers it asked for are active.")
 
 
 def claims(rows: list[Summary]) -> list[list[str]]:
@@ -139,12 +148,15 @@ def sentence(matrix: Matrix, rows: list[Summary]) -> str:
     size = f" Widths are solved for model files of {matrix.equal_bytes:,} bytes{unequal(matrix, rows)}." * (
         matrix.equal_bytes > 0)
     every = [line for s in rows for line in s.ok]
-    mixed = {"versions of code or data": {x["source"] for x in every if not x["patches"] + x["score_patches"]},
+    patched = [bool(x["patches"] + x["score_patches"]) for x in every]
+    mixed = {"versions of code or data": {x["source"] for x, p in zip(every, patched, strict=True) if not p},
+             "versions of code, patches or data": {x["source"] for x, p in zip(every, patched, strict=True) if p},
              "versions of data": {x["data"] for x in every if "data" in x},
              "kinds of machine": {json.dumps(x.get("machine"), sort_keys=True) for x in every},
              "numbers of threads": {x.get("threads") for x in every}}
     for what, found in mixed.items():
-        size += f" Runs were made by {len(found)} {what}: compare with care." * (len(found) > 1)
+        size += f" {'Patched runs' if 'patches' in what else 'Runs'} were made by {len(found)} {what}: compare with " \
+                "care." * (len(found) > 1)
     return (f"{matrix.why} Base: {matrix.base}. Budget of a run: {amount:,} {kind}{each}.{size} Equivalence bound: "
             f"{matrix.equivalence:g} bpb.")
 
@@ -277,7 +289,8 @@ def differences(rows: list[Summary]) -> str:
         if c.n > 1:
             chart.parts.append(f'<line x1="{chart.px(c.low)}" x2="{chart.px(c.high)}" y1="{chart.py(y)}" '
                                f'y2="{chart.py(y)}" style="stroke: {colour}; stroke-width: 2"/>')
-        chart.dot(c.mean, y, colour, f"{s.row.name}: {c.mean:+.4f} ({c.low:+.4f} to {c.high:+.4f}), {s.verdict}")
+        interval = f" ({c.low:+.4f} to {c.high:+.4f})" * (c.n > 1)
+        chart.dot(c.mean, y, colour, f"{s.row.name}: {c.mean:+.4f}{interval}, {s.verdict}")
     return figure(chart.svg("differences from the base"), "Difference of each row from the base with its 95% interval; "
                   "green and red where Holm's correction leaves p below 0.05.")
 

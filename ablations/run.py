@@ -38,6 +38,7 @@ sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "ablations")) if path no
 
 import diagnose  # noqa: E402
 import patches  # noqa: E402
+import program  # noqa: E402
 import report  # noqa: E402
 from matrix import (  # noqa: E402
     Job,
@@ -55,7 +56,7 @@ import formats  # noqa: E402
 import runlog  # noqa: E402
 import train_gpt  # noqa: E402
 
-PROGRAM = ROOT / "ablations" / "program.py"
+PROGRAM = Path(program.__file__)
 # Of this user on this machine, whatever matrix or checkout.
 TIMED = Path(tempfile.gettempdir()) / f"ablations_timed_{os.getuid()}.lock"
 
@@ -104,7 +105,7 @@ class Children:
             if cores:
                 os.sched_setaffinity(0, cores)
 
-        env = run_environment() | {"OMP_NUM_THREADS": str(threads)}
+        env = run_environment() | {"OMP_NUM_THREADS": str(threads), program.PARENT: str(os.getpid())}
         with open(output, "ab") as out:
             with self.lock:
                 if self.stopped:
@@ -158,8 +159,7 @@ def execute(job: Job, matrix: Matrix, runs: Path, cores: list[int], children: Ch
         command = [*head, *patch_flags(job.row.patches), "train", *flags(settings)]
     with machine_to_itself(matrix.timed, lambda: children.stopped):
         status = children.call(command, output, cores, threads, timeout)
-    line = describe(job, matrix) | {"threads": threads, "seconds": time.time() - began,
-                                    "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
+    line = describe(job, matrix) | {"threads": threads, "seconds": time.time() - began}
     try:
         line |= score_results(folder) if job.row.score_of else train_results(folder / "run", job)
         line |= {"status": "ok", "message": ""}
@@ -173,14 +173,20 @@ def patch_flags(patches: tuple[str, ...]) -> list[str]:
 
 
 def describe(job: Job, matrix: Matrix) -> dict:
-    """What a line says of its run before it is run."""
+    """What a line says of its run, whatever came of it."""
     return {
         "id": job.id, "matrix": matrix.name, "row": job.row.name, "seed": job.seed,
         "settings": job.settings,
         "patches": list(job.row.patches), "score_patches": list(job.row.score_patches),
         "parent": job.parent.id if job.parent else "", "source": job.source, "data": job.data,
-        "machine": runlog.machine(),
+        "machine": runlog.machine(), "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def broken(job: Job, matrix: Matrix, why: object) -> dict:
+    """The line of a run that never was one."""
+    said = why if isinstance(why, str) else repr(why)
+    return describe(job, matrix) | {"status": "failed", "message": said[:500], "steps": 0, "seconds": 0.0}
 
 
 def read_metrics(folder: Path) -> list[dict]:
@@ -212,12 +218,15 @@ def train_results(folder: Path, job: Job) -> dict:
 
 
 def active(folder: Path, tensors: dict, config: train_gpt.Config) -> str:
-    """The proof that the run's matrices are quantized; empty where the settings do not ask for that."""
-    if config.matrix_format in formats.VALUE_DTYPES:
-        return ""
-    state, _ = train_gpt.load_checkpoint(folder)
-    names = [name.removeprefix("latent/") for name in state if name.startswith("latent/")]
-    return diagnose.prove_active(tensors, config, names)
+    """The proof that the run's quantizers are active; empty where the settings ask for none."""
+    proofs = []
+    if config.matrix_format not in formats.VALUE_DTYPES:
+        state, _ = train_gpt.load_checkpoint(folder)
+        names = [name.removeprefix("latent/") for name in state if name.startswith("latent/")]
+        proofs.append(diagnose.prove_active(tensors, config, names))
+    if config.embed_format not in formats.VALUE_DTYPES:
+        proofs.append(diagnose.prove_embedding(tensors, config))
+    return "; ".join(proofs)
 
 
 def score_results(folder: Path) -> dict:
@@ -261,9 +270,11 @@ class Results:
         self.file.seek(0)
         text = self.file.read()
         last = text[text.rfind(b"\n") + 1 :]
-        if last and any(json.dumps(line, sort_keys=True).encode() == last for line in self.lines.values()):
-            self.file.write(b"\n")  # all of it but its end
-        elif last:  # a line that a kill cut off
+        try:
+            if last:
+                read_line(last)
+                self.file.write(b"\n")  # all of it but its end
+        except ValueError:  # a line that a kill cut off
             self.file.truncate(len(text) - len(last))
 
     def close(self) -> None:
@@ -276,24 +287,35 @@ class Results:
         self.lines[line["id"]] = line
 
 
-NEEDED = {"id", "row", "seed", "status", "settings", "patches", "score_patches", "parent"}  # in every line
+# Of every line, of one with a result and of one without.
+NEEDED = {"id": str, "row": str, "seed": int, "status": str, "settings": dict, "patches": list, "score_patches": list,
+          "parent": str}
+IF_OK, IF_NOT = {"val_bpb": float | int}, {"steps": int, "message": str}
+
+
+def read_line(text: bytes) -> dict:
+    """A line of results. Raises ValueError if it is none."""
+    line = json.loads(text)
+    if not isinstance(line, dict):
+        raise ValueError("not an object")
+    needed = NEEDED | (IF_OK if line.get("status") == "ok" else IF_NOT)
+    if wrong := [key for key, kind in needed.items() if not isinstance(line.get(key), kind)]:
+        raise ValueError(f"{wrong[0]} is {line.get(wrong[0])!r}")
+    return line
 
 
 def read_results(path: Path) -> list[dict]:
     """The lines of a results file, the last of each id; a last line that was cut off is left out."""
     if not path.exists():
         return []
-    texts = path.read_text().split("\n")
+    texts = path.read_bytes().split(b"\n")
     lines = []
     for i, text in enumerate(texts):
         try:
-            line = json.loads(text) if text else None
-            if text and not (isinstance(line, dict) and line.keys() >= NEEDED):
-                raise ValueError
-            lines += [line] if text else []
-        except ValueError:
+            lines += [read_line(text)] if text else []
+        except ValueError as e:
             if i < len(texts) - 1:
-                raise MatrixError(f"{path}, line {i + 1}: not a line of results; remove it") from None
+                raise MatrixError(f"{path}, line {i + 1}: not a line of results ({e}); remove it") from None
     return list({line["id"]: line for line in lines}.values())
 
 
@@ -305,7 +327,7 @@ def prepare_data(matrix: Matrix) -> dict[tuple[str, str], str]:
             command = [sys.executable, str(ROOT / "data" / "prepare.py"), *matrix.data[path], "--out", path]
             if subprocess.run(command, cwd=ROOT).returncode:
                 raise MatrixError(f"{matrix.path}: {path} could not be prepared; see above")
-        found[path, tokenizer] = eval_bpb.open_data(ROOT / path, tokenizer).identity
+        found[path, tokenizer] = eval_bpb.open_data(ROOT / path, tokenizer and ROOT / tokenizer).identity
     return found
 
 
@@ -350,8 +372,8 @@ class Machine:
         self.children.stop()
 
 
-def run_all(matrix: Matrix, wanted: list[Job], results: Results, runs: Path, machine, retry: bool) -> bool:
-    """Run the jobs that have no result yet; False if it was stopped, or if machines were lost with their runs.
+def run_all(matrix: Matrix, wanted: list[Job], results: Results, runs: Path, machine, retry: bool) -> int:
+    """Run the jobs that have no result yet; exit status: 130 if stopped, 1 if machines were lost with their runs.
 
     machine: what runs them, `machine.slots` at a time: a Machine, or a cluster.Cluster, which may raise MachineLost.
     """
@@ -360,14 +382,12 @@ def run_all(matrix: Matrix, wanted: list[Job], results: Results, runs: Path, mac
     print(f"{matrix.name}: {len(wanted)} runs, {len(wanted) - len(todo)} of them done before", flush=True)
 
     def work(job: Job) -> dict:
-        began = time.time()
         try:
             return machine.run(job)
         except (InterruptedError, MachineLost):
             raise
         except Exception as e:  # whatever it is, it is this run's and not the matrix's
-            return describe(job, matrix) | {"status": "failed", "message": repr(e)[:500], "steps": 0,
-                                            "seconds": time.time() - began}
+            return broken(job, matrix, e)
 
     def on_signal(signum: int, _frame) -> None:
         machine.stop()
@@ -388,7 +408,7 @@ def run_all(matrix: Matrix, wanted: list[Job], results: Results, runs: Path, mac
                             lost.add(job.id)
                         elif job.parent and results.lines[job.parent.id]["status"] != "ok":
                             message = f"the run it starts from, {job.parent.row.name}, has no result"
-                            results.add(describe(job, matrix) | {"status": "failed", "message": message, "steps": 0})
+                            results.add(broken(job, matrix, message))
                         else:
                             pending[pool.submit(work, job)] = job
                 done, _ = wait(pending, return_when=FIRST_COMPLETED)  # at once if all that was left had no parent
@@ -405,7 +425,12 @@ def run_all(matrix: Matrix, wanted: list[Job], results: Results, runs: Path, mac
                         lost.add(job.id)
                         print(f"  {job.id} {job.row.name}, seed {job.seed}: lost, {e}", file=sys.stderr, flush=True)
                         continue
-                    results.add(line)
+                    if before := results.lines.get(job.id, {}).get("artifact_sha256"):  # run for its files alone
+                        if before != line.get("artifact_sha256"):
+                            print(f"  {job.id} {job.row.name}, seed {job.seed}: another model than before; its first "
+                                  "result stays, what starts from it takes this one", file=sys.stderr, flush=True)
+                    else:
+                        results.add(line)
                     if job.row.name not in parents:
                         (runs / job.id / "run" / "checkpoint.safetensors").unlink(missing_ok=True)
                     spent.append(line["seconds"])
@@ -416,13 +441,13 @@ def run_all(matrix: Matrix, wanted: list[Job], results: Results, runs: Path, mac
     except (KeyboardInterrupt, InterruptedError):
         machine.stop()
         print("stopped; the same command goes on where it was", file=sys.stderr)
-        return False
+        return 130
     finally:
         for signum, handler in previous.items():
             signal.signal(signum, handler)
     if lost:
         print(f"{len(lost)} runs were lost with their machines; the same command runs them", file=sys.stderr)
-    return not lost
+    return int(bool(lost))
 
 
 def dry_run(matrix: Matrix, wanted: list[Job], lines: dict[str, dict]) -> None:
@@ -440,14 +465,14 @@ def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     p.add_argument("matrix", help="a TOML file, see matrix.py")
     p.add_argument("--only", nargs="+", help="names of rows")
-    p.add_argument("--dry-run", action="store_true", help="only list what would run")
+    p.add_argument("--dry-run", action="store_true", help="only list what would run, once the data are there")
     p.add_argument("--report", action="store_true", help="only write the report")
     p.add_argument("--retry", action="store_true", help="run again what failed before")
     p.add_argument("--jobs", type=int, default=1, help="runs at a time (timed ones are never)")
     p.add_argument("--ray", metavar="ADDRESS", help="run on a Ray cluster: its address, or auto (pip install '.[ray]')")
     p.add_argument("--results", default=str(ROOT / "ablations" / "results"), help="folder of results")
     p.add_argument("--runs", help="folder of the runs themselves (default runs/ablations/NAME)")
-    args = p.parse_args(argv)
+    args, status = p.parse_args(argv), 0
     try:
         if args.jobs < 1:
             raise MatrixError(f"--jobs {args.jobs}: at least 1 is needed")
@@ -468,12 +493,12 @@ def main(argv: list[str] | None = None) -> int:
                     machine = stack.enter_context(cluster.connect(args.ray, matrix, runs))
                 else:
                     machine = Machine(matrix, runs, 1 if matrix.timed else args.jobs)
-                if not run_all(matrix, wanted, results, runs, machine, args.retry):
-                    return 130
+                if (status := run_all(matrix, wanted, results, runs, machine, args.retry)) == 130:
+                    return status
         asked = jobs(matrix, dict.fromkeys(data_folders(matrix), ""))
         paths = report.write(matrix, asked, read_results(folder / "results.jsonl"), folder)
         print("wrote " + ", ".join(map(str, paths)))
-        return 0
+        return status
     except (MatrixError, eval_bpb.DataError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 1

@@ -18,6 +18,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "ablations")]
 
 import program  # noqa: E402
+
+if __name__ == "__main__":
+    program.end_with_parent()  # before what takes seconds to import
+
 import run  # noqa: E402
 from matrix import Job, MatrixError, data_folders, jobs, read_matrix  # noqa: E402
 
@@ -33,7 +37,6 @@ def moved(job: Job, order: dict) -> Job:
 
 
 def main() -> int:
-    program.end_with_parent()
     folder = Path(sys.argv[1])
     order = json.loads((folder / "order.json").read_text())
     try:
@@ -48,7 +51,10 @@ def main() -> int:
         print(f"error: {e}", file=sys.stderr)
         return 1
     matrix = dataclasses.replace(matrix, threads=order["threads"])
-    line = run.execute(moved(job, order), matrix, folder, [], run.Children())
+    try:
+        line = run.execute(moved(job, order), matrix, folder, [], run.Children())
+    except Exception as e:  # whatever it is, it is this run's and not the machine's
+        line = run.broken(job, matrix, e)
     (folder / "line.part").write_text(json.dumps(line))
     (folder / "line.part").rename(folder / "line.json")
     return 0

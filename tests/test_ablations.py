@@ -16,14 +16,16 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import scipy.stats
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import formats
 import pack
 import plan
 from conftest import ROOT, tiny_args
 from eval_bpb import AuditError
-from train_gpt import Config
+from train_gpt import Config, make_format, resolve_settings
 
 sys.path.insert(0, str(ROOT / "ablations"))
 import diagnose
@@ -76,9 +78,18 @@ def test_holm_is_the_textbooks():
     assert math.isnan(stats.holm([0.6, math.nan])[1])
 
 
-def test_what_is_called_detectable_is_found_four_times_in_five():
-    rng, n, sd = np.random.default_rng(0), 5, 0.02
+def test_many_seeds_have_a_sign_flip_test_too():
+    values = np.random.default_rng(1).normal(0.6, 1.0, 24)
+    reference = scipy.stats.permutation_test((values,), np.mean, permutation_type="samples", n_resamples=99_999, rng=2)
+    p = stats.compare(by_seed(values), by_seed(0 * values)).p_flip
+    assert p == pytest.approx(reference.pvalue, abs=0.002) and p > 0
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 12])
+def test_what_is_called_detectable_is_found_four_times_in_five(n):
+    rng, sd = np.random.default_rng(0), 0.02
     effect = stats.detectable_difference(sd, n)
+    assert stats.detectable_difference(100 * sd, n) == pytest.approx(100 * effect)
     samples = rng.normal(effect, sd, (20_000, n))
     found = scipy.stats.ttest_1samp(samples, 0, axis=1).pvalue < stats.ALPHA
     assert found.mean() == pytest.approx(stats.POWER, abs=0.015)
@@ -151,7 +162,9 @@ def test_a_bad_matrix_is_one_clear_error(tmp_path, bad, message):
     ('set = {seed = 3}', "seed is the runner's"), ("set = {colour = 3}", "'colour' is no setting"),
     ("patches = [3]", "a patch must be a string"), ('set = {preset = "x"}', "no preset 'x'"),
     ('patches = ["none"]', "no patch 'none'"), ("colour = 1", "unknown"),
-    ('solve = "model_dim"', "solve must be"), ('init_from = "z"', "no row 'z'"), ('grid = {group_size = 3}', "a list"),
+    ('solve = "vocab_size"', "solve must be"), ('patches = ["xsa=0"]', "last must be at least 1"),
+    ('patches = ["muon=x"]', "kind must be polar, rows"), ('patches = ["swa=1.5"]', "at least 0 and below 1"),
+    ('init_from = "z"', "no row 'z'"), ('grid = {group_size = 3}', "a list"),
     ('patches = ["ttt=all"]', "score_patches"), ('score_of = "a"', "score_patches"),
     ('score_of = "a"\nset = {group_size = 8}', "score_patches"),
     ('name = "a"', "matrix.toml"), ('grid = {seed = [7]}', "seed is the runner's"),
@@ -195,6 +208,25 @@ def test_two_rows_of_the_same_run_are_refused(tmp_path):
         ids(tmp_path, MATRIX + '[[row]]\nname = "b"\nwhy = "x"\nset = {threshold = 0.5}\n')
 
 
+def test_rows_may_differ_in_their_data_alone(tmp_path, drive, monkeypatch):
+    monkeypatch.setattr(runner, "prepare_data", lambda matrix: {x: x[0] for x in matrices.data_folders(matrix)})
+    text = MATRIX + '[[row]]\nname = "b"\nwhy = "x"\nset = {data_path = "data/other"}\n'
+    assert drive(text)[0] == 0
+    path = tmp_path / "results/test/results.jsonl"
+    lines = runner.read_results(path)
+    assert len({line["id"] for line in lines}) == 4, "data are part of the id"
+    path.write_text("".join(json.dumps(x | {"val_bpb": 1.0 if x["row"] == "a" else 2.0}) + "\n" for x in lines))
+    assert drive(text, "--report")[0] == 0
+    assert "| a | 2 | 1.0000 |" in table(tmp_path) and "| b | 2 | 2.0000 |" in table(tmp_path)
+
+
+def test_what_only_scores_is_nobodys_parent(tmp_path):
+    score = 'why = "x"\nscore_patches = ["ttt=none"]\n'
+    text = MATRIX + f'[[row]]\nname = "b"\n{score}score_of = "a"\n'
+    with pytest.raises(matrices.MatrixError, match="'c' starts from 'b', which trains nothing; .* 'a'"):
+        read(tmp_path, text + f'[[row]]\nname = "c"\n{score}score_of = "b"\n')
+
+
 def test_widths_are_solved_for_equal_bytes(tmp_path):
     text = MATRIX.replace("threads = 1", "equal_bytes = 90000") + "".join(
         f'[[row]]\nname = "{f}"\nwhy = "x"\nset = {{matrix_format = "{f}"}}\n' for f in ("int8", "binary", "bf16"))
@@ -207,9 +239,9 @@ def test_widths_are_solved_for_equal_bytes(tmp_path):
     gated = read(tmp_path, text + '[[row]]\nname = "gated"\nwhy = "x"\npatches = ["bigram=256,16"]\n')
     hidden = {row.name: matrices.configure(gated, row, 1).hidden_dim for row in gated.rows}
     assert 0.5 < hidden["gated"] / hidden["a"] < 0.98, "the table takes bytes"
-    bad = read(tmp_path, text + '[[row]]\nname = "bad"\nwhy = "x"\npatches = ["activation=tanh"]\n')
-    with pytest.raises(matrices.MatrixError, match="row bad: activation 'tanh'"):
-        matrices.configure(bad, bad.rows[-1], 1)
+    other = text + '[[row]]\nname = "late"\nwhy = "x"\ninit_from = "bf16"\n'
+    with pytest.raises(matrices.MatrixError, match="row late: equal_bytes gives it mlp_hidden"):
+        ids(tmp_path, other)
     small = read(tmp_path, text.replace("90000", "1000"))
     with pytest.raises(matrices.MatrixError, match="makes a model of 1,000 bytes"):
         matrices.configure(small, small.rows[0], 1)
@@ -315,6 +347,13 @@ def test_a_row_with_failures_says_so_and_claims_no_absence(tmp_path, drive):
     assert drive(text, "--report")[0] == 0
     row = next(x for x in table(tmp_path).splitlines() if x.startswith("| b | 2"))
     assert "undecided, 1 failed" in row and "no effect" not in row
+    for x in lines:
+        if x["seed"] == 3:
+            x |= {"status": "diverged" if x["row"] == "a" else "ok", "message": "x"}
+    results.write_text("".join(json.dumps(x) + "\n" for x in lines))
+    assert drive(text, "--report")[0] == 0
+    row = next(x for x in table(tmp_path).splitlines() if x.startswith("| b | 3"))
+    assert "undecided, 1 of a failed" in row and "no effect" not in row, "the base's failures are everybody's"
 
 
 def test_a_report_names_the_rows_that_missed_their_bytes(tmp_path, drive):
@@ -340,6 +379,11 @@ def test_a_last_line_without_its_end_is_kept_and_one_cut_off_run_again(tmp_path,
     assert "8 of them done before" in drive(ROWS)[1] and table(tmp_path) == first
     whole = results.read_text()
     assert whole.endswith("\n") and len(whole.splitlines()) == 8
+    *others, last = whole.splitlines()
+    last = json.dumps(dict(reversed(json.loads(last).items())), indent=None, separators=(",", ":"))
+    results.write_text("\n".join([*others, last]))
+    assert "8 of them done before" in drive(ROWS)[1] and table(tmp_path) == first
+    assert results.read_text() == "\n".join([*others, last, ""]), "written by another tool"
     results.write_text(whole[:-2])
     assert "7 of them done before" in drive(ROWS)[1] and table(tmp_path) == first
     assert len(results.read_text().splitlines()) == 8
@@ -458,6 +502,18 @@ def test_a_parent_whose_files_are_gone_runs_again(tmp_path, drive):
     assert "4 runs, 0 of them done before" in said, "the stub writes no artifact"
 
 
+def test_a_row_that_ran_again_for_its_files_keeps_its_result(tmp_path, drive, monkeypatch):
+    text = MATRIX + '[[row]]\nname = "child"\nwhy = "x"\nscore_of = "a"\nscore_patches = ["ttt=none"]\n'
+    monkeypatch.setattr(runner, "train_results", lambda *args: stub_results(*args) | {"artifact_sha256": "one"})
+    drive(text, "--only", "a")
+    path = tmp_path / "results/test/results.jsonl"
+    first = path.read_text()
+    monkeypatch.setattr(runner, "train_results", lambda *args: stub_results(*args) | {"artifact_sha256": "two"})
+    said = drive(text)[1]
+    assert path.read_text().startswith(first) and "seed 1: another model than before" in said
+    assert [x["row"] for x in runner.read_results(path)] == ["a", "a", "child", "child"]
+
+
 def test_a_gap_is_a_failure_unless_it_is_the_point(tiny_run, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     folder.mkdir()
@@ -481,8 +537,10 @@ def test_a_damaged_result_is_one_clear_error(tmp_path, drive):
     assert drive(ROWS, "--only", "a")[0] == 0
     path = tmp_path / "results/test/results.jsonl"
     good = path.read_text()
-    for bad in ("[]", '{"id": 1}', "{", "null"):
-        path.write_text(bad + "\n" + good)
+    scoreless = {k: v for k, v in json.loads(good.splitlines()[0]).items() if k not in ("val_bpb", "message")}
+    for bad in (b"[]", b'{"id": 1}', b"{", b"null", b"\xff", json.dumps(scoreless).encode(),
+                json.dumps(scoreless | {"status": "failed"}).encode()):
+        path.write_bytes(bad + b"\n" + good.encode())
         status, said = drive(ROWS)
         assert status == 1 and "line 1: not a line of results" in said and "Traceback" not in said
 
@@ -527,8 +585,26 @@ def test_a_real_run_is_measured_and_proved(tiny_run, data_dir):
     shares = pack.tensor_bytes(whole)  # codes and scales of the matrices share no stream with the int4 embedding here
     assert found["bits"] == pytest.approx(8 * sum(shares[n] for n in shares if n.startswith("blocks.")
                                                   and n.endswith(".weight")) / 16384, rel=0.01)
-    assert runner.active(folder, tensors, config) and not runner.active(folder, tensors, replace(
-        config, matrix_format="bf16"))
+    assert config.embed_format == "bf16"
+    assert runner.active(folder, tensors, config) == "ternary g32 log7: 12 matrices, 16,384 weights"
+    assert not runner.active(folder, tensors, replace(config, matrix_format="bf16"))
+    with pytest.raises(AuditError, match="tok_emb.weight is stored as bf16, not as int4"):
+        runner.active(folder, tensors, replace(config, embed_format="int4"))
+
+
+def test_an_embedding_is_proved_too():
+    config = resolve_settings(["--preset=tiny", "--embed-format=int4"], {})[1]
+    fmt = make_format(config, "embed_format")
+    latent = torch.randn(config.vocab_size, config.model_dim, generator=torch.Generator().manual_seed(0))
+    tensor = formats.to_pack(fmt.quantize(latent), fmt)
+    said = diagnose.prove_embedding({"tok_emb.weight": tensor}, config)
+    assert said.endswith(f"embedding, {latent.numel():,} weights")
+    for wrong, message in (({}, "is not in the file"), ({"tok_emb.weight": formats.to_pack(
+            fmt.quantize(0 * latent), fmt)}, "it holds nothing")):
+        with pytest.raises(AuditError, match=message):
+            diagnose.prove_embedding(wrong, config)
+    with pytest.raises(AuditError, match="it is not quantized"):
+        diagnose.prove_embedding({"tok_emb.weight": tensor}, replace(config, embed_format="bf16"))
 
 
 def test_what_is_not_active_is_refused(tiny_run):
@@ -594,6 +670,13 @@ def test_every_matrix_in_the_repository_is_valid(path, monkeypatch):
     monkeypatch.setattr(matrices, "solved", lambda config, *_: config)  # which takes most of a minute, and has a test
     m = matrices.read_matrix(path)
     assert matrices.jobs(m, dict.fromkeys(matrices.data_folders(m), "d")) and m.name == path.stem
+
+
+def test_a_run_whose_runner_is_gone_before_it_looks_ends_at_once(data_dir, tmp_path):
+    command = [sys.executable, str(ROOT / "ablations/program.py"), "train", *tiny_args(data_dir, tmp_path)]
+    env = os.environ | {runner.program.PARENT: "1"}
+    done = subprocess.run(command, env=env, start_new_session=True, capture_output=True, timeout=60)
+    assert done.returncode == -signal.SIGKILL and not list(tmp_path.iterdir())
 
 
 def test_program_applies_patches_in_both_processes(data_dir, tmp_path):
