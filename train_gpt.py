@@ -216,8 +216,8 @@ class Config:
 
 
 CPU_TRACK = dict(  # an int4 embedding beats a ternary one with a wider MLP at these bytes
-    cap_bytes=128_000, cap_counts_code=False, embed_format="int4", mlp_hidden=192, smear=True,
-    train_seq_len=512, train_batch_tokens=8192, val_batch_size=8192, tied_embed_lr=0.01,
+    cap_bytes=128_000, cap_counts_code=False, embed_format="int4", num_layers=3, mlp_hidden=320, smear=True,
+    train_seq_len=256, train_batch_tokens=8192, val_batch_size=8192, tied_embed_lr=0.01,
 )
 PR367 = dict(  # run_8xh100.sh and train_bitnet.py of PR 367
     num_layers=12, model_dim=768, num_heads=12, num_kv_heads=6, mlp_mult=3, mlp_hidden=2496, train_seq_len=2048,
