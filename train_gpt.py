@@ -216,7 +216,7 @@ class Config:
 
 
 CPU_TRACK = dict(  # an int4 embedding beats a ternary one with a wider MLP at these bytes
-    cap_bytes=128_000, cap_counts_code=False, embed_format="int4", num_layers=5, mlp_hidden=112, smear=True,
+    cap_bytes=128_000, cap_counts_code=False, embed_format="int4", mlp_hidden=192, smear=True,
     train_seq_len=256, train_batch_tokens=8192, val_batch_size=8192, tied_embed_lr=0.01,
 )
 PR367 = dict(  # run_8xh100.sh and train_bitnet.py of PR 367
