@@ -47,17 +47,15 @@ def summarize(matrix: Matrix, asked: list[Job], lines: list[dict]) -> list[Summa
     A line belongs to the row that asks for just what it did (Job.what), whatever that is called now; where rows differ
     in nothing but their data, by its name. Of several, made by other code, the newest counts.
     """
-    by_id = {line["id"]: line for line in lines}
-
-    def what(line: dict) -> str:
-        return what_of(line, what(by_id[line["parent"]]) if line["parent"] else "")
-
-    # What a run started from is part of what it is: without that line nobody knows.
-    lines = [line for line in lines if not line["parent"] or line["parent"] in by_id]
+    what: dict[str, str] = {}
+    for line in lines:  # what a run started from, whose line came before, is part of what it is
+        if not line["parent"] or line["parent"] in what:
+            what[line["id"]] = what_of(line, what.get(line["parent"], ""))
     times = Counter(job.what for job in asked)
     newest: dict[str | tuple[str, str], dict] = {}
     for line in sorted(lines, key=lambda line: line.get("finished", "")):
-        newest[what(line)] = newest[what(line), line["row"]] = line
+        if (this := what.get(line["id"])) is not None:
+            newest[this] = newest[this, line["row"]] = line
     found: dict[str, list[dict]] = {row.name: [] for row in matrix.rows}
     for job in asked:
         key = job.what if times[job.what] == 1 else (job.what, job.row.name)

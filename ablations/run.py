@@ -291,6 +291,8 @@ class Results:
 NEEDED = {"id": str, "row": str, "seed": int, "status": str, "settings": dict, "patches": list, "score_patches": list,
           "parent": str}
 IF_OK, IF_NOT = {"val_bpb": float | int}, {"steps": int, "message": str}
+IF_THERE = {"formats": dict, "curve": list, "codes_curve": list, "finished": str, "bytes_model": int,
+            "gap": float | int, "train_seconds": float | int}
 
 
 def read_line(text: bytes) -> dict:
@@ -299,6 +301,7 @@ def read_line(text: bytes) -> dict:
     if not isinstance(line, dict):
         raise ValueError("not an object")
     needed = NEEDED | (IF_OK if line.get("status") == "ok" else IF_NOT)
+    needed |= {key: kind for key, kind in IF_THERE.items() if key in line}
     if wrong := [key for key, kind in needed.items() if not isinstance(line.get(key), kind)]:
         raise ValueError(f"{wrong[0]} is {line.get(wrong[0])!r}")
     return line
@@ -426,7 +429,7 @@ def run_all(matrix: Matrix, wanted: list[Job], results: Results, runs: Path, mac
                         print(f"  {job.id} {job.row.name}, seed {job.seed}: lost, {e}", file=sys.stderr, flush=True)
                         continue
                     if before := results.lines.get(job.id, {}).get("artifact_sha256"):  # run for its files alone
-                        if before != line.get("artifact_sha256"):
+                        if line["status"] == "ok" and before != line["artifact_sha256"]:
                             print(f"  {job.id} {job.row.name}, seed {job.seed}: another model than before; its first "
                                   "result stays, what starts from it takes this one", file=sys.stderr, flush=True)
                     else:

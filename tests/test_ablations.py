@@ -495,6 +495,17 @@ def test_a_result_without_its_parents_is_nobodys(tmp_path, drive):
     assert "| a | 2 | 1.5400 |" in table(tmp_path) and "| child | 0 |" in table(tmp_path)
 
 
+def test_lines_that_start_from_each_other_are_nobodys(tmp_path, drive):
+    assert drive(ROWS)[0] == 0
+    path = tmp_path / "results/test/results.jsonl"
+    lines = runner.read_results(path)
+    for line, other in ((lines[0], lines[0]), (lines[1], lines[2]), (lines[2], lines[1])):
+        line["parent"] = other["id"]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    status, said = drive(ROWS, "--report")
+    assert status == 0 and "Traceback" not in said and "| a | 1 |" in table(tmp_path)
+
+
 def test_a_parent_whose_files_are_gone_runs_again(tmp_path, drive):
     text = MATRIX + '[[row]]\nname = "child"\nwhy = "x"\nscore_of = "a"\nscore_patches = ["ttt=none"]\n'
     drive(text, "--only", "a")
@@ -539,7 +550,8 @@ def test_a_damaged_result_is_one_clear_error(tmp_path, drive):
     good = path.read_text()
     scoreless = {k: v for k, v in json.loads(good.splitlines()[0]).items() if k not in ("val_bpb", "message")}
     for bad in (b"[]", b'{"id": 1}', b"{", b"null", b"\xff", json.dumps(scoreless).encode(),
-                json.dumps(scoreless | {"status": "failed"}).encode()):
+                json.dumps(scoreless | {"status": "failed"}).encode(),
+                json.dumps(json.loads(good.splitlines()[0]) | {"formats": 3}).encode()):
         path.write_bytes(bad + b"\n" + good.encode())
         status, said = drive(ROWS)
         assert status == 1 and "line 1: not a line of results" in said and "Traceback" not in said
