@@ -15,6 +15,7 @@ If a check of the score fails, no score is printed.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import hashlib
 import json
@@ -23,8 +24,11 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+import traceback
+import unicodedata
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -79,9 +83,11 @@ def shard_tokens(path: str | Path) -> int:
     return tokens
 
 
-def read_shard(path: str | Path) -> np.ndarray:
-    """Tokens of one shard, uint16 [tokens]. Raises DataError as shard_tokens does."""
-    return np.fromfile(path, dtype="<u2", count=shard_tokens(path), offset=4 * SHARD_HEADER_INTS)
+def read_shard(path: str | Path, most: int | None = None) -> np.ndarray:
+    """The first `most` (None: all) tokens of one shard, uint16 [tokens]. Raises DataError as shard_tokens does."""
+    count = shard_tokens(path)
+    return np.fromfile(path, dtype="<u2", count=count if most is None else min(count, most),
+                       offset=4 * SHARD_HEADER_INTS)
 
 
 def folder_identity(hashes: dict[str, str]) -> str:
@@ -99,18 +105,31 @@ class DataFolder:
     val: tuple[Path, ...]
     tokenizer: Path
     hashes: dict[str, str]  # file name -> sha256, of the files that were opened
+    tokenizer_sha256: str
+    manifest: Manifest | None  # what vouches that the shards are of this tokenizer; None: nothing does
 
     @property
     def identity(self) -> str:
         return folder_identity(self.hashes)
 
 
+@dataclass(frozen=True)
+class Manifest:
+    """What a folder's manifest.json says of its files."""
+
+    hashes: dict[str, str]  # file name -> sha256, of the shards and the tokenizer
+    tokenizer: str  # its file name
+    val_bytes: int | None  # of the validation text; None where it does not say
+    changed_documents: int  # documents whose text the tokenizer changed (a foreign one, that is not lossless)
+
+
 def open_data(path: str | Path, tokenizer_path: str | Path = "", need_train: bool = True) -> DataFolder:
     """Find and verify shards and tokenizer.
 
     Files are `*_train_*.bin`, `*_val_*.bin` and `tokenizer.model` (or the one `*.model`, or tokenizer_path). Where a
-    manifest.json says what a file's hash is, it must be that. Raises DataError, also when a training shard has the
-    content of a validation shard: training on it would make every score worthless.
+    manifest.json says what a file's hash is, it must be that; so with a manifest the tokenizer, wherever it lies, is
+    the one that made the shards. Raises DataError, also when a training shard has the content of a validation shard:
+    training on it would make every score worthless.
     """
     path = Path(path)
     if not path.is_dir():
@@ -127,41 +146,64 @@ def open_data(path: str | Path, tokenizer_path: str | Path = "", need_train: boo
     if not tokenizer.is_file():
         raise DataError(f"{tokenizer}: no tokenizer; give one with --tokenizer-path, or run: python data/prepare.py")
 
-    hashes = {p.name: sha256_file(p) for p in (*train, *val, tokenizer)}
-    manifest = read_manifest(path)
-    if stray := [p for p in (*train, *val) if manifest and p.name not in manifest]:
-        raise DataError(f"{stray[0]}: not in the folder's manifest.json, so nobody knows what it holds; remove it")
-    for name, sha in manifest.items():
-        if name in hashes and hashes[name] != sha:
+    hashes = {p.name: sha256_file(p) for p in (*train, *val)}
+    tokenizer_sha256, name = sha256_file(tokenizer), tokenizer.name
+    manifest = read_manifest(path, tokenizer_elsewhere=bool(tokenizer_path))
+    if manifest:
+        name = manifest.tokenizer  # so that a copy under another name gives the same identity
+        if stray := [p for p in (*train, *val) if p.name not in manifest.hashes]:
+            raise DataError(f"{stray[0]}: not in the folder's manifest.json, so nobody knows what it holds; remove it")
+        if tokenizer_sha256 != manifest.hashes[name]:
             raise DataError(
-                f"{path / name}: sha256 {hashes[name]} is not the manifest's {sha}; the file was changed or damaged: "
-                "delete the folder and prepare it again"
+                f"{tokenizer}: sha256 {tokenizer_sha256[:16]} is not the tokenizer that made the shards of {path} "
+                f"({manifest.hashes[name][:16]} by its manifest.json), so their bytes cannot be counted with it; "
+                + ("leave --tokenizer-path out" if tokenizer_path else "it was changed or damaged: prepare the folder "
+                   "again")
             )
-    val_hashes = {hashes[p.name]: p for p in val}
+        for shard, sha in hashes.items():
+            if manifest.hashes[shard] != sha:
+                raise DataError(
+                    f"{path / shard}: sha256 {sha} is not the manifest's {manifest.hashes[shard]}; the file was "
+                    "changed or damaged: delete the folder and prepare it again"
+                )
+    val_hashes: dict[str, Path] = {}
+    for shard in val:
+        if other := val_hashes.get(hashes[shard.name]):
+            raise DataError(f"{shard}: the same as {other.name}; its text would be scored twice: remove one of them")
+        val_hashes[hashes[shard.name]] = shard
     for shard in train:
         if hashes[shard.name] in val_hashes:
             raise DataError(
                 f"{shard}: this training shard is the validation shard {val_hashes[hashes[shard.name]].name}; "
                 "a model trained on it cannot be scored: remove it"
             )
-    return DataFolder(path, train, val, tokenizer, hashes)
+    return DataFolder(path, train, val, tokenizer, hashes | {name: tokenizer_sha256}, tokenizer_sha256, manifest)
 
 
-def read_manifest(path: Path) -> dict[str, str]:
-    """File name -> sha256 as the folder's manifest.json states them; empty without a manifest (official shards)."""
+def read_manifest(path: Path, tokenizer_elsewhere: bool = False) -> Manifest | None:
+    """What the folder's manifest.json states; None without one (official shards). Raises DataError.
+
+    tokenizer_elsewhere: the tokenizer need not lie in the folder.
+    """
     file = path / "manifest.json"
     if not file.exists():
-        return {}
+        return None
     try:
-        manifest = json.loads(file.read_text())
+        manifest = json.loads(file.read_text(encoding="utf-8"))
         shards = [s for split in manifest["splits"].values() for s in split["shards"]]
-        hashes = {s["file"]: s["sha256"] for s in (*shards, manifest["tokenizer"])}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        tokenizer = manifest["tokenizer"]
+        hashes = {s["file"]: s["sha256"] for s in (*shards, tokenizer)}
+        if not all(isinstance(text, str) for pair in hashes.items() for text in pair):
+            raise ValueError("a file's name or sha256 is not a string")
+        val_bytes, changed = manifest["splits"].get("val", {}).get("bytes"), tokenizer.get("changed_documents", 0)
+        found = Manifest(hashes, tokenizer["file"], int(val_bytes) if val_bytes is not None else None, int(changed))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise DataError(f"{file}: not a manifest of data/prepare.py ({e!r}); prepare the folder again") from None
-    missing = [name for name in hashes if not (path / name).is_file()]
+    needed = hashes.keys() - ({found.tokenizer} if tokenizer_elsewhere else set())
+    missing = sorted(name for name in needed if not (path / name).is_file())
     if missing:
         raise DataError(f"{path / missing[0]}: named in manifest.json but missing; prepare the folder again")
-    return hashes
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -169,11 +211,130 @@ def read_manifest(path: Path) -> dict[str, str]:
 # ---------------------------------------------------------------------------------------------------------------
 
 
+# What must come back from a tokenizer letter by letter: no Unicode normalization in use changes it.
+EXACT_PROBES = (
+    "The quick brown fox jumps over the lazy dog, and THE END is near.",
+    "".join(map(chr, range(0x21, 0x7F))),
+    "a b c 1 2 3 ? !",
+    "café naïve Über ñ česky Жук αβγ אב مر 漢字 かな 한구",
+    "🤖 😀 — “quoted” € √",
+)
+# What normalization may change: white space and control characters, and letters to those that NFKC makes of them.
+LOOSE_PROBES = (
+    "a  b   c", " lead", "trail ", "a\tb", "a\nb\n\nc", "a\r\nb", "\u00a0x\u2003y", "x\u200by\ufeffz", "a\u2028b\x85c",
+    "\x00a\x07", "e\u0301 n\u0303", "\u2460 \ufb01 \uff21 \u3371 \u00bd \u017f", "<s></s><unk><0x41>",
+    "def f(x):\n    return  x\n", "\u1e9b\u0323", "\U0001d518\U0001d52b\U0001d526",
+)
+
+
+def letters(text: str) -> str:
+    """Text after NFKC without white space, control, format and unassigned characters: what no tokenizer may change."""
+    return "".join(c for c in unicodedata.normalize("NFKC", text) if unicodedata.category(c)[0] not in "ZC")
+
+
+def protobuf_fields(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """(number, bytes) of the length-delimited fields of a protocol buffer message.
+
+    protobuf.dev/programming-guides/encoding; a .model file is a ModelProto of sentencepiece_model.proto.
+    """
+    at = 0
+
+    def varint() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte = data[at]
+            at += 1
+            value |= (byte & 0x7F) << shift
+            shift += 7
+            if byte < 0x80:
+                return value
+
+    while at < len(data):
+        key = varint()
+        number, kind = key >> 3, key & 7
+        if kind == 0:
+            varint()
+        elif kind == 2:
+            size = varint()
+            yield number, data[at : at + size]
+            at += size
+        else:
+            at += {1: 8, 5: 4}[kind]
+
+
+NORMALIZER, DENORMALIZER, CHARSMAP = 3, 5, 2  # field numbers of sentencepiece_model.proto
+# sha256, first 16 digits, of the rules that are sentencepiece's own: nmt_nfkc (that of the official tokenizers, and of
+# sentencepiece 0.2.3) and nfkc. Rules that fold case change letters, so they are none of these.
+KNOWN_RULES = {"79372c41389c2b9b": "nmt_nfkc", "1e2c7b43d3ee9755": "nmt_nfkc", "7e46d9e08af4b6a3": "nfkc"}
+
+
+def charsmap(model: bytes, spec: int) -> bytes:
+    """The precompiled rules of a tokenizer's normalizer or denormalizer; empty where text is left as it is."""
+    for number, message in protobuf_fields(model):
+        if number == spec:
+            return dict(protobuf_fields(message)).get(CHARSMAP, b"")
+    return b""
+
+
+def check_tokenizer(sp: spm.SentencePieceProcessor, where: str | Path) -> list[str]:
+    """What a score must say of this tokenizer; empty for one that gives every text back unchanged.
+
+    The byte audit compares the counter with what the tokenizer decodes, so it proves nothing if decoding itself is not
+    the text. Here hard texts must come back. Raises DataError, naming where, on a tokenizer whose pieces do not stand
+    for the bytes of the text.
+    """
+    def refuse(what: str) -> DataError:
+        return DataError(f"{where}: {what}, so bytes would be counted wrongly; use another tokenizer")
+
+    size, bos, space = sp.vocab_size(), sp.bos_id(), sp.piece_to_id("▁")
+    if not 0 <= bos < size or not sp.is_control(bos):
+        raise refuse("no BOS token, which every document begins with")
+    if sp.is_unknown(space) or sp.is_control(space) or sp.is_unused(space) or sp.id_to_piece(space) != "▁":
+        raise refuse('no standalone "▁" piece (a lone space)')
+    pieces = {sp.id_to_piece(i) for i in range(size) if sp.is_byte(i)}
+    if pieces not in (set(), {f"<0x{byte:02X}>" for byte in range(256)}):
+        raise refuse(f"{len(pieces)} of the 256 byte pieces")
+    model = sp.serialized_model_proto()
+    if charsmap(model, DENORMALIZER):
+        raise refuse("it changes text when it decodes (a denormalizer)")
+    rules = charsmap(model, NORMALIZER)
+
+    counter, notes = ByteCounter(sp), []
+    if not pieces:
+        notes.append("no byte pieces: text with characters outside its vocabulary cannot be scored")
+    for text in EXACT_PROBES + LOOSE_PROBES:
+        ids = sp.encode(text)
+        if any(sp.is_unknown(i) for i in ids):
+            if pieces:
+                raise refuse(f"{text!a} becomes <unk> in spite of byte pieces")
+            continue
+        back = sp.decode(ids)
+        counted = int(counter.count([bos, *ids[:-1]], ids).sum()) if ids else 0
+        if counted != len(back.encode()):
+            raise refuse(f"the pieces of {text!a} count {counted} bytes, their text {back!a} has {len(back.encode())}")
+        if back == text:
+            continue
+        if text in EXACT_PROBES or letters(back) != letters(text) or "▁" in back:
+            raise refuse(f"{text!a} comes back as {back!a}")
+        if not any(note.startswith("normalizes") for note in notes):
+            notes.append("normalizes: bytes are those of its decoded text, as the competition counts them "
+                         f"({text!a} is {back!a})")
+    if rules and hashlib.sha256(rules).hexdigest()[:16] not in KNOWN_RULES:
+        notes.append("WARNING: normalizes by rules that are none of sentencepiece's nmt_nfkc and nfkc, so nobody knows "
+                     "what else it changes")
+    return notes
+
+
 def open_tokenizer(path: str | Path) -> spm.SentencePieceProcessor:
+    """A sound tokenizer. Raises DataError on anything else."""
     try:
-        return spm.SentencePieceProcessor(model_file=str(path))
+        sp = spm.SentencePieceProcessor(model_file=str(path))
     except (OSError, RuntimeError) as e:
-        raise DataError(f"{path}: not a SentencePiece model ({e}); run: python data/prepare.py") from None
+        why = " ".join(str(e).split())
+        raise DataError(f"{path}: not a SentencePiece model ({why}); run: python data/prepare.py") from None
+    check_tokenizer(sp, path)
+    return sp
 
 
 class ByteCounter:
@@ -190,9 +351,11 @@ class ByteCounter:
         self.base_bytes = np.zeros(self.vocab_size, dtype=np.int64)
         self.leading_space = np.zeros(self.vocab_size, dtype=bool)
         self.boundary = np.zeros(self.vocab_size, dtype=bool)
+        self.unknown = np.zeros(self.vocab_size, dtype=bool)
         for i in range(self.vocab_size):
             if sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i):
                 self.boundary[i] = True
+                self.unknown[i] = sp.is_unknown(i)
             elif sp.is_byte(i):
                 self.base_bytes[i] = 1
             else:
@@ -221,18 +384,24 @@ def audit_bytes(shards: dict[str, np.ndarray], counter: ByteCounter) -> dict[str
     """Compare the counter with the decoded text: every document of every shard, and so every shard's total.
 
     shards: name -> uint16 [tokens], in stream order; a document starts at BOS and may run on into the next shard.
-    Returns name -> {documents, tokens, bytes}. Raises AuditError at the first document whose count differs.
+    Returns name -> {documents, tokens, bytes}. Raises AuditError at the first document whose count differs, and at an
+    unknown token, which stands for text that nobody knows.
     """
     names = list(shards)
     tokens = np.concatenate([shards[n] for n in names])
     ends = np.cumsum([shards[n].size for n in names])
     counted = np.concatenate(([0], np.cumsum(counter.count_stream(tokens))))
-    starts = np.union1d(np.flatnonzero(tokens == counter.bos_id), [0]) if tokens.size else np.zeros(0, dtype=np.int64)
-    bounds = np.append(starts, tokens.size)
+    if unknown := int(counter.unknown[tokens].sum()):
+        at = int(np.argmax(counter.unknown[tokens]))
+        raise AuditError(
+            f"byte audit failed: {unknown} unknown tokens (the first is token {at}): nobody knows the text behind "
+            "them, so its bytes cannot be counted; make the shards with a tokenizer that has byte fallback"
+        )
+    bounds = document_bounds(tokens, counter)
     report = {n: {"documents": 0, "tokens": int(shards[n].size), "bytes": 0} for n in names}
     batch = 256  # documents decoded per call, so that the text of a large split is never in memory at once
-    for lo in range(0, len(starts), batch):
-        hi = min(lo + batch, len(starts))
+    for lo in range(0, len(bounds) - 1, batch):
+        hi = min(lo + batch, len(bounds) - 1)
         texts = counter.tokenizer.decode([tokens[bounds[i] : bounds[i + 1]].tolist() for i in range(lo, hi)])
         for i, text in zip(range(lo, hi), texts, strict=True):
             have, want = int(counted[bounds[i + 1]] - counted[bounds[i]]), len(text.encode())
@@ -246,6 +415,65 @@ def audit_bytes(shards: dict[str, np.ndarray], counter: ByteCounter) -> dict[str
             report[name]["documents"] += 1
             report[name]["bytes"] += want
     return report
+
+
+def document_bounds(tokens: np.ndarray, counter: ByteCounter) -> np.ndarray:
+    """Where documents begin, and the end of the stream: int64 [documents + 1]. A stream without BOS is one document."""
+    if not tokens.size:
+        return np.zeros(1, dtype=np.int64)
+    return np.append(np.union1d(np.flatnonzero(tokens == counter.bos_id), [0]), tokens.size)
+
+
+SAMPLE_DOCUMENTS, SAMPLE_TOKENS = 512, 20_000  # documents that are encoded again, and tokens of each, at most
+REPRODUCED = 0.9  # a tokenizer gives all of its own tokens again, another one one to three percent (LOG.md, identity)
+
+
+def audit_origin(tokens: np.ndarray, counter: ByteCounter, where: str | Path) -> dict:
+    """Is this the tokenizer that made the tokens? Nothing in a shard says so, but its text, encoded again, does.
+
+    tokens: uint16 [n], a stream or the beginning of one. Returns {"reproduced": share of a sample's tokens that their
+    decoded text gives again when it is encoded, "bytes_per_token", "pieces_used": pieces that occur, "pieces": all,
+    "controls": tokens that stand for no bytes, beside BOS and EOS}. Raises AuditError where too few come again, and
+    DataError on an id that the tokenizer does not have.
+    """
+    size = int(counter.count_stream(tokens).sum())
+    sp, bounds = counter.tokenizer, document_bounds(tokens, counter)
+    chosen = np.unique(np.linspace(0, len(bounds) - 2, SAMPLE_DOCUMENTS).astype(np.int64)) if tokens.size else []
+    same = seen = 0
+    text_of_worst, worst = "", 1.0
+    for i in chosen:
+        ids = tokens[bounds[i] : min(bounds[i + 1], bounds[i] + SAMPLE_TOKENS)].astype(np.int64)
+        ids = ids[~counter.boundary[ids]]  # BOS and the like are not made from text
+        if not ids.size:
+            continue
+        text = sp.decode(ids.tolist())
+        again = np.array(sp.encode(text), dtype=np.int64)
+        # A document may be cut off at its begin or end, where a few tokens differ: what agrees from either side.
+        n = min(ids.size, again.size)
+        from_begin = agreeing(ids[:n] == again[:n])
+        from_end = agreeing((ids[ids.size - n :] == again[again.size - n :])[::-1])
+        agree = min(from_begin + from_end, n)
+        same, seen = same + agree, seen + ids.size
+        if agree / ids.size < worst:
+            worst, text_of_worst = agree / ids.size, text
+    share = same / seen if seen else 1.0
+    if share < REPRODUCED:
+        raise AuditError(
+            f"{where}: these shards are not of this tokenizer: encoding their text again gives {share:.1%} of their "
+            f"tokens (its own shards give all of them). Text begins {text_of_worst[:60]!a}; give the tokenizer that "
+            "made them with --tokenizer-path, or prepare the data again"
+        )
+    ordinary = counter.boundary.copy()
+    ordinary[[i for i in (counter.bos_id, sp.eos_id()) if i >= 0]] = False
+    counts = np.bincount(tokens, minlength=counter.vocab_size) if tokens.size else np.zeros(counter.vocab_size, int)
+    return {"reproduced": share, "pieces_used": int((counts > 0).sum()), "pieces": counter.vocab_size,
+            "bytes_per_token": size / max(tokens.size, 1),
+            "controls": int(counts[ordinary].sum())}
+
+
+def agreeing(equal: np.ndarray) -> int:
+    """How many leading entries are true."""
+    return int(equal.size if equal.all() else np.argmin(equal))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -452,6 +680,100 @@ def sample(model, tokenizer: spm.SentencePieceProcessor, prompt: str, count: int
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# Processes
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class LaunchError(ValueError):
+    """Processes that are not the group that the environment says; the message says how to start them."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A process among those of a run; the defaults are those of a process alone."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0  # on this machine
+    local_world: int = 1
+
+
+def process_place(env: Mapping[str, str]) -> Place:
+    """This process's place, from the variables that torchrun sets. Raises LaunchError.
+
+    Clusters and notebooks set some of them too. WORLD_SIZE alone decides: empty or 1 is a process alone, whatever the
+    others say; more needs all that a group needs.
+    """
+    def number(name: str, default: int, low: int, high: int) -> int:
+        text = env.get(name, "").strip()
+        if not text:
+            return default
+        if not text.isdecimal() or not low <= int(text) <= high:
+            raise LaunchError(f"environment {name}={text!r}: must be a whole number from {low} to {high}; start with "
+                              "torchrun, which sets it, or unset WORLD_SIZE for a process alone")
+        return int(text)
+
+    world = number("WORLD_SIZE", 1, 1, 1 << 20)
+    if world == 1:
+        return Place()
+    if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not env.get(name, "").strip()]:
+        raise LaunchError(
+            f"WORLD_SIZE={world} is set in the environment, but not {', '.join(missing)}: start all processes with "
+            f"torchrun --standalone --nproc_per_node={world}, or unset WORLD_SIZE for a process alone"
+        )
+    number("MASTER_PORT", 0, 1, 65535)
+    local_world = number("LOCAL_WORLD_SIZE", 1, 1, world)
+    return Place(number("RANK", 0, 0, world - 1), world, number("LOCAL_RANK", 0, 0, world - 1), local_world)
+
+
+# How long processes look for each other. torchrun starts all of them, which on a busy file system takes its time; a
+# person who started one of two should not have to wait.
+FIND_EACH_OTHER, WITH_TORCHRUN = timedelta(seconds=40), timedelta(minutes=10)
+SETTING_UP = timedelta(minutes=30)  # compiling and reading data may keep a process from answering for this long
+
+
+def join_group(place: Place, backend: str) -> None:
+    """Make the process group of all processes of this run. Raises LaunchError within a minute if they are not there."""
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    patience = WITH_TORCHRUN if "TORCHELASTIC_RUN_ID" in os.environ else FIND_EACH_OTHER
+    if place.rank:
+        patience /= 2  # a rank that does not find rank 0 tries twice
+    try:
+        with quiet_stderr():  # torch warns of every attempt to connect
+            store, _, _ = next(dist.rendezvous("env://", place.rank, place.world, timeout=patience))
+            store.set(f"here/{place.rank}", "1")
+            store.wait([f"here/{rank}" for rank in range(place.world)], patience)
+            dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world, timeout=SETTING_UP)
+    except (RuntimeError, ValueError, OSError) as e:  # torch's errors of connection are RuntimeErrors
+        if "EADDRINUSE" in str(e):
+            raise LaunchError(f"MASTER_PORT={port}: another program uses this port; choose another one for all "
+                              "processes") from None
+        why = " ".join(str(e).splitlines()[0].split())[:200] if str(e) else repr(e)
+        raise LaunchError(
+            f"rank {place.rank} did not find the other processes of WORLD_SIZE={place.world} at MASTER_ADDR={address} "
+            f"MASTER_PORT={port} ({why}); start all of them, each with its RANK, or use torchrun; unset WORLD_SIZE for "
+            "a process alone"
+        ) from None
+
+
+@contextlib.contextmanager
+def quiet_stderr() -> Iterator[None]:
+    """Drop what libraries write to the standard error file, past Python."""
+    try:
+        saved = os.dup(2)
+    except OSError:  # it is closed: then there is nothing to hear
+        yield
+        return
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # Command
 # ---------------------------------------------------------------------------------------------------------------
 
@@ -487,14 +809,37 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return p.parse_args(argv)
 
 
+def artifact_tokenizer(meta: dict) -> str | None:
+    """sha256 of the tokenizer that an artifact was trained with; None in files that do not name it (older ones)."""
+    found = meta.get("tokenizer")
+    return found if isinstance(found, str) else None
+
+
+def check_identity(meta: dict, data: DataFolder, artifact: str | Path) -> None:
+    """Raises DataError if the artifact was trained with another tokenizer than the data's."""
+    trained_with = artifact_tokenizer(meta)
+    if trained_with not in (None, data.tokenizer_sha256):
+        raise DataError(
+            f"{artifact}: was trained with the tokenizer of sha256 {trained_with[:16]}, {data.tokenizer} is "
+            f"{data.tokenizer_sha256[:16]}: its tokens mean other text to this model; score it on data made with its "
+            "own tokenizer"
+        )
+
+
 def score_file(args: argparse.Namespace, device: torch.device) -> dict:
     """All checks and scores of one artifact, as the JSON that --json writes."""
     data = open_data(args.data, args.tokenizer_path, need_train=False)
+    tensors, meta = pack.read_artifact(args.artifact)
+    check_identity(meta, data, args.artifact)
     counter = ByteCounter(data.tokenizer)
     shards = {p.name: read_shard(p) for p in data.val}
     documents = audit_bytes(shards, counter)
+    origin = {name: audit_origin(tokens, counter, data.path / name) for name, tokens in shards.items()}
     tokens = np.concatenate(list(shards.values()))
-    tensors, meta = pack.read_artifact(args.artifact)
+    audited = sum(d["bytes"] for d in documents.values())
+    if data.manifest and data.manifest.val_bytes not in (None, audited):
+        raise AuditError(f"{data.path / 'manifest.json'}: states {data.manifest.val_bytes:,} bytes of validation text, "
+                         f"the decoded text has {audited:,}; prepare the folder again")
     proof = audit_ternary(tensors)
     model = load_tensors(tensors, meta, args.artifact, device)
     seq_len = args.seq_len or model.config.train_seq_len
@@ -514,15 +859,21 @@ def score_file(args: argparse.Namespace, device: torch.device) -> dict:
     sliding = evaluate(model, tokens, counter, seq_len, args.stride, args.batch_seqs,
                        args.stride < seq_len and positions >= COMPILE_FROM and can_compile(device),
                        ) if args.stride else None
-    audited = sum(d["bytes"] for d in documents.values()) - int(counter.count_stream(tokens[:1])[0])
-    if chunked.bytes != audited:
-        raise AuditError(f"{chunked.bytes} bytes were scored but the decoded text has {audited}")
+    scored = audited - int(counter.count_stream(tokens[:1])[0])
+    if chunked.bytes != scored:
+        raise AuditError(f"{chunked.bytes} bytes were scored but the decoded text has {scored}")
+    frequencies = np.bincount(tokens) / tokens.size
+    unigram = float(-(frequencies[frequencies > 0] * np.log(frequencies[frequencies > 0])).sum())
     return {
         "artifact": {"file": Path(args.artifact).name, "bytes": Path(args.artifact).stat().st_size,
                      "sha256": sha256_file(args.artifact)},
-        "data": {"sha256": data.hashes, "shards": documents},
+        "data": {"sha256": data.hashes, "shards": documents, "origin": origin,
+                 "manifest": data.manifest is not None, "tokenizer_sha256": data.tokenizer_sha256,
+                 "tokenizer_notes": check_tokenizer(counter.tokenizer, data.tokenizer),
+                 "changed_documents": data.manifest.changed_documents if data.manifest else None},
+        "trained": {"tokenizer_sha256": artifact_tokenizer(meta), "data": meta.get("data")},
         "model": proof,
-        "checks": checks,
+        "checks": checks | {"unigram_loss": unigram},
         "seq_len": seq_len,
         "stride": args.stride,
         "chunked": asdict(chunked),
@@ -531,7 +882,8 @@ def score_file(args: argparse.Namespace, device: torch.device) -> dict:
 
 
 def report(result: dict) -> str:
-    m, c = result["model"], result["checks"]
+    """A score as lines for a reader: what was checked, and what could not be."""
+    m, c, d = result["model"], result["checks"], result["data"]
     lines = [
         f"artifact    {result['artifact']['file']}  {result['artifact']['bytes']:,} bytes  "
         f"sha256 {result['artifact']['sha256'][:16]}",
@@ -542,11 +894,33 @@ def report(result: dict) -> str:
         names = ", ".join(m["not_ternary_matrices"][:4])
         lines.append(f"WARNING     {len(m['not_ternary_matrices'])} matrices are not ternary "
                      f"({len(m['unquantized_matrices'])} of them unquantized): {names}")
-    for name, d in result["data"]["shards"].items():
-        lines.append(f"byte audit  {name}: {d['documents']:,} documents, {d['tokens']:,} tokens, {d['bytes']:,} bytes "
-                     "= UTF-8 length of the decoded text")
+    named = result["trained"]["tokenizer_sha256"] is not None
+    lines.append(f"tokenizer   sha256 {d['tokenizer_sha256'][:16]}, "
+                 + ("the one that the artifact names" if named else
+                    "NOT CHECKED: the artifact is older than the naming of tokenizers in it"))
+    lines += [f"tokenizer   {note}" for note in d["tokenizer_notes"]]
+    if not d["manifest"]:
+        lines.append("NOTE        the folder has no manifest.json, so only the text itself says that its shards are of "
+                     "this tokenizer (next lines)")
+    if d["changed_documents"]:
+        lines.append(f"NOTE        the tokenizer changed the text of {d['changed_documents']:,} documents; bytes are "
+                     "those of the decoded text")
+    for name, shard in d["shards"].items():
+        origin = d["origin"][name]
+        lines.append(f"byte audit  {name}: {shard['documents']:,} documents, {shard['tokens']:,} tokens, "
+                     f"{shard['bytes']:,} bytes = UTF-8 length of the decoded text")
+        lines.append(f"origin      {name}: {origin['reproduced']:.2%} of its tokens come again when their text is "
+                     f"encoded, {origin['pieces_used']:,} of {origin['pieces']:,} pieces occur, "
+                     f"{origin['bytes_per_token']:.3f} bytes per token")
+        if origin["reproduced"] < 0.99:
+            lines.append(f"WARNING     {name}: some of it was not made by this tokenizer as it encodes today")
+        if origin["controls"]:
+            lines.append(f"WARNING     {name}: {origin['controls']:,} control tokens stand for no bytes")
     lines.append(f"checks      no look-ahead; softmax sums to one within {c['softmax_error']:.1e}; "
                  + ("context is used" if c["uses_context"] else "WARNING: THE MODEL IGNORES ITS CONTEXT"))
+    if result["chunked"]["val_loss"] > c["unigram_loss"]:
+        lines.append(f"WARNING     the model is worse than the frequencies of the tokens ({c['unigram_loss']:.4f} "
+                     "nats): barely trained, or trained on other tokens")
     for name in ("chunked", "sliding"):
         if s := result[name]:
             at = f"stride {result['stride'] if name == 'sliding' else result['seq_len']}"
@@ -563,44 +937,74 @@ def leave(status: int) -> int:
     taken down, and one that still lets go of a tensor then aborts the process ("terminate called without an active
     exception"), after the work is done.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
+    if os.environ.get("WORLD_SIZE", "").strip() not in ("", "1"):
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError, AttributeError):  # nobody listens any more
+                stream.flush()
         os._exit(status)
     return status
 
 
+def steady_streams() -> None:
+    """Let text out whatever the locale is: a character that it does not have is written as its number."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def unexpected(e: BaseException) -> str:
+    """One line of an error that nobody foresaw, with where it came from; TRACEBACK=1 shows all of it instead."""
+    if os.environ.get("TRACEBACK"):
+        raise e
+    if isinstance(e, MemoryError) or "can't allocate memory" in str(e) or "out of memory" in str(e):
+        return ("out of memory: use a smaller batch (--micro-batch-tokens, --val-batch-size, --eval-batch-seqs; "
+                "--batch-seqs of eval_bpb.py), a smaller model or a larger machine")
+    at = traceback.extract_tb(e.__traceback__)[-1:]
+    place = f" at {Path(at[0].filename).name}:{at[0].lineno}" if at else ""
+    return (f"{type(e).__name__}{place}: {' '.join(str(e).split())[:300]}; nobody expected this: set TRACEBACK=1 "
+            "to see where it happened, and report it")
+
+
 def main(argv: list[str] | None = None) -> int:
+    steady_streams()
     return leave(run(parse_args(argv)))
 
 
 def run(args: argparse.Namespace) -> int:
     """Score, or sample, as the arguments say; the exit status."""
-    world, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    else:
-        keep_freed_memory()
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    rank = dist.get_rank() if world > 1 else 0
+    place = Place()
     try:
+        place = process_place(os.environ)
+        device = torch.device("cuda", place.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        else:
+            keep_freed_memory()
+        if place.world > 1:
+            join_group(place, "nccl" if device.type == "cuda" else "gloo")
         if args.sample is not None:
-            tokenizer = open_data(args.data, args.tokenizer_path, need_train=False).tokenizer
-            model = load_artifact(args.artifact, device)
-            if rank == 0:
-                print(sample(model, open_tokenizer(tokenizer), args.sample, 200))
+            data = open_data(args.data, args.tokenizer_path, need_train=False)
+            tensors, meta = pack.read_artifact(args.artifact)
+            check_identity(meta, data, args.artifact)
+            model = load_tensors(tensors, meta, args.artifact, device)
+            if place.rank == 0:
+                print(sample(model, open_tokenizer(data.tokenizer), args.sample, 200))
             return 0
         result = score_file(args, device)
-        if rank == 0:
+        if place.rank == 0:
             print(report(result), flush=True)
             if args.json:
                 pack.write_atomic(args.json, (json.dumps(result, indent=1, sort_keys=True) + "\n").encode())
         return 0
+    except LaunchError as e:  # every process that meets one says so: it may be the only one
+        print(f"error: {e}", file=sys.stderr)
+        return 2
     except (ValueError, OSError) as e:  # ArtifactError, DataError and AuditError are ValueErrors
-        if rank == 0 or world > 1 and isinstance(e, OSError):  # what rank 0 may not have met itself
+        if place.rank == 0 or place.world > 1 and isinstance(e, OSError):  # what rank 0 may not have met itself
             print(f"error: {e}", file=sys.stderr)
+        return 1
+    except Exception as e:
+        print(f"error: {unexpected(e)}", file=sys.stderr)
         return 1
     finally:
         if dist.is_initialized():

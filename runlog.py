@@ -14,6 +14,7 @@ import sys
 import textwrap
 from dataclasses import asdict
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import torch
@@ -25,44 +26,92 @@ METRICS_SCHEMA = 1
 
 
 class Log:
-    """Rank 0's output: the terminal, log.txt and metrics.jsonl. Other ranks are quiet."""
+    """Rank 0's output: the terminal, log.txt and metrics.jsonl. Other ranks are quiet.
+
+    strict: a file that cannot be written is an OSError. Otherwise what cannot be written is left out, and `failed` says
+    so: a run does not end because its disk is full or its terminal is gone.
+    """
 
     def __init__(self, folder: Path, rank: int, append: bool):
         self.quiet, self.bar_width = rank != 0, 0
+        self.strict, self.failed = True, ""
+        self.files: dict[str, TextIO] = {}
         if not self.quiet:
-            folder.mkdir(parents=True, exist_ok=True)
-            mode = "a" if append else "w"
-            self.text, self.metrics = open(folder / "log.txt", mode), open(folder / "metrics.jsonl", mode)
+            for name in ("log.txt", "metrics.jsonl"):
+                try:
+                    self.files[name] = open(folder / name, "a" if append else "w", encoding="utf-8", errors="replace")
+                except OSError as e:
+                    raise cannot_write(folder / name, e) from None
+
+    def write(self, name: str, text: str) -> None:
+        """A line to a file, at once."""
+        file = self.files.get(name)
+        if file is None:
+            return
+        try:
+            print(text, file=file, flush=True)
+        except OSError as e:
+            del self.files[name]
+            drop(file)
+            error = cannot_write(Path(file.name), e)
+            if self.strict:
+                raise error from None
+            self.failed = self.failed or str(error)
 
     def line(self, text: str, console: bool = True) -> None:
         if self.quiet:
             return
         if console:
             self.clear_bar()
-            print(text, flush=True)
-        print(text, file=self.text, flush=True)
+            self.show(text + "\n")
+        self.write("log.txt", text)
 
     def record(self, kind: str, **values) -> None:
         if not self.quiet:
-            print(json.dumps({"type": kind} | values, sort_keys=True), file=self.metrics, flush=True)
+            self.write("metrics.jsonl", json.dumps({"type": kind} | values, sort_keys=True))
+
+    def show(self, text: str) -> None:
+        """To the terminal, as long as there is one: a pipe may be closed by its reader, a file system be full."""
+        try:
+            print(text, end="", flush=True)
+        except (OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, sys.stdout.fileno())  # what is still in its buffer is not to fail at the end
+            os.close(nowhere)
+
+    def on_terminal(self) -> bool:
+        return sys.stdout is not None and sys.stdout.isatty()
 
     def bar(self, text: str) -> None:
         """A line that the next one overwrites; only on a terminal."""
-        if not self.quiet and sys.stdout.isatty():
+        if not self.quiet and self.on_terminal():
             text = text[: shutil.get_terminal_size().columns - 1]
-            print("\r" + text.ljust(self.bar_width), end="", flush=True)
+            self.show("\r" + text.ljust(self.bar_width))
             self.bar_width = len(text)
 
     def clear_bar(self) -> None:
         if self.bar_width:
-            print("\r" + " " * self.bar_width + "\r", end="")
+            self.show("\r" + " " * self.bar_width + "\r")
             self.bar_width = 0
 
     def close(self) -> None:
-        if not self.quiet:
-            self.clear_bar()
-            self.text.close()
-            self.metrics.close()
+        self.clear_bar()
+        for file in self.files.values():
+            drop(file)
+        self.files = {}
+
+
+def cannot_write(path: Path, e: OSError) -> OSError:
+    return OSError(f"cannot write {path}: {e.strerror or e}; make room or mend its permissions, or choose another "
+                   "--out-dir or --run-id")
+
+
+def drop(file: TextIO) -> None:
+    """Close a file whose last words may not fit."""
+    try:
+        file.close()
+    except OSError:
+        return
 
 
 def clock(seconds: float) -> str:
@@ -115,9 +164,12 @@ def preflight(run, origin: dict[str, str], notices: list[str], sizes: dict[str, 
     for part, (spec, count, size) in sizes.items():
         label = f" ({pack.format_label(spec)}): {count:,}" if spec else ":"
         log.line(f"              {part}{label} in {size:,.0f} bytes")
+    over = counted - c.cap_bytes
+    verdict = f"fits, margin {-over:,}" if over <= 0 else f"OVER by {over:,}"
+    if 0 < over < 0.01 * total:
+        verdict += ", which is less than predictions are off by: the final block has the true bytes"
     log.line(f"bytes       {total:,} predicted for the model, {code:,} of code"
-             f"{'' if c.cap_counts_code else ' (not counted)'}; cap {c.cap_bytes:,}: "
-             f"{'fits, margin' if counted <= c.cap_bytes else 'OVER by'} {abs(c.cap_bytes - counted):,}")
+             f"{'' if c.cap_counts_code else ' (not counted)'}; cap {c.cap_bytes:,}: {verdict}")
     log.line(f"step        {c.train_batch_tokens:,} tokens = {run.world} process(es) x {accum} micro-batch(es) x "
              f"{run.micro_tokens // c.train_seq_len} sequences of {c.train_seq_len}")
     if run.step:
@@ -134,7 +186,7 @@ def step(run, plan, loss: float, tokens: int, zero_frac: float, churn: float, lo
         run.log.line(
             f"step:{run.step}/{c.iterations} train_loss:{loss:.4f} train_time:{1000 * now:.0f}ms "
             f"step_avg:{1000 * now / run.step:.2f}ms tok/s:{rate:.0f} zero_frac:{zero_frac:.4f} "
-            f"churn:{churn:.5f} lr_scale:{plan.lr_scale:.3f} left:{clock(left)}", console=not sys.stdout.isatty())
+            f"churn:{churn:.5f} lr_scale:{plan.lr_scale:.3f} left:{clock(left)}", console=not run.log.on_terminal())
         run.log.record(
             "train", step=run.step, loss=loss, elapsed=now, step_seconds=run.step_seconds, tokens=tokens,
             tokens_seen=run.tokens_seen, zero_frac=None if math.isnan(zero_frac) else zero_frac,

@@ -744,6 +744,10 @@ def check_sources(c: Case) -> Iterator[str]:
         except pack.ArtifactError as e:
             yield f"{names['model.tern']}: {e}"
             continue
+        named = {"tokenizer": run.header["data_sha256"].values(), "data": [run.header["data"][:16]]}
+        for what, allowed in named.items():  # files of before there were such names have none
+            if what in meta and meta[what] not in allowed:
+                yield f"{names['model.tern']}: its {what} is not that of {names['metrics.jsonl']}"
         config = meta.get("config")
         if not isinstance(config, dict) or any(settings.get(key) != value for key, value in config.items()):
             yield f"{names['model.tern']}: its configuration is not that of {names['metrics.jsonl']}"

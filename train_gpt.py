@@ -20,11 +20,14 @@ codes and scales of the last refresh, so the model rebuilt from the file is the 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
 import json
 import math
 import os
+import platform
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -50,18 +53,25 @@ from eval_bpb import (
     AuditError,
     ByteCounter,
     DataError,
+    LaunchError,
+    Place,
     audit_bytes,
+    audit_origin,
     can_compile,
     evaluate,
     folder_identity,
+    join_group,
     keep_freed_memory,
     leave,
     load_artifact,
     open_data,
+    process_place,
     read_shard,
     sha256_file,
     shard_tokens,
+    steady_streams,
     tag_compiler_cache,
+    unexpected,
 )
 from formats import (
     SCALE_DTYPES,
@@ -610,18 +620,22 @@ class GPT(nn.Module):
 
 
 # What a model is rebuilt from, and so what an artifact's configuration holds; the rest of a run is in its log.
-MODEL_SETTINGS = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "mlp_hidden",
-                  "rope_base", "logit_softcap", "train_seq_len")
+MODEL_SETTINGS = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_hidden", "train_seq_len")
+# Likewise, where they are not these values; older files name the first three in any case.
+MODEL_OPTIONS = {"mlp_mult": 3, "rope_base": 10000.0, "logit_softcap": 30.0, "activation_bits": 16, "smear": False}
 
 
-MODEL_OPTIONS = {"activation_bits": 16, "smear": False}  # likewise, where they are not these values
+def artifact_meta(config: Config, data: eval_bpb.DataFolder | None = None) -> dict:
+    """What an artifact says of its model: configuration, sha256 of the tokenizer, identity of the data (16 digits).
 
-
-def artifact_meta(config: Config) -> dict:
+    Without data, as where only the size counts, the names are of nothing.
+    """
     settings = {name: getattr(config, name) for name in MODEL_SETTINGS}
     chosen = {name: getattr(config, name) for name, without in MODEL_OPTIONS.items()
               if getattr(config, name) != without}
-    return {"config": settings | chosen}
+    nothing = hashlib.sha256(b"").hexdigest()
+    tokenizer, identity = (data.tokenizer_sha256, data.identity) if data else (nothing, nothing)
+    return {"config": settings | chosen, "tokenizer": tokenizer, "data": identity[:16]}
 
 
 def model_from_stored(tensors: dict[str, pack.StoredTensor], meta: dict) -> GPT:
@@ -1142,6 +1156,19 @@ FREE_SETTINGS = {"run_id", "out_dir", "resume", "threads", "device", "compile", 
                  "eval_batch_seqs", "val_batch_size", "cap_bytes", "cap_counts_code"}
 
 
+def check_settings(path: Path, theirs, config: Config) -> None:
+    """Raises CheckpointError unless a run that path tells of had these settings, but for those that may differ."""
+    mine, theirs = asdict(config), theirs if isinstance(theirs, dict) else {}
+    theirs = {f.name: f.default for f in fields(Config)} | theirs  # a setting that is new since does nothing there
+    differ = [n for n in mine if n not in FREE_SETTINGS and mine[n] != theirs[n]]
+    if differ:
+        raise CheckpointError(
+            f"{path}: made with other settings: "
+            + ", ".join(f"{n}={theirs[n]} (now {mine[n]})" for n in differ)
+            + "; resume with the same ones or use another --run-id"
+        )
+
+
 def save_checkpoint(path: Path, tensors: dict[str, Tensor], state: dict) -> None:
     """One safetensors file with the JSON state in its metadata, replaced atomically."""
     tensors = {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}
@@ -1172,6 +1199,76 @@ def stored_from_checkpoint(path: str | Path) -> dict[str, pack.StoredTensor]:
         return {n: to_pack(Stored(tensors[f"codes/{n}"], tensors.get(f"scales/{n}")), f) for n, f in formats.items()}
     except (KeyError, TypeError, ValueError, RuntimeError) as e:
         raise CheckpointError(f"{path}: the checkpoint's settings do not fit its tensors: {e!r}") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The run's folder: finished work is never overwritten, and nobody else works in it
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class RunExists(ValueError):
+    """The run's folder holds a run that must not be touched; the message says what to do instead."""
+
+
+def finished_run(folder: Path) -> tuple[dict, dict] | None:
+    """(header, final record) of the finished run whose model the folder holds; None where there is none."""
+    try:
+        records = [json.loads(line) for line in (folder / "metrics.jsonl").read_bytes().splitlines()]
+        header, final = records[0], records[-1]
+        whole = sha256_file(folder / "model.tern") == final["artifact_sha256"]
+        return (header, final) if whole and (header["type"], final["type"]) == ("header", "final") else None
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def look_at_folder(folder: Path, config: Config) -> str | None:
+    """What to say instead of running, where the run is finished and --resume auto asked for it; None: go on.
+
+    Only reads. Raises RunExists if running would overwrite a run, CheckpointError if it is one with other settings.
+    """
+    mend = f"use another --run-id, or move {folder} away"
+    finished = finished_run(folder)
+    if finished:
+        header, final = finished
+        if config.resume == "never":
+            raise RunExists(f"{folder} holds a finished run ({final['step']} steps): {mend}")
+        check_settings(folder / "metrics.jsonl", header.get("settings"), config)
+        sliding, chunked = final["score"]["sliding"], final["score"]["chunked"]
+        return (f"{folder} is finished and left as it is: {final['step']} steps, val_bpb "
+                f"{(sliding or chunked)['val_bpb']:.8f} ({'sliding' if sliding else 'chunked'}), model "
+                f"{final['bytes_model']:,} bytes, sha256 {final['artifact_sha256'][:16]}; for a new run {mend}")
+    checkpoint = folder / "checkpoint.safetensors"
+    if not checkpoint.exists():
+        if held := [name for name in ("model.tern", "score.json") if os.path.lexists(folder / name)]:
+            raise RunExists(f"{folder} holds the {held[0]} of an earlier run: {mend}")
+    elif config.resume == "never":
+        _, state = load_checkpoint(checkpoint)
+        raise RunExists(f"{folder} holds an unfinished run (step {state.get('step')}): continue with --resume auto, or "
+                        + mend)
+    return None
+
+
+def lock_folder(folder: Path):
+    """The open file whose lock keeps other runs out of the folder. Raises RunExists if another process has it.
+
+    The lock goes with the process, however that ends; the file stays.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "a+", encoding="utf-8")
+    except OSError as e:
+        raise RunExists(f"{folder}: cannot be written ({e.strerror}); choose another --out-dir or --run-id") from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise RunExists(f"{folder}: another run is at work in it ({file.read().strip() or 'unknown'}); wait for it, or "
+                        "use another --run-id") from None
+    except OSError:  # a file system without locks
+        return file
+    file.truncate(0)
+    print(f"process {os.getpid()} on {platform.node()}", file=file, flush=True)
+    return file
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1216,6 +1313,8 @@ class Interrupted(Exception):
 
 SILENCE = timedelta(seconds=45)  # after which a rank that does not answer is lost
 
+ORIGIN_TOKENS = 200_000  # of each training shard without a manifest, that are asked whose they are
+
 # A Trainer's, kept in its checkpoints.
 RUN_STATE = ("step", "elapsed", "step_seconds", "tokens_seen", "finished", "quantized")
 
@@ -1223,13 +1322,14 @@ RUN_STATE = ("step", "elapsed", "step_seconds", "tokens_seen", "finished", "quan
 class Trainer:
     """One run on one rank: set up, warm up, train, pack, score."""
 
-    def __init__(self, preset: str, config: Config, rank: int, world: int, local_rank: int):
-        self.preset, self.config, self.rank, self.world = preset, config, rank, world
+    def __init__(self, preset: str, config: Config, place: Place):
+        self.preset, self.config, self.place = preset, config, place
+        self.rank, self.world = place.rank, place.world
         cuda = torch.cuda.is_available() if config.device == "auto" else config.device == "cuda"
         if cuda and not torch.cuda.is_available():
             raise ConfigError("device='cuda': this machine has no CUDA device; use --device cpu")
-        self.device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-        self.ranks = Ranks(rank, world)
+        self.device = torch.device("cuda", place.local_rank) if cuda else torch.device("cpu")
+        self.ranks = Ranks(place.rank, place.world)
         self.seconds: dict[str, float] = {}  # phase -> seconds
         self.signal, self.signalled = 0, 0.0  # number of the last signal, and when it came
         self.log: runlog.Log | None = None
@@ -1240,6 +1340,9 @@ class Trainer:
         self.sources = {p.name: p.read_bytes() for p in pack.code_files()}
         self.source_sha256 = {name: hashlib.sha256(code).hexdigest() for name, code in self.sources.items()}
         self.source_changed = False  # since the checkpoint that this run resumes
+        self.lock = None
+        self.notices: list[str] = []
+        self.unsaved = ""  # why the last checkpoint could not be written; empty if it was
 
     # -- set up ---------------------------------------------------------------------------------------------------
 
@@ -1248,13 +1351,6 @@ class Trainer:
         began, c = time.perf_counter(), self.config
         self.micro_tokens = micro_batch_tokens(c, self.world)
         self.checkpoint_path = self.folder / "checkpoint.safetensors"
-        loaded = load_checkpoint(self.checkpoint_path) if self.checkpoint_path.exists() else None
-        if loaded and c.resume == "never" and not loaded[1].get("finished"):
-            raise CheckpointError(
-                f"{self.folder} holds an unfinished run (step {loaded[1].get('step')}): continue with --resume auto, "
-                "or start anew under another --run-id, or delete the folder"
-            )
-        loaded = loaded if c.resume == "auto" else None
         self.data = open_data(c.data_path, c.tokenizer_path)
         self.counter = ByteCounter(self.data.tokenizer)
         if self.counter.vocab_size != c.vocab_size:
@@ -1262,7 +1358,14 @@ class Trainer:
                               f"{self.counter.vocab_size}")
         val = {p.name: read_shard(p) for p in self.data.val}
         if self.rank == 0:
-            audit_bytes(val, self.counter)  # before anything is scored, and again in the scoring process
+            self.audit(val)
+            self.lock = lock_folder(self.folder)
+            look_at_folder(self.folder, c)  # again: another run may have come and gone meanwhile
+            for left in self.folder.glob(".*.tmp"):  # of writes that were killed
+                left.unlink()
+        loaded = None
+        if c.resume == "auto" and self.checkpoint_path.exists():
+            loaded = load_checkpoint(self.checkpoint_path)
         self.val_tokens = np.concatenate(list(val.values()))
         self.loader = TokenLoader(self.data.train, c.vocab_size)
         torch.manual_seed(c.seed)
@@ -1273,7 +1376,10 @@ class Trainer:
             self.ranks.group = self.ranks.call(dist.new_group, timeout=SILENCE)
         self.latents = Latents(self.model, c, self.ranks)
         if c.init_from and not loaded:
-            start, _ = load_checkpoint(c.init_from)
+            start, state = load_checkpoint(c.init_from)
+            if state.get("tokenizer") not in (None, self.data.tokenizer_sha256):
+                raise CheckpointError(f"init_from={c.init_from}: was trained with another tokenizer than "
+                                      f"{self.data.tokenizer}, so its embedding means other text; use data of its own")
             try:
                 self.latents.load({n.removeprefix("latent/"): x for n, x in start.items() if n.startswith("latent/")})
             except ValueError as e:
@@ -1291,14 +1397,35 @@ class Trainer:
             if int(steps.sum()):
                 raise CheckpointError(f"{self.checkpoint_path}: the ranks do not see the same checkpoint; share the "
                                       "folder between the machines")
-        if self.rank == 0 and not loaded:  # what an earlier run left under this name must not look like this one's
-            for name in ("checkpoint.safetensors", "model.tern", "score.json"):
-                (self.folder / name).unlink(missing_ok=True)
         self.seconds["load"] = time.perf_counter() - began
 
+    def audit(self, val: dict[str, np.ndarray]) -> None:
+        """Whether the shards are of this tokenizer, before anything is trained; the scoring process asks again.
+
+        val: name -> tokens. Raises AuditError.
+        """
+        audit_bytes(val, self.counter)
+        for name, tokens in val.items():
+            audit_origin(tokens, self.counter, self.data.path / name)
+        self.notices += eval_bpb.check_tokenizer(self.counter.tokenizer, self.data.tokenizer)
+        if self.data.manifest:
+            return
+        self.notices.append(f"{self.data.path} has no manifest.json: only their text says that its shards are of this "
+                            "tokenizer")
+        known = np.zeros(self.counter.vocab_size, dtype=bool)
+        for path in self.data.train:
+            tokens = read_shard(path, ORIGIN_TOKENS)
+            audit_origin(tokens, self.counter, path)
+            known[tokens] = True
+        unseen = float(np.mean(~known[np.concatenate(list(val.values()))]))
+        if unseen > 0.01:
+            self.notices.append(f"{unseen:.1%} of the validation tokens are pieces that do not occur in the first "
+                                f"{ORIGIN_TOKENS:,} tokens of any training shard: is it the same kind of text?")
+
     def preflight(self, origin: dict[str, str], notices: list[str]) -> None:
-        runlog.preflight(self, origin, notices, predicted_bytes(self.config))
+        runlog.preflight(self, origin, [*notices, *self.notices], predicted_bytes(self.config))
         self.phase("load")
+        self.log.strict = False  # from here on training is worth more than its log
 
     def phase(self, name: str, note: str = "") -> None:
         self.log.line(f"[{name}] {self.seconds[name]:.1f} s{note}")
@@ -1323,22 +1450,19 @@ class Trainer:
                 rng["rng/cuda"] = torch.cuda.get_rng_state(self.device)
             state = {name: getattr(self, name) for name in RUN_STATE} | {
                 "schema": runlog.METRICS_SCHEMA, "position": self.loader.position, "config": asdict(self.config),
-                "data": self.data.identity, "source": folder_identity(self.source_sha256),
+                "data": self.data.identity, "tokenizer": self.data.tokenizer_sha256,
+                "source": folder_identity(self.source_sha256),
             }
-            save_checkpoint(self.checkpoint_path, tensors | rng, state)
+            try:
+                save_checkpoint(self.checkpoint_path, tensors | rng, state)
+                self.unsaved = ""
+            except pack.ArtifactError as e:  # a full disk, which may have room again by the next one
+                self.unsaved = str(e)
+                self.log.line(f"notice      step {self.step}: {e}; training goes on, the last good checkpoint is kept")
         self.ranks.call(dist.barrier)  # among all, who wait long enough for a slow disk; and nobody leaves before it
 
     def restore(self, tensors: dict[str, Tensor], state: dict) -> None:
-        mine, theirs = asdict(self.config), state.get("config")
-        theirs = theirs if isinstance(theirs, dict) else {}
-        theirs = {f.name: f.default for f in fields(Config)} | theirs  # a setting that is new since does nothing there
-        differ = [n for n in mine if n not in FREE_SETTINGS and mine[n] != theirs[n]]
-        if differ:
-            raise CheckpointError(
-                f"{self.checkpoint_path}: made with other settings: "
-                + ", ".join(f"{n}={theirs[n]} (now {mine[n]})" for n in differ)
-                + "; resume with the same ones or use another --run-id"
-            )
+        check_settings(self.checkpoint_path, state.get("config"), self.config)
         if state.get("data") != self.data.identity:
             raise CheckpointError(f"{self.checkpoint_path}: made from other data than {self.config.data_path}")
         self.source_changed = state.get("source") != folder_identity(self.source_sha256)
@@ -1379,9 +1503,14 @@ class Trainer:
             tag_compiler_cache()
             self.compiled = torch.compile(self.model, dynamic=False, fullgraph=True)
         for seq_len in sequence_lengths(c):
-            for _ in range(c.warmup_steps):
+            passes = c.warmup_steps if self.compiled is self.model else max(c.warmup_steps, 1)
+            for _ in range(passes):
                 start = time.perf_counter()
-                self.forward_backward(seq_len, 1)
+                try:
+                    self.forward_backward(seq_len, 1)
+                except Exception as e:  # compilers, headers, caches and libraries each fail in their own way
+                    self.without_compiler(e)
+                    self.forward_backward(seq_len, 1)
                 self.latents.flat_grad.zero_()
                 self.synchronize()
                 last = time.perf_counter() - start
@@ -1397,6 +1526,21 @@ class Trainer:
             full = last * c.train_batch_tokens / (self.world * self.micro_tokens)
             expect = f"about {min(c.max_wallclock_seconds / full, c.iterations or math.inf):,.0f}"
         self.phase("compile", f", {expect} steps expected")
+
+    def without_compiler(self, e: Exception) -> None:
+        """Go on with the eager model where compiling it failed on a CPU. Raises e if it was not that."""
+        if self.compiled is self.model or isinstance(e, RankLost | torch.OutOfMemoryError | MemoryError):
+            raise e
+        why = (" ".join(str(e).split()) or repr(e))[:200]
+        if self.device.type == "cuda":  # ten minutes of a GPU are not worth an uncompiled run
+            raise TrainingError(f"torch.compile failed ({why}); mend that, or train uncompiled with --compile 0") from e
+        self.log.line(f"notice      torch.compile failed ({why}), so it is off; training will be slower (--compile 0 "
+                      "leaves it out)")
+        self.compiled = self.model
+        for bank in self.latents.banks:
+            for p in bank.params:
+                p.grad = None
+        self.latents.flat_grad.zero_()
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -1427,6 +1571,8 @@ class Trainer:
                 break
             if signum:
                 self.save()
+                if self.unsaved:
+                    raise TrainingError(f"stopped by signal {signum} after step {self.step}, and {self.unsaved}")
                 raise Interrupted(signum, f"stopped by signal {signum} after step {self.step}, checkpoint in "
                                   f"{self.checkpoint_path}: the same command with --resume auto continues")
             plan = schedule(c, self.step, progress)
@@ -1558,19 +1704,22 @@ class Trainer:
 
     # -- pack and score -------------------------------------------------------------------------------------------
 
-    def finish(self) -> bool:
-        """Score in memory, pack, score the file in a fresh process, print the final block. True if all holds."""
+    def finish(self) -> None:
+        """Score in memory, pack, score the file in a fresh process, print the final block.
+
+        Raises AuditError if the file is not the model, TrainingError if something beside it could not be written.
+        """
         c, artifact = self.config, self.folder / "model.tern"
         began = time.perf_counter()
         memory = self.validate(c.eval_batch_seqs)
         if dist.is_initialized():  # the others have nothing left to do; the scoring processes form their own group
             dist.destroy_process_group()
         if self.rank:
-            return True
+            return
         memory_seconds = time.perf_counter() - began
 
         began = time.perf_counter()
-        pack.write_artifact(artifact, self.latents.pack(self.order), artifact_meta(c))
+        pack.write_artifact(artifact, self.latents.pack(self.order), artifact_meta(c, self.data))
         self.seconds["pack"] = time.perf_counter() - began
         size = pack.budget(artifact, pack.code_files(), c.cap_bytes, c.cap_counts_code)
         runlog.size(self, size)
@@ -1583,7 +1732,10 @@ class Trainer:
         self.phase("score")
         gap = scored["chunked"]["val_bpb"] - memory.val_bpb
         runlog.result(self, memory, scored, gap, same, size, artifact)
-        return same and gap == 0.0
+        if not same or gap != 0.0:
+            raise AuditError("the file does not hold the model that was trained")
+        for fault in filter(None, (self.unsaved, self.log.failed)):
+            raise TrainingError(f"{fault}; {artifact} and its score are there and whole")
 
     @torch.inference_mode()
     def same_logits(self, artifact: Path) -> bool:
@@ -1596,49 +1748,50 @@ class Trainer:
 
     def score_in_fresh_process(self, artifact: Path) -> dict:
         """Run eval_bpb on the file, on as many processes as trained it here, and return its JSON."""
-        c, out = self.config, self.folder / "score.json"
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        c, out = self.config, self.folder / ".score.json.tmp"
+        local = self.place.local_world
         launch = [sys.executable] if local == 1 else [
             sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={local}"]
         command = [*launch, *eval_bpb.command(), str(artifact), "--data", c.data_path, "--stride", str(c.eval_stride),
-                   "--batch-seqs", str(c.eval_batch_seqs), "--json", str(out)]
+                   "--batch-seqs", str(c.eval_batch_seqs)]
         command += ["--tokenizer-path", c.tokenizer_path] if c.tokenizer_path else []
         hidden = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK"}
         env = {k: v for k, v in os.environ.items() if k not in hidden and not k.startswith("TORCHELASTIC_")}
         env["OMP_NUM_THREADS"] = str(torch.get_num_threads())
         env |= {} if self.device.type == "cuda" else {"CUDA_VISIBLE_DEVICES": ""}
         out.unlink(missing_ok=True)
-        done = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        done = subprocess.run([*command, "--json", str(out)], env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, encoding="utf-8", errors="replace")
         for line in done.stdout.rstrip().splitlines():
             self.log.line(f"| {line}")
         if done.returncode or not out.exists():
-            raise AuditError(f"scoring failed (status {done.returncode}); see above, or run: {' '.join(command)}")
-        scored = json.loads(out.read_text())
+            raise AuditError(f"scoring failed (status {done.returncode}); see above, or run: {shlex.join(command)}")
+        scored = json.loads(out.read_text(encoding="utf-8"))
         shards = {name: sha for name, sha in self.data.hashes.items() if name in scored["data"]["sha256"]}
         if scored["artifact"]["sha256"] != sha256_file(artifact) or scored["data"]["sha256"] != shards:
             raise AuditError(f"{out}: the scored artifact or data are not those of this run; do not change files while "
                              "it scores")
+        out.replace(self.folder / "score.json")
         return scored
 
 
 def main(argv: list[str] | None = None) -> int:
+    steady_streams()
     return leave(run(sys.argv[1:] if argv is None else argv))
 
 
 def run(argv: list[str]) -> int:
     """Train, pack and score as the settings say; the exit status."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    trainer, place = None, Place()
 
-    trainer = None
-
-    def fail(e: Exception, status: int) -> int:
+    def fail(e: object, status: int) -> int:
         """One message: rank 0's; another rank's only if it is not the same for all, which the settings are."""
         if trainer is not None and trainer.log is not None:
+            trainer.log.strict = False
             trainer.log.clear_bar()
             trainer.log.line(f"error: {e}", console=False)
-        if rank == 0 or status != 2 and not isinstance(e, TrainingError):  # which all ranks raise together
-            print(f"error: {f'rank {rank}: ' if rank else ''}{e}", file=sys.stderr, flush=True)
+        if place.rank == 0 or status != 2 and not isinstance(e, TrainingError | RunExists):  # which all ranks raise
+            print(f"error: {f'rank {place.rank}: ' if place.rank else ''}{e}", file=sys.stderr, flush=True)
         return status
 
     try:
@@ -1650,19 +1803,25 @@ def run(argv: list[str]) -> int:
 
             print(plan.report(preset, config))
             return 0
-        torch.set_num_threads(config.threads or max(1, runlog.cores() // local_world))
-        trainer = Trainer(preset, config, rank, world, local_rank)
+        place = process_place(os.environ)
+        torch.set_num_threads(config.threads or max(1, runlog.cores() // place.local_world))
+        trainer = Trainer(preset, config, place)
+        if said := look_at_folder(trainer.folder, config):
+            if place.rank == 0:
+                print(said)
+            return 0
         if trainer.device.type == "cuda":
-            if local_rank >= torch.cuda.device_count():
-                raise ConfigError(f"nproc_per_node={local_world}: this machine has {torch.cuda.device_count()} GPU(s)")
+            if place.local_rank >= torch.cuda.device_count():
+                raise ConfigError(f"nproc_per_node={place.local_world}: this machine has {torch.cuda.device_count()} "
+                                  "GPU(s)")
             torch.cuda.set_device(trainer.device)
         else:
             keep_freed_memory()
             # The same seed must give the same bytes; on a CPU this costs nothing.
             torch.use_deterministic_algorithms(True)
             torch.utils.deterministic.fill_uninitialized_memory = False
-        if world > 1:
-            dist.init_process_group("nccl" if trainer.device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+        if place.world > 1:
+            join_group(place, "nccl" if trainer.device.type == "cuda" else "gloo")
 
         def on_signal(signum: int, _frame) -> None:
             if trainer.signal and time.monotonic() - trainer.signalled > 2:  # launchers repeat a signal within moments
@@ -1670,23 +1829,35 @@ def run(argv: list[str]) -> int:
                 os.kill(os.getpid(), signum)
             trainer.signal, trainer.signalled = signum, time.monotonic()
 
-        previous = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        stopping = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nohup ignores it; else a closed terminal ends the run
+            stopping.append(signal.SIGHUP)
+        previous = {s: signal.signal(s, on_signal) for s in stopping}
         trainer.set_up()
         trainer.preflight(origin, notices)
         trainer.warm_up()
         trainer.train()
         for signum, handler in previous.items():
             signal.signal(signum, handler)
-        return 0 if trainer.finish() else fail(AuditError("the file does not hold the model that was trained"), 1)
+        trainer.finish()
+        return 0
     except Interrupted as e:
         trainer.log.line(str(e))
         return 128 + e.signum
+    except LaunchError as e:
+        print(f"error: {e}", file=sys.stderr, flush=True)  # every process that meets one: it may be the only one
+        return 2
     except ConfigError as e:
         return fail(e, 2)
     except RankLost as e:
         return trainer.lost(e)
-    except (DataError, AuditError, CheckpointError, TrainingError, pack.ArtifactError, OSError) as e:
+    except (DataError, AuditError, CheckpointError, TrainingError, RunExists, pack.ArtifactError, OSError) as e:
         return fail(e, 1)
+    except KeyboardInterrupt:
+        kept = trainer is not None and (trainer.folder / "checkpoint.safetensors").exists()
+        return fail(f"stopped; {'--resume auto goes on from the checkpoint' if kept else 'nothing was trained'}", 130)
+    except Exception as e:
+        return fail(unexpected(e), 1)
     finally:
         if trainer is not None and trainer.log is not None:
             trainer.log.close()

@@ -13,7 +13,7 @@ import torch
 import pack
 import train_gpt
 from conftest import metrics, run, start, tiny_args
-from eval_bpb import load_artifact, read_shard
+from eval_bpb import Place, load_artifact, read_shard
 
 
 def wait_for_step(folder, step: int, process) -> None:
@@ -120,7 +120,7 @@ def test_a_signal_finishes_the_step_and_saves(tiny_run, data_dir, tmp_path, sign
 def tiny_trainer(data_dir, tmp_path, *more):
     """A trainer in this process, set up and ready to train."""
     preset, config, origin, notices = train_gpt.resolve_settings(tiny_args(data_dir, tmp_path, *more), {})
-    trainer = train_gpt.Trainer(preset, config, rank=0, world=1, local_rank=0)
+    trainer = train_gpt.Trainer(preset, config, Place())
     trainer.set_up()
     trainer.preflight(origin, notices)
     return trainer
@@ -197,7 +197,8 @@ def test_logits_are_bit_identical_compiled_and_eager(data_dir, tmp_path):
                            0)
     trainer.warm_up()
     trainer.train()
-    assert trainer.finish() and trainer.compiled is not trainer.model
+    trainer.finish()
+    assert trainer.compiled is not trainer.model
     trainer.log.close()
     loaded = load_artifact(trainer.folder / "model.tern")
     ids = torch.from_numpy(read_shard(next(data_dir.glob("*_val_*.bin")))[:512].astype("int64")).view(8, 64)
