@@ -139,6 +139,8 @@ def open_data(path: str | Path, tokenizer_path: str | Path = "", need_train: boo
     for split, shards in (("train", train), ("val", val)):
         if not shards and (need_train or split == "val"):
             raise DataError(f"{path}: no *_{split}_*.bin shard; prepare the folder with: python data/prepare.py")
+    if odd := [p for p in (*train, *val) if not p.is_file()]:
+        raise DataError(f"{odd[0]}: not a file; remove it, or put the shard itself there")
     tokenizer = Path(tokenizer_path) if tokenizer_path else path / "tokenizer.model"
     models = sorted(path.glob("*.model"))
     if not tokenizer_path and not tokenizer.is_file() and len(models) == 1:
@@ -992,9 +994,9 @@ def run(args: argparse.Namespace) -> int:
             return 0
         result = score_file(args, device)
         if place.rank == 0:
-            print(report(result), flush=True)
-            if args.json:
+            if args.json:  # first: a terminal may be gone
                 pack.write_atomic(args.json, (json.dumps(result, indent=1, sort_keys=True) + "\n").encode())
+            print(report(result), flush=True)
         return 0
     except LaunchError as e:  # every process that meets one says so: it may be the only one
         print(f"error: {e}", file=sys.stderr)

@@ -1180,6 +1180,8 @@ def load_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     path = Path(path)
     path = path / "checkpoint.safetensors" if path.is_dir() else path
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError("not a file")
         with safetensors.safe_open(path, framework="pt") as f:
             state = json.loads((f.metadata() or {})["state"])
             if not isinstance(state, dict):
@@ -1212,10 +1214,13 @@ class RunExists(ValueError):
 
 def finished_run(folder: Path) -> tuple[dict, dict] | None:
     """(header, final record) of the finished run whose model the folder holds; None where there is none."""
+    metrics, model = folder / "metrics.jsonl", folder / "model.tern"
+    if not (metrics.is_file() and model.is_file()):  # a link to a device has no end
+        return None
     try:
-        records = [json.loads(line) for line in (folder / "metrics.jsonl").read_bytes().splitlines()]
+        records = [json.loads(line) for line in metrics.read_bytes().splitlines()]
         header, final = records[0], records[-1]
-        whole = sha256_file(folder / "model.tern") == final["artifact_sha256"]
+        whole = sha256_file(model) == final["artifact_sha256"]
         return (header, final) if whole and (header["type"], final["type"]) == ("header", "final") else None
     except (OSError, ValueError, LookupError, TypeError):
         return None
