@@ -10,22 +10,36 @@ bytes; a folder that is complete and unchanged is left alone. data/README.md sta
 """
 
 import argparse
+import bz2
+import codecs
+import contextlib
+import ctypes
+import errno
+import fcntl
 import gzip
 import hashlib
 import html
 import importlib.metadata
 import io
+import itertools
 import json
+import lzma
 import os
 import platform
 import re
+import shlex
 import shutil
+import signal
 import sys
+import threading
+import time
+import unicodedata
 import zlib
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import sentencepiece
@@ -50,11 +64,21 @@ FORMAT = 1
 BOS = 1
 DOCUMENT_BYTES = 4_096  # packages: close a document at the first boundary past this size
 SPLIT_BYTES = 65_536  # text: cut longer documents at a blank line past this size
+LINE_BYTES = 2 * SPLIT_BYTES  # text: cut longer lines
+TEXT_RULES = 2  # counts the changes of how text files become documents, so that folders of an older rule are rebuilt
+PIECE_BYTES = 1_024  # the smallest pieces that documents are cut into where too few are left for a split
 SHINGLE_WORDS = 8
 NEAR_DUPLICATE_SHARE = 0.1
 RUN_WORDS = 32
+SHINGLE_CHARACTERS = 48
+RUN_CHARACTERS = 192
 TOKENIZER_SAMPLE_BYTES = 10_000_000
+TRAINER_RUN = 65_535  # characters without white space that the tokenizer's trainer can count in 16 bits
 BATCH_DOCUMENTS = 512
+BATCH_BYTES = 4_000_000
+BLOCK_BYTES = 1 << 18
+PACKAGED_BYTES = 84_000_000  # of disk that the packaged corpus needs while it is built
+PROGRESS_SECONDS = 8
 
 # Pinned by content, not by version alone: the same corpus everywhere, or an error that says so.
 PACKAGES = {
@@ -243,34 +267,268 @@ def bounded(documents: Iterable[str], max_bytes: int) -> Iterator[str]:
             return
 
 
+# ---------------------------------------------------------------- what the user sees while it runs
+
+
+def say(text: str) -> None:
+    """One line on stdout. A reader that has gone away (`| head -1`) or a full disk there must not cost the work."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    try:
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    except OSError:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+
+
+class Progress:
+    """At most one line in PROGRESS_SECONDS on stderr: a long run is seen to live, a short one is silent."""
+
+    def __init__(self) -> None:
+        self.last = time.monotonic()
+
+    def show(self, phase: str, done: int, total: int = 0, size: int = 0) -> None:
+        """Say how many documents of how many, and their bytes, if the last line is long enough ago."""
+        now = time.monotonic()
+        if now - self.last < PROGRESS_SECONDS:
+            return
+        self.last = now
+        of = f" of {total:,}" if total else ""
+        with contextlib.suppress(OSError):
+            print(f"{phase}: {done:,}{of} documents" + (f", {size / 1e6:,.0f} MB" if size else ""),
+                  file=sys.stderr, flush=True)
+
+
 # ---------------------------------------------------------------- text files
 
+UNPACK = {".zst": "zstd -dc", ".gz": "gzip -dc", ".bz2": "bzip2 -dc", ".xz": "xz -dc"}
+WINDOW_LIMIT = 1 << 31  # bytes; the largest window that zstd can be told to accept (--long=31)
 
-def byte_lines(path: Path) -> Iterator[bytes]:
-    """Lines of a plain or zstd file, with their line ends, one block in memory at a time."""
-    with path.open("rb") as file:
-        if path.suffix != ".zst":
-            yield from file
-            return
+
+def text_kind(path: Path) -> str:
+    """.txt or .jsonl, whatever the case of the name and the compression. Raises DataError for another file."""
+    inner = path.with_suffix("") if path.suffix.lower() in UNPACK else path
+    kind = inner.suffix.lower()
+    if kind not in (".txt", ".jsonl"):
+        raise DataError(f"{path}: not a .txt or .jsonl file (either also as {', '.join(UNPACK)}); rename or convert it")
+    return kind
+
+
+def unpacker(path: Path) -> Callable:
+    """A function that makes a decoder for one frame, member or stream of a compressed file."""
+    suffix = path.suffix.lower()
+    if suffix == ".gz":
+        return lambda: zlib.decompressobj(wbits=31)
+    if suffix == ".bz2":
+        return bz2.BZ2Decompressor
+    if suffix == ".xz":
+        return lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ)
+    import zstandard
+
+    return zstandard.ZstdDecompressor(max_window_size=WINDOW_LIMIT).decompressobj
+
+
+def unpack_fault(path: Path, start: bytes, error: Exception) -> str:
+    """Why a compressed file cannot be read, from the first bytes of the frame and what its decoder says."""
+    reason = str(error) or type(error).__name__
+    if path.suffix.lower() == ".zst":
         import zstandard
 
-        # Not ZstdDecompressor.stream_reader: it takes a truncated file for its end.
-        tail, decoder = b"", None
-        while chunk := file.read(1 << 20):
-            while chunk:
-                decoder = decoder or zstandard.ZstdDecompressor().decompressobj()
-                try:
-                    text = tail + decoder.decompress(chunk)
-                except zstandard.ZstdError as error:
-                    raise DataError(f"{path}: damaged zstd data ({error})") from None
-                *lines, tail = text.split(b"\n")
-                yield from (line + b"\n" for line in lines)
-                chunk = decoder.unused_data
-                decoder = None if decoder.eof else decoder
-        if decoder is not None:
-            raise DataError(f"{path}: the zstd data ends before its last frame does; fetch the file again")
-        if tail:
-            yield tail
+        with contextlib.suppress(zstandard.ZstdError):
+            frame = zstandard.get_frame_parameters(start)
+            megabytes = frame.window_size / 2**20
+            if frame.dict_id:
+                return (f"{path}: needs the zstd dictionary with id {frame.dict_id}; unpack it first: "
+                        f"zstd -d -D DICTIONARY {shlex.quote(str(path))}")
+            if frame.window_size > WINDOW_LIMIT:
+                return (f"{path}: needs a zstd window of {megabytes:,.0f} MiB, more than the "
+                        f"{WINDOW_LIMIT >> 20:,} MiB that can be read; pack it again with zstd --long=31 or less")
+            if "memory" in reason or isinstance(error, MemoryError):
+                return f"{path}: needs {megabytes:,.0f} MiB of memory for its zstd window, which this machine denies"
+    if isinstance(error, MemoryError):
+        return f"{path}: unpacking needs more memory than this machine gives"
+    return f"{path}: damaged {path.suffix.lower()[1:].replace('zst', 'zstd')} data ({reason}); fetch the file again"
+
+
+def unpacked(path: Path, file: io.BufferedReader) -> Iterator[bytes]:
+    """The bytes in a compressed file. Raises DataError where it is damaged or ends too early."""
+    errors = (ValueError, OSError, EOFError, MemoryError, zlib.error, lzma.LZMAError)
+    if path.suffix.lower() == ".zst":
+        import zstandard
+
+        errors += (zstandard.ZstdError,)
+    make, decoder, start = unpacker(path), None, b""
+    padded = path.suffix.lower() in (".gz", ".xz")  # zeros may follow a member: tapes, xz padding
+    while chunk := file.read(512):  # small, because a few bytes can stand for a hundred thousand times as many
+        while chunk:
+            if decoder is None:
+                if padded and start and not (chunk := chunk.lstrip(b"\0")):
+                    break
+                decoder, start = make(), b""
+            start += chunk[: 18 - len(start)]  # the longest header of a zstd frame
+            try:
+                text = decoder.decompress(chunk)
+            except errors as error:
+                raise DataError(unpack_fault(path, start, error)) from None
+            if text:
+                yield text
+            chunk, decoder = (decoder.unused_data, None) if decoder.eof else (b"", decoder)
+    if decoder is not None or not start:
+        kind = path.suffix.lower()[1:].replace("zst", "zstd")
+        raise DataError(f"{path}: the {kind} data ends before its last frame does; fetch the file again")
+
+
+def byte_blocks(path: Path) -> Iterator[bytes]:
+    """The bytes of a plain or compressed file in blocks of about BLOCK_BYTES."""
+    try:
+        with path.open("rb") as file:
+            if path.suffix.lower() not in UNPACK:
+                while block := file.read(BLOCK_BYTES):
+                    yield block
+                return
+            held, size = [], 0
+            for part in unpacked(path, file):
+                held.append(part)
+                size += len(part)
+                if size >= BLOCK_BYTES:
+                    yield b"".join(held)
+                    held, size = [], 0
+            yield b"".join(held)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error}); check the file and its disk") from None
+
+
+def wide_encoding(head: bytes) -> str:
+    """UTF-16 or UTF-32 by its mark or by where its zeros stand; empty for other text."""
+    for mark, name in ((codecs.BOM_UTF32_LE, "UTF-32"), (codecs.BOM_UTF32_BE, "UTF-32"),
+                       (codecs.BOM_UTF16_LE, "UTF-16"), (codecs.BOM_UTF16_BE, "UTF-16")):
+        if head.startswith(mark):
+            return name
+    quarter = len(head) // 4
+    if not quarter:
+        return ""
+    zeros = [head[place : 4 * quarter : 4].count(0) / quarter for place in range(4)]
+    for name, full in (("UTF-32LE", (2, 3)), ("UTF-32BE", (0, 1)), ("UTF-16LE", (1, 3)), ("UTF-16BE", (0, 2))):
+        other = {"UTF-32LE": (0,), "UTF-32BE": (3,), "UTF-16LE": (0, 2), "UTF-16BE": (1, 3)}[name]
+        if all(zeros[place] > 0.4 for place in full) and all(zeros[place] < 0.1 for place in other):
+            return name
+    return ""
+
+
+def encoding_fault(path: Path, line: int, encoding: str, data: bytes = b"", error: UnicodeDecodeError | None = None
+                   ) -> DataError:
+    """The error for text that is not UTF-8: what it probably is, and the command that converts it.
+
+    data holds the bytes around error.start; encoding is known for UTF-16 and UTF-32 and else found from them.
+    """
+    kind, quoted = text_kind(path), shlex.quote(str(path))
+    reason = f"byte {error.start}: {error.reason}" if error else "by its first bytes"
+    flags, near = f"-f {encoding}", data[error.start : error.start + 4_096] if error else b""
+    high = sum(byte >= 0x80 for byte in near) / max(1, len(near))
+    guess = encoding
+    if not encoding:
+        before = data[max(0, error.start - 65_536) : error.start]
+        if error.reason == "unexpected end of data" and error.end == len(data):
+            guess, flags = "UTF-8 that ends inside a character, so perhaps cut short", "-c -f UTF-8"
+        elif any(byte >= 0x80 for byte in before):
+            guess, flags = "UTF-8 with damaged bytes, which this leaves out", "-c -f UTF-8"
+        elif high > 0.3 and len(near) >= 32:
+            guess, flags = "GB18030, SHIFT_JIS, EUC-KR, WINDOWS-1251 or the like", "-f NAME"
+        else:
+            guess = "WINDOWS-1252" if any(0x80 <= byte < 0xA0 for byte in near) else "ISO-8859-1 (Latin-1)"
+            flags = f"-f {guess.split()[0]}"
+    command = f"iconv {flags} -t UTF-8 {quoted}"
+    if path.suffix.lower() in UNPACK:
+        command = f"{UNPACK[path.suffix.lower()]} {quoted} | iconv {flags} -t UTF-8"
+    return DataError(f"{path}:{line}: not UTF-8 ({reason}), probably {guess}; convert it: {command} > utf8{kind}")
+
+
+def utf8_blocks(path: Path) -> Iterator[bytes]:
+    """Blocks of a file that is not in UTF-16 or UTF-32, without the mark that may stand before UTF-8."""
+    first = True
+    for block in byte_blocks(path):
+        if first and block:
+            first = False
+            if encoding := wide_encoding(block[:4_096]):
+                raise encoding_fault(path, 1, encoding)
+            block = block.removeprefix(codecs.BOM_UTF8)
+        yield block
+
+
+def line_ends(data: bytes) -> int:
+    """How many line ends: \\n, \\r\\n and a lone \\r."""
+    return data.count(b"\n") + data.count(b"\r") - data.count(b"\r\n")
+
+
+def decoded_blocks(path: Path) -> Iterator[str]:
+    """The text of a file in blocks. Raises DataError that names the line where it is not UTF-8."""
+    held, line = b"", 1
+    for block in itertools.chain(utf8_blocks(path), [None]):
+        data = held + (block or b"")
+        # A character or a \r\n may be cut by the end of the block; what is cut waits for the next one.
+        ends = len(data) - 1 if block is not None and data.endswith(b"\r") else len(data)
+        try:
+            text, used = codecs.utf_8_decode(data[:ends], "strict", block is None)
+        except UnicodeDecodeError as error:
+            number = line + line_ends(data[: error.start])
+            raise encoding_fault(path, number, "", data, error) from None
+        line, held = line + line_ends(data[:used]), data[used:]
+        yield text
+
+
+LINE_END = re.compile(r"\r\n|\n|\r(?!\Z)")  # a \r at the end of a block may be half of a \r\n
+
+
+def joined(text: str, place: int) -> bool:
+    """Whether the character at place belongs to the one before it: a combining mark, a joiner and what it joins."""
+    return unicodedata.category(text[place]).startswith("M") or "\u200d" in text[place - 1 : place + 1]
+
+
+def cut_place(text: str, limit: int, back: int) -> int:
+    """Where to cut so that at most `limit` bytes stand before: in the last `back` characters after a line end, else
+    after white space, else between two characters."""
+    place = len(text[:limit].encode("utf-8")[:limit].decode("utf-8", "ignore"))
+    if place == len(text):
+        return place
+    if text[place - 1 : place + 1] == "\r\n" and place > 1:
+        place -= 1
+    start = max(0, place - back)
+    end = max(text.rfind("\n", start, place), text.rfind("\r", start, place))
+    if end >= 0:
+        return end + 1
+    for index in range(place - 1, start, -1):
+        if text[index].isspace():
+            return index + 1
+    for index in range(place, max(1, place - 32), -1):
+        if not joined(text, index):
+            return index
+    return place
+
+
+def short_lines(line: str) -> Iterator[str]:
+    """The line, in pieces of at most LINE_BYTES."""
+    while 4 * len(line) > LINE_BYTES and len(line.encode("utf-8")) > LINE_BYTES:
+        place = cut_place(line, LINE_BYTES, 8_192)
+        yield line[:place]
+        line = line[place:]
+    yield line
+
+
+def text_lines(blocks: Iterable[str]) -> Iterator[str]:
+    """Lines with their ends (\\n, \\r\\n or a lone \\r) of a text that comes in blocks; long ones in pieces."""
+    held = ""
+    for block in blocks:
+        held += block
+        start = 0
+        for match in LINE_END.finditer(held):
+            yield from short_lines(held[start : match.end()])
+            start = match.end()
+        held = held[start:]
+        # A line whose end is still to come is cut where it would be cut as a whole.
+        while len(held) > LINE_BYTES + 64:
+            place = cut_place(held, LINE_BYTES, 8_192)
+            yield held[:place]
+            held = held[place:]
+    if held:
+        yield from short_lines(held)
 
 
 def split_document(lines: Iterable[str]) -> Iterator[str]:
@@ -286,33 +544,71 @@ def split_document(lines: Iterable[str]) -> Iterator[str]:
         yield "".join(held)
 
 
-def text_documents(paths: list[Path]) -> Iterator[str]:
-    """One document per .txt file or per .jsonl line, either of them also as .zst."""
-    for path in paths:
-        kind = (path.with_suffix("") if path.suffix == ".zst" else path).suffix
-        if kind not in (".txt", ".jsonl"):
-            raise DataError(f"{path}: not a .txt, .jsonl, .txt.zst or .jsonl.zst file")
-        numbered = enumerate(byte_lines(path), 1)
-        if kind == ".txt":
-            yield from split_document(decoded(line, path, number) for number, line in numbered)
-            continue
-        for number, line in numbered:
-            try:
-                record = json.loads(decoded(line, path, number))
-                text = record["text"]
-                text.encode("utf-8")  # JSON can spell half a surrogate pair, UTF-8 cannot
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-                if isinstance(error, DataError):
-                    raise
-                raise DataError(f'{path}:{number}: not a JSON object with a "text" string ({error!r})') from None
-            yield from split_document(text.splitlines(keepends=True))
+def json_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Numbered lines of a file. They end with \\n, or with \\r too where the first line does and is JSON by itself."""
+    pattern, held, number, carried = None, [], 0, b""
+    for part in itertools.chain(utf8_blocks(path), [None]):
+        block, carried = carried + (part or b""), b""
+        if block.endswith(b"\r") and part is not None:  # perhaps half of a \r\n
+            block, carried = block[:-1], b"\r"
+        if pattern is None and (first := re.search(rb"\r\n|\n|\r", block)):
+            line = b"".join([*held, block[: first.start()]])
+            pattern = rb"\r\n|\n|\r" if first[0] == b"\r" and (not line.strip() or is_json(line)) else rb"\n"
+        *lines, rest = re.split(pattern, block) if pattern else [block]
+        for line in lines:
+            number += 1
+            yield number, b"".join([*held, line])
+            held = []
+        held.append(rest)
+    if held := b"".join(held):
+        yield number + 1, held
 
 
-def decoded(line: bytes, path: Path, number: int) -> str:
+def is_json(line: bytes) -> bool:
     try:
-        return line.decode("utf-8")
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def record_text(line: bytes, path: Path, number: int) -> str:
+    """The "text" of one JSON line. Raises DataError that names file and line."""
+    try:
+        content = line.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}:{number}: not UTF-8 (byte {error.start}: {error.reason})") from None
+        raise encoding_fault(path, number, "", line, error) from None
+    try:
+        record = json.loads(content)
+        text = record["text"]
+        text.encode("utf-8")  # JSON can spell half a surrogate pair, UTF-8 cannot
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = repr(error)
+        if isinstance(error, KeyError):
+            reason = f"its keys are {', '.join(map(repr, list(record)[:8]))}"
+        elif isinstance(error, TypeError) and isinstance(record, list):
+            reason = "it is a list; write its items with: jq -c '.[]'"
+        raise DataError(f'{path}:{number}: not a JSON object with a "text" string ({reason})') from None
+    return text
+
+
+def text_documents(paths: list[Path]) -> Iterator[str]:
+    """One document per .txt file or per .jsonl line, either of them also compressed; long ones in pieces."""
+    for path in paths:
+        if text_kind(path) == ".txt":
+            yield from split_document(text_lines(decoded_blocks(path)))
+            continue
+        for number, line in json_lines(path):
+            records = [line]
+            if b"\r" in line.strip() and not is_json(line):
+                records = line.split(b"\r")  # a file whose lines end in more than one way
+            for record in filter(bytes.strip, records):
+                text = record_text(record, path, number)
+                if 4 * len(text) < SPLIT_BYTES:  # in bytes too, so it is not cut
+                    yield text
+                    continue
+                lines = text.splitlines(keepends=True)
+                yield from split_document(piece for line in lines for piece in short_lines(line))
 
 
 # ---------------------------------------------------------------- duplicates and split
@@ -322,107 +618,273 @@ class Spool:
     """Distinct documents on disk, read back in the order of their SHA-256.
 
     That order is the shuffle and the split in one: the digests below the threshold, which come
-    first, are validation, and no seed is involved.
+    first, are validation, and no seed is involved. Memory: about 130 bytes per document that is
+    given while they are sorted, 20 per document that is kept afterwards.
     """
 
-    def __init__(self, path: Path, documents: Iterable[str]) -> None:
-        self.path, self.duplicates = path, 0
-        self.places: dict[bytes, tuple[int, int]] = {}
+    def __init__(self, path: Path, documents: Iterable[str], progress: Progress) -> None:
+        self.path = path
+        digests, sizes, total = bytearray(), array("I"), 0
         with path.open("wb") as file:
             for document in documents:
                 data = document.encode("utf-8")
-                digest = hashlib.sha256(data).digest()
                 if not data.strip():
                     continue
-                if digest in self.places:
-                    self.duplicates += 1
-                    continue
-                self.places[digest] = (file.tell(), len(data))
+                digests += hashlib.sha256(data).digest()
+                sizes.append(len(data))
                 file.write(data)
-        self.digests = sorted(self.places)
+                total += len(data)
+                progress.show("reading", len(sizes), size=total)
+        lengths = np.array(sizes, dtype=np.uint32)
+        # A digest as four big-endian words compares as its bytes do.
+        table = np.frombuffer(digests, dtype=">u8").reshape(-1, 4).astype(np.uint64)
+        order = np.lexsort((table[:, 3], table[:, 2], table[:, 1], table[:, 0]))
+        table = table[order]
+        first = np.ones(len(table), dtype=bool)
+        first[1:] = (table[1:] != table[:-1]).any(axis=1)
+        order = order[first]
+        self.leading = table[first, 0]
+        self.starts = (np.cumsum(lengths, dtype=np.int64) - lengths)[order]
+        self.sizes = lengths[order]
+        self.duplicates = len(lengths) - len(order)
+        self.bytes = int(self.sizes.sum(dtype=np.int64))
 
-    def read(self, digests: Iterable[bytes]) -> Iterator[str]:
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def below(self, fraction: float) -> int:
+        """How many documents have a digest below this fraction of 2^256; they come first."""
+        return int(np.searchsorted(self.leading, np.uint64(int(fraction * 2**64))))
+
+    def read(self, numbers: Iterable[int]) -> Iterator[str]:
+        """Documents by their place in the order of the digests."""
         with self.path.open("rb") as file:
-            for digest in digests:
-                start, size = self.places[digest]
-                file.seek(start)
-                yield file.read(size).decode("utf-8")
+            for number in numbers:
+                file.seek(self.starts[number])
+                yield file.read(self.sizes[number]).decode("utf-8")
 
 
-def shingles(text: str, length: int) -> np.ndarray:
-    """Hashes of every run of `length` lower-cased words."""
-    words = np.array([zlib.crc32(word.encode()) for word in re.findall(r"\w+", text.lower())], dtype=np.uint64)
-    length = max(1, min(length, len(words)))  # a text shorter than a run is one run
-    count = max(0, len(words) - length + 1)
-    total = np.zeros(count, dtype=np.uint64)
-    for offset in range(length if count else 0):
-        total = total * np.uint64(0x9E3779B97F4A7C15) + words[offset : offset + count]  # wraps on purpose
-    return np.unique(total)
+def cut_finer(documents: Iterable[str], size: int) -> Iterator[str]:
+    """Pieces of at most `size` bytes, cut at line ends, else at white space, else between characters."""
+    for document in documents:
+        start = 0
+        while start < len(document):
+            rest = document[start : start + size + 1]  # a character has a byte or more
+            end = start + cut_place(rest, size, size // 2)
+            yield document[start:end]
+            start = end
+
+
+def word_codes(text: str) -> np.ndarray:
+    """A number for every word of the text, uint64 [words]."""
+    return np.array([zlib.crc32(word.encode()) for word in re.findall(r"\w+", text)], dtype=np.uint64)
+
+
+def character_codes(text: str) -> np.ndarray:
+    """A number for every character of the text, uint64 [characters]."""
+    return np.frombuffer(text.encode("utf-32-le"), dtype="<u4").astype(np.uint64)
+
+
+class Units(NamedTuple):
+    """What near duplicates are compared by: runs of `short` and of `long` units."""
+
+    name: str
+    codes: Callable[[str], np.ndarray]
+    short: int
+    long: int
+
+
+BY_WORDS = Units("words", word_codes, SHINGLE_WORDS, RUN_WORDS)
+BY_CHARACTERS = Units("characters", character_codes, SHINGLE_CHARACTERS, RUN_CHARACTERS)
+
+
+def run_hashes(codes: np.ndarray, length: int) -> np.ndarray:
+    """Sorted distinct hashes of every run of `length` codes; a text shorter than a run is one run."""
+    length = max(1, min(length, len(codes)))
+    hashes, done, factor, power = codes, 1, 0x9E3779B97F4A7C15, 0x9E3779B97F4A7C15
+    # hash(a + b) = hash(a) * factor^len(b) + hash(b), so runs are made by doubling. It wraps at 2^64 on purpose.
+    for bit in bin(length)[3:]:
+        hashes = hashes[: max(0, len(hashes) - done)] * np.uint64(power) + hashes[done:]
+        done, power = 2 * done, power * power % 2**64
+        if bit == "1":
+            hashes = hashes[:-1] * np.uint64(factor) + codes[done:]
+            done, power = done + 1, power * factor % 2**64
+    return np.unique(hashes)
+
+
+def members(values: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """Which values are in the sorted table, bool [values]; np.isin would sort the table for every document."""
+    if not len(table):
+        return np.zeros(len(values), dtype=bool)
+    places = table.searchsorted(values)
+    places[places == len(table)] = 0
+    return table[places] == values
 
 
 class Overlap:
     """Tells which training documents repeat the validation documents."""
 
-    def __init__(self, documents: Iterable[str]) -> None:
+    def __init__(self, documents: Iterable[str], units: Units = BY_WORDS) -> None:
+        self.units = units
         none = np.empty(0, dtype=np.uint64)
         short, long, brief = [none], [none], [none]
         for document in documents:
-            short.append(shingles(document, SHINGLE_WORDS))
-            long.append(shingles(document, RUN_WORDS))
-            if len(re.findall(r"\w+", document)) < RUN_WORDS:  # too short for a run: any shingle of it counts
+            codes = units.codes(document.lower())
+            short.append(run_hashes(codes, units.short))
+            long.append(run_hashes(codes, units.long))
+            if len(units.codes(document)) < units.long:  # too short for a run: any shingle of it counts
                 brief.append(short[-1])
         self.short, self.long, self.brief = (np.unique(np.concatenate(runs)) for runs in (short, long, brief))
 
     def near(self, document: str) -> bool:
-        """True for a run of RUN_WORDS in common, a large share of the shingles, or one of a brief document's."""
-        found = shingles(document, SHINGLE_WORDS)
-        if np.isin(found, self.brief, assume_unique=True).any():
-            return True
-        common = np.isin(found, self.short, assume_unique=True).sum()
+        """True for a long run in common, a large share of the shingles, or one of a brief document's."""
+        codes = self.units.codes(document.lower())
+        found = run_hashes(codes, self.units.short)
+        common = int(members(found, self.short).sum())
         if common == 0:
             return False
-        if common >= NEAR_DUPLICATE_SHARE * len(found):
+        if common >= NEAR_DUPLICATE_SHARE * len(found) or members(found, self.brief).any():
             return True
-        return bool(np.isin(shingles(document, RUN_WORDS), self.long, assume_unique=True).any())
+        return bool(members(run_hashes(codes, self.units.long), self.long).any())
+
+
+def far_from(overlap: Overlap, spool: Spool, numbers: range, progress: Progress) -> np.ndarray:
+    """Those of the numbered documents that do not repeat validation, int64 [kept]."""
+    kept = array("q")
+    for done, (number, text) in enumerate(zip(numbers, spool.read(numbers), strict=True), 1):
+        if not overlap.near(text):
+            kept.append(number)
+        progress.show("looking for near duplicates", done, len(numbers))
+    return np.array(kept, dtype=np.int64)
 
 
 # ---------------------------------------------------------------- tokenizer and shards
 
 
-def train_tokenizer(documents: Iterable[str], vocab_size: int) -> bytes:
-    """A SentencePiece BPE model that gives every text back unchanged."""
+def trainer_parts(document: str) -> Iterator[str]:
+    """What the tokenizer's trainer is given of a document."""
+    # No piece may hold a tab, and the trainer skips a sentence that holds U+2585, its own mark for the unknown.
+    for part in re.split("[\t\u2585]", document):
+        start = 0
+        for run in re.finditer("[^ ]+", part) if len(part) > TRAINER_RUN else ():
+            while run.end() - (first := max(start, run.start())) > TRAINER_RUN:
+                last = first + TRAINER_RUN
+                end = max(part.rfind("\n", first, last), part.rfind("\r", first, last)) + 1 or last
+                yield part[start:end]
+                start = end
+        if start < len(part):
+            yield part[start:]
+
+
+ALPHABET_SHARES = (0.995, 0.98, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
+PLAIN_PIECES = 259  # unknown, BOS, EOS and 256 bytes
+
+
+def train_pieces(parts: list[str], vocab_size: int, required: str, coverage: float) -> bytes:
+    """One run of the trainer. Raises RuntimeError with its words."""
     model = io.BytesIO()
-    # The trainer skips a sentence that holds a tab, so documents are cut there.
-    parts = (part for document in documents for part in document.split("\t") if part)
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=parts,
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            byte_fallback=True,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            # The byte count gives the space of a piece after BOS no byte, so that space must be the dummy one.
-            add_dummy_prefix=True,
-            # A piece such as "▁▁" would count 1 + 3 bytes by the official rule, for two spaces.
-            allow_whitespace_only_pieces=False,
-            # Pieces such as ".\n" and "s," are worth 5% fewer tokens than a cut at every change of script.
-            split_by_unicode_script=False,
-            split_digits=True,
-            required_chars="\n",
-            character_coverage=0.9995,
-            max_sentence_length=1 << 24,
-            bos_id=BOS,
-            eos_id=2,
-            unk_id=0,
-            pad_id=-1,
-            num_threads=1,  # the model file records the number; one that follows the machine changes its hash
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        raise DataError(f"the tokenizer cannot be trained, give more text or a smaller --vocab-size: {error}") from None
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(parts),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=vocab_size,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        # The byte count gives the space of a piece after BOS no byte, so that space must be the dummy one.
+        add_dummy_prefix=True,
+        # A piece such as "▁▁" would count 1 + 3 bytes by the official rule, for two spaces.
+        allow_whitespace_only_pieces=False,
+        # Pieces such as ".\n" and "s," are worth 5% fewer tokens than a cut at every change of script.
+        split_by_unicode_script=False,
+        split_digits=True,
+        required_chars=required,
+        character_coverage=coverage,
+        max_sentence_length=1 << 24,
+        bos_id=BOS,
+        eos_id=2,
+        unk_id=0,
+        pad_id=-1,
+        num_threads=1,  # the model file records the number; one that follows the machine changes its hash
+        minloglevel=2,
+    )
     return model.getvalue()
+
+
+def smaller_alphabet(parts: list[str], vocab_size: int) -> tuple[list[str], float]:
+    """The parts with their rarest characters taken out of the trainer's sight, so that the rest fits the vocabulary.
+
+    Returns them and the share of the text that the characters left make up; the others are spelled in bytes.
+    Raises DataError where a tenth of the text does not fit.
+    """
+    counts = Counter()
+    for part in parts:
+        counts.update(part)
+    for character in " \n\0":
+        counts.pop(character, None)
+    ranked = sorted(counts, key=lambda character: (-counts[character], character))
+    reached = np.cumsum([counts[character] for character in ranked])
+    for share in ALPHABET_SHARES:
+        kept = int(np.searchsorted(reached, share * reached[-1])) + 1 if ranked else 0
+        if PLAIN_PIECES + len("\n▁") + kept <= vocab_size:
+            # NUL is the one character that the trainer neither learns nor stops at.
+            table = dict.fromkeys(map(ord, ranked[kept:]), "\0")
+            return [part.translate(table) for part in parts], share
+    raise DataError(f"--vocab-size {vocab_size} is too small for this text of {len(ranked):,} different characters; "
+                    f"give --vocab-size {PLAIN_PIECES + 2 + kept} or more")
+
+
+def train_tokenizer(documents: Iterable[str], vocab_size: int) -> tuple[bytes, dict]:
+    """A SentencePiece BPE model that gives every text back unchanged, and what had to be done for it.
+
+    Raises DataError that says which --vocab-size would work, where this one cannot.
+    """
+    parts = [part for document in documents for part in trainer_parts(document)]
+    required, coverage, notes = "\n", 0.9995, {}
+    while True:
+        try:
+            # In a thread of its own, so that a signal is answered at once: the trainer does not return for seconds.
+            model = in_thread(train_pieces, parts, vocab_size, required, coverage)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            if "smaller than required_chars" in reason and coverage < 1:
+                parts, share = smaller_alphabet(parts, vocab_size)
+                coverage, notes = 1.0, notes | {"alphabet_share": share}
+                say(f"the text has more different characters than --vocab-size {vocab_size} can hold; pieces are made "
+                    f"of the commonest, {share:.1%} of the text, and the others are spelled in bytes")
+                continue
+            if match := re.search(r"size too high.*<= (\d+)", reason):
+                raise DataError(f"--vocab-size {vocab_size} is more pieces than can be made of the "
+                                f"{sum(map(len, parts)):,} characters of training text; give --vocab-size "
+                                f"{match[1]} or less, or more text") from None
+            if "sentences_.empty()" in reason:
+                raise DataError("the training text holds nothing that a tokenizer can learn, only tabs and U+2585; "
+                                "give other text, or a tokenizer with --tokenizer") from None
+            raise DataError(f"the tokenizer cannot be trained: {reason}") from None
+        tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model)
+        if required == "\n" and tokenizer.is_unknown(tokenizer.piece_to_id("▁")):
+            required = "\n▁"  # text without spaces; spaces may still come
+            continue
+        return model, notes
+
+
+def in_thread(work: Callable, *arguments: object) -> object:
+    """work(*arguments), while this thread stays open to signals."""
+    results, errors = [], []
+
+    def target() -> None:
+        try:
+            results.append(work(*arguments))
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=target, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.2)
+    if errors:
+        raise errors[0]
+    return results[0]
 
 
 def load_tokenizer(path: Path) -> sentencepiece.SentencePieceProcessor:
@@ -471,68 +933,132 @@ class ShardWriter:
 
 
 def batches(items: Iterable[str]) -> Iterator[list[str]]:
-    batch = []
+    """Lists of BATCH_DOCUMENTS documents, or of fewer long ones, which bounds what their tokens take."""
+    batch, size = [], 0
     for item in items:
         batch.append(item)
-        if len(batch) == BATCH_DOCUMENTS:
+        size += len(item)
+        if len(batch) == BATCH_DOCUMENTS or size >= BATCH_BYTES:
             yield batch
-            batch = []
+            batch, size = [], 0
     if batch:
         yield batch
 
 
-def encode(documents: Iterable[str], tokenizer, writer: ShardWriter, lossless: bool, counts: Counter) -> None:
-    """Write the documents, and prove the byte count of each one on the way."""
-    counter, threads = ByteCounter(tokenizer), os.cpu_count() or 1
+def encode(documents: Iterable[str], tokenizer, writer: ShardWriter, lossless: bool, counts: Counter,
+           progress: Progress, total: int) -> None:
+    """Write the `total` documents, and prove the byte count of each one on the way."""
+    counter, threads, done, size = ByteCounter(tokenizer), os.cpu_count() or 1, 0, 0
     for texts in batches(documents):
         ids = tokenizer.encode(texts, num_threads=threads)
+        rows, backs = [], []
         for text, back, row in zip(texts, tokenizer.decode(ids, num_threads=threads), ids, strict=True):
             if back != text:
                 counts["not_lossless"] += 1
                 if lossless:
                     continue
-            row, size = np.array([BOS, *row], dtype=np.int64), len(back.encode("utf-8"))
-            counted = int(counter.count(row[:-1], row[1:]).sum())
-            if counted != size:
-                raise DataError(f"this tokenizer cannot be scored: {counted} bytes counted for {size} in {text[:80]!r}")
-            writer.add(row, size)
+            rows.append(np.array([BOS, *row], dtype=np.int64))
+            backs.append(back)
+        done += len(texts)
+        if not rows:
+            continue
+        flat, starts = np.concatenate(rows), np.cumsum([0, *map(len, rows[:-1])])
+        per_token = counter.count(np.concatenate([[BOS], flat[:-1]]), flat)
+        per_token[starts] = 0
+        for row, back, counted in zip(rows, backs, np.add.reduceat(per_token, starts).tolist(), strict=True):
+            length = len(back.encode("utf-8"))
+            if counted != length:
+                raise DataError(f"this tokenizer cannot be scored: {counted} bytes counted for {length} in "
+                                f"{back[:80]!r}; use another --tokenizer")
+            writer.add(row, length)
+            size += length
+        progress.show(f"writing {writer.stem}", done, total, size)
     if writer.held:
         writer.close()
     if not writer.shards:
-        raise DataError(f"no document is left for {writer.stem}; give more text or change --val-fraction")
+        raise DataError(f"no document is left for {writer.stem}: all {total:,} hold U+2581, the tokenizer's own mark "
+                        "for a space, and would not come back unchanged; replace that character in the text")
+
+
+def split(folder: Path, documents: Iterable[str], fraction: float, progress: Progress) -> tuple[Spool, int, dict]:
+    """Distinct documents, how many of them (the first ones) are validation, and what had to be done for both to exist.
+
+    Raises DataError where the text cannot be divided.
+    """
+    spool, notes = Spool(folder / "documents.spool", documents, progress), {}
+    if not len(spool):
+        raise DataError("the input holds no text, only blank documents; give files with text")
+    held_out, whole = spool.below(fraction), len(spool)
+    if 0 < held_out < whole:
+        return spool, held_out, notes
+    # A few long documents: their pieces can be divided where they cannot.
+    size = max(PIECE_BYTES, int(spool.bytes * fraction / 4))
+    finer = Spool(folder / "pieces.spool", cut_finer(spool.read(range(whole)), size), progress)
+    finer.duplicates += spool.duplicates
+    spool.path.unlink()
+    held_out, pieces = finer.below(fraction), len(finer)
+    if pieces < 2:
+        raise DataError(f"too little text to hold some of it out: {whole:,} different documents of "
+                        f"{spool.bytes:,} bytes give {pieces:,} different piece of up to {size:,} bytes "
+                        f"({finer.duplicates:,} exact duplicates were left out); give more, or more varied, text")
+    if pieces > whole:
+        notes["pieces"] = {"bytes": size, "documents": whole, "pieces": pieces}
+    how = f"{whole:,} documents do not give both training and validation"
+    if pieces > whole:
+        how += f", so they are cut into {pieces:,} pieces of up to {size:,} bytes"
+    if not 0 < held_out < pieces:
+        held_out = 1 if held_out == 0 else pieces - 1
+        notes["forced_validation_documents"] = held_out
+        how += f"; the {held_out:,} with the smallest sha256 {'is' if held_out == 1 else 'are'} validation"
+    say(how)
+    return finer, held_out, notes
 
 
 def build(folder: Path, name: str, documents: Iterable[str], settings: dict, dropped: Counter,
           foreign_tokenizer: Path | None = None) -> dict:
     """Deduplicate, split, tokenize and write; returns the manifest entries that describe the result."""
-    spool = Spool(folder / "documents.spool", documents)
-    threshold = int(settings["val_fraction"] * 2**64)
-    val = [digest for digest in spool.digests if int.from_bytes(digest[:8], "big") < threshold]
-    overlap = Overlap(spool.read(val))
-    rest = spool.digests[len(val) :]
-    train = [digest for digest, text in zip(rest, spool.read(rest), strict=True) if not overlap.near(text)]
+    progress = Progress()
+    spool, held_out, notes = split(folder, documents, settings["val_fraction"], progress)
+    val, rest = range(held_out), range(held_out, len(spool))
+    train = far_from(Overlap(spool.read(val)), spool, rest, progress)
+    if 2 * len(train) < len(rest):
+        # Where words are a letter or two long, as in chemical formulas, every text shares some runs of them.
+        by_words = len(rest) - len(train)
+        train = far_from(Overlap(spool.read(val), BY_CHARACTERS), spool, rest, progress)
+        notes["near_duplicates_by"] = {"units": BY_CHARACTERS.name, "shingle": SHINGLE_CHARACTERS,
+                                       "run": RUN_CHARACTERS, "removed_by_words": by_words}
+        say(f"by runs of words {by_words:,} of {len(rest):,} training documents repeat validation, so runs of "
+            f"characters decide: {len(rest) - len(train):,} do")
     dropped["exact_duplicates"] += spool.duplicates
     dropped["near_duplicates"] += len(rest) - len(train)
+    if not len(train):
+        raise DataError(f"no training text is left: of {len(spool):,} different documents {held_out:,} are validation "
+                        f"and the other {len(rest):,} repeat them ({spool.duplicates:,} more were exact duplicates); "
+                        "give more varied text")
 
     path = folder / "tokenizer.model"
     if foreign_tokenizer:
         shutil.copyfile(foreign_tokenizer, path)
     else:
         sample = bounded(spool.read(train), settings["tokenizer_sample_bytes"])
-        path.write_bytes(train_tokenizer(sample, settings["vocab_size"]))
+        progress.show("training the tokenizer", len(train))
+        model, made = train_tokenizer(sample, settings["vocab_size"])
+        path.write_bytes(model)
+        notes |= made
     tokenizer = load_tokenizer(path)
 
     splits, counts = {}, Counter(not_lossless=0)
-    for split, digests in (("train", train), ("val", val)):
-        writer = ShardWriter(folder, f"{name}_{split}", settings["shard_tokens"])
-        encode(spool.read(digests), tokenizer, writer, not foreign_tokenizer, counts)
-        splits[split] = totals(writer.shards)
+    for part, numbers in (("train", train), ("val", val)):
+        writer = ShardWriter(folder, f"{name}_{part}", settings["shard_tokens"])
+        encode(spool.read(numbers), tokenizer, writer, not foreign_tokenizer, counts, progress, len(numbers))
+        splits[part] = totals(writer.shards)
     spool.path.unlink()
     entry = {"file": path.name, "sha256": sha256_file(path), "vocab_size": tokenizer.get_piece_size()}
     changed = counts["not_lossless"]
     entry |= {"lossless": not (foreign_tokenizer and changed), "changed_documents": changed if foreign_tokenizer else 0}
     dropped["not_lossless"] += 0 if foreign_tokenizer else changed
-    return {"tokenizer": entry, "splits": splits, "dropped": dict(dropped)}
+    built = {"tokenizer": entry, "splits": splits, "dropped": dict(dropped)}
+    return built | ({"notes": notes} if notes else {})
 
 
 def totals(shards: list[dict]) -> dict:
@@ -556,7 +1082,7 @@ def fetch(path: str, hub: Path | None, revision: str) -> Path:
         return Path(huggingface_hub.hf_hub_download(
             repo_id=HUB_REPO, repo_type="dataset", filename=path, revision=revision))
     except Exception as error:  # HTTP client, cache and validation errors have no common base
-        raise DataError(f"cannot fetch {path} of {HUB_REPO}: {type(error).__name__}: {error}\n"
+        raise DataError(f"cannot fetch {path} of {HUB_REPO}: {type(error).__name__}: {error}; "
                         "check the network (HF_ENDPOINT names a mirror) and run again, or give a copy with --hub DIR"
                         ) from error
 
@@ -565,7 +1091,7 @@ def build_fineweb(folder: Path, settings: dict, hub: Path | None) -> dict:
     """Fetch tokenizer and shards, and count what they hold."""
     def get(path: str, name: str) -> Path:
         source = fetch(f"{HUB_ROOT}/{path}", hub, settings["revision"]).resolve()
-        print(f"fetched {path}")
+        say(f"fetched {path}")
         try:
             os.link(source, folder / name)  # a training shard is 200 MB, and the cache already holds it
         except OSError:
@@ -611,6 +1137,40 @@ def build_fineweb(folder: Path, settings: dict, hub: Path | None) -> dict:
 
 # ---------------------------------------------------------------- the folder
 
+LOST_AND_FOUND = "lost+found"  # stands in the root of a file system
+INNER_PARTIAL, INNER_COMPLETE = ".partial", ".complete"
+OBSOLETE = "obsolete.json"  # in INNER_COMPLETE: the files of the older folder
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Stopped(BaseException):
+    """A signal asked this process to end; the argument is its number."""
+
+
+def stop(number: int, frame: object) -> None:
+    """Signal handler: end through every cleanup, which no second signal may cut short."""
+    for each in SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
+    raise Stopped(number)
+
+
+@contextlib.contextmanager
+def handlers(handler: object) -> Iterator[None]:
+    """Give the signals that end a process this handler for a while; one that is ignored (nohup) stays so."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    for number, old in before.items():
+        if old not in (signal.SIG_IGN, None):
+            signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            if old not in (signal.SIG_IGN, None):
+                signal.signal(number, old)
+
 
 def file_hashes(manifest: dict) -> dict[str, str]:
     shards = [shard for split in manifest["splits"].values() for shard in split["shards"]]
@@ -628,31 +1188,282 @@ def up_to_date(out: Path, request: dict) -> bool:
             return False
         for name, expected in hashes.items():
             if sha256_file(out / name) != expected:
-                print(f"{out / name} was changed since it was written; building again")
+                say(f"{out / name} was changed since it was written; building again")
                 return False
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
     return True
 
 
-def is_ours(out: Path) -> bool:
-    """Whether out is a folder that may be replaced: an empty one, or one with a manifest of this program."""
-    if not out.is_dir():
-        return False
+def written_files(folder: Path) -> set[str]:
+    """The files that the folder's manifest says this program wrote, with the manifest; empty without a manifest."""
     try:
-        return {"format", "identity", "splits"} <= json.loads((out / "manifest.json").read_text("utf-8")).keys()
-    except (OSError, ValueError, AttributeError):
-        return not any(out.iterdir())
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        if not {"format", "identity", "splits"} <= manifest.keys():
+            return set()
+        names = {"manifest.json", *file_hashes(manifest)}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return set()
+    return {name for name in names if isinstance(name, str) and name == Path(name).name}
 
 
-def replace_folder(partial: Path, out: Path) -> None:
-    """Put a complete folder in place of an older one; a stop between the two renames leaves none at `out`."""
-    old = out.with_name(f".{out.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
-        out.rename(old)
-    partial.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
+def stranger(folder: Path) -> str:
+    """Something in the folder that this program did not write, so that the folder is not replaced; empty if none."""
+    known = written_files(folder) | {INNER_PARTIAL, INNER_COMPLETE, LOST_AND_FOUND}
+    return min(set(os.listdir(folder)) - known, default="")
+
+
+def sibling(out: Path, kind: str) -> Path:
+    """`.NAME.kind` beside the folder, or a short name where that would be too long for a file system."""
+    name = f".{out.name}.{kind}"
+    if len(os.fsencode(name)) > 255:
+        name = f".{hashlib.sha256(os.fsencode(out.name)).hexdigest()[:32]}.{kind}"
+    return out.with_name(name)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the list of a folder's files, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def make_durable(folder: Path) -> None:
+    """Wait until the folder and its files are on the disk."""
+    for path in [*folder.iterdir(), folder]:
+        sync(path)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder of this program and what is in it, also where its mode forbids that."""
+    with contextlib.suppress(OSError):
+        folder.chmod(0o700)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def exchange(first: Path, second: Path) -> bool:
+    """Swap two folders in one step. False where the system or the file system cannot; raises OSError otherwise."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of Linux
+    if rename(here, os.fsencode(first), here, os.fsencode(second), swap) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+        return False
+    raise OSError(number, os.strerror(number), str(second))
+
+
+class Place:
+    """The output folder: where it is built, who may write to it, and the one step that makes it the new one.
+
+    An ordinary folder is built beside itself and swapped. A mount point, the current directory (or one above it) and
+    a folder whose parent cannot be written cannot be renamed: there the new files are built in OUT/.partial, which
+    becomes OUT/.complete in one step, and are then moved up; a later run finishes that if it was cut short. Between
+    those moves a reader finds files that are not the manifest's, an error, and never a smaller data set.
+
+    A process holds a lock on every folder it works on, which the system drops when the process ends. Raises DataError
+    where the folder cannot be written, is another process's, or holds what this program did not write.
+    """
+
+    def __init__(self, out: Path) -> None:
+        try:
+            self.out = out.resolve()
+            exists = self.out.exists() or self.out.is_symlink()
+            if exists and not self.out.is_dir():
+                raise DataError(f"{out} exists and is not a folder, so it is not replaced; remove it or change --out")
+        except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
+            raise DataError(f"{out} cannot be a folder ({reason_of(error)}); change --out") from None
+        self.partial, self.made, self.locks = None, [], {}
+        self.beside, self.old = sibling(self.out, "partial"), sibling(self.out, "old")
+        try:
+            self.recover()
+            self.check()
+        except OSError as error:
+            self.close()
+            raise DataError(f"{self.out} cannot be used ({reason_of(error)}); change --out") from None
+        except BaseException:
+            self.close()
+            raise
+
+    def check(self) -> None:
+        """Raises DataError for a folder that holds something else than ours."""
+        if self.out.is_dir() and (name := stranger(self.out)):
+            raise DataError(f"{self.out} exists and holds {name}, which this program did not write, so it is not "
+                            "replaced; move that away or change --out")
+
+    def hold(self, folder: Path) -> None:
+        """Lock a folder until close(). Raises DataError if another process has."""
+        while folder not in self.locks:
+            try:
+                handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            except FileNotFoundError:
+                return  # its process ended just now
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(handle)
+                raise DataError(f"another process is preparing {self.out}; wait until it has ended or change "
+                                "--out") from None
+            except OSError:
+                pass  # a network file system that cannot lock folders
+            with contextlib.suppress(OSError):
+                if os.path.samestat(os.fstat(handle), os.stat(folder)):
+                    self.locks[folder] = handle
+                    return
+            os.close(handle)  # swapped or removed since it was opened: lock what stands there now
+
+    def recover(self) -> None:
+        """Finish or clear what a process that died here left."""
+        inner, complete = self.out / INNER_PARTIAL, self.out / INNER_COMPLETE
+        left = [path for path in (self.beside, self.old, inner, complete) if path.is_dir()]
+        if not left:
+            return
+        for folder in ([self.out] if self.out.is_dir() else []) + left:
+            self.hold(folder)
+        if complete.is_dir():
+            say(f"finishing what an earlier run had completed in {self.out}")
+            with handlers(signal.SIG_IGN):
+                move_up(self.out)
+        if self.old.is_dir() and not self.out.exists() and written_files(self.old):
+            self.old.rename(self.out)
+        for folder in (self.beside, self.old, inner):
+            if folder.is_dir():
+                remove_folder(folder)
+            self.unlock(folder)
+
+    def begin(self) -> None:
+        """Make and lock the empty folder that is built in."""
+        try:
+            if self.out.is_dir():
+                self.hold(self.out)
+            inside = self.out.is_dir() and (os.path.ismount(self.out) or is_above_here(self.out))
+            if not inside:
+                try:
+                    self.make(self.beside)
+                except OSError as error:
+                    if not self.out.is_dir() or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                        raise
+                    inside = True
+            if inside:
+                self.make(self.out / INNER_PARTIAL)
+        except OSError as error:
+            raise DataError(f"{self.out} cannot be written ({reason_of(error)}); change --out or its "
+                            "permissions") from None
+
+    def check_space(self, need: int) -> None:
+        """Raises DataError where less than `need` bytes are free."""
+        free = shutil.disk_usage(self.partial).free
+        if free < need:
+            raise DataError(f"{self.out}: the disk has {free:,} bytes free and this needs at least {need:,}; free some "
+                            "or change --out")
+
+    def make(self, partial: Path) -> None:
+        """Make and lock an empty folder; what a dead process left in it goes."""
+        for folder in reversed([folder for folder in partial.parents if not folder.exists()]):
+            folder.mkdir(exist_ok=True)
+            self.made.append(folder)
+        while partial not in self.locks:
+            partial.mkdir(exist_ok=True)
+            self.hold(partial)
+        self.partial = partial
+        for path in partial.iterdir():
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+    def commit(self) -> None:
+        """Put the new folder in the place of the old one."""
+        self.check()
+        make_durable(self.partial)
+        if self.partial.parent != self.out:
+            try:
+                with handlers(signal.SIG_IGN):
+                    self.swap()
+                return
+            except OSError as error:
+                if not self.out.is_dir() or error.errno not in (errno.EBUSY, errno.EXDEV, errno.EPERM, errno.EACCES):
+                    raise
+            # A mount of the same file system, or a parent whose folders belong to their owners: known only now.
+            outside = self.partial
+            self.make(self.out / INNER_PARTIAL)
+            for path in outside.iterdir():
+                shutil.copyfile(path, self.partial / path.name)
+            remove_folder(outside)
+            make_durable(self.partial)
+        with handlers(signal.SIG_IGN):
+            obsolete = sorted(written_files(self.out) - {"manifest.json"})
+            (self.partial / OBSOLETE).write_text(json.dumps(obsolete), encoding="utf-8")
+            make_durable(self.partial)
+            self.partial.rename(self.out / INNER_COMPLETE)
+            move_up(self.out)
+
+    def swap(self) -> None:
+        if not self.out.is_dir():
+            self.partial.rename(self.out)
+        else:
+            self.partial.chmod(self.out.stat().st_mode & 0o7777)
+            if not exchange(self.partial, self.out):
+                # A process that dies between the two leaves none at `out`; the next one puts the old one back.
+                self.out.rename(self.old)
+                try:
+                    self.partial.rename(self.out)
+                except OSError:
+                    self.old.rename(self.out)
+                    raise
+                remove_folder(self.old)
+        sync(self.out.parent)
+
+    def unlock(self, folder: Path) -> None:
+        if folder in self.locks:
+            os.close(self.locks.pop(folder))
+
+    def close(self) -> None:
+        """Remove what is not the new folder, and let others in."""
+        with handlers(signal.SIG_IGN):
+            if self.partial is not None:
+                remove_folder(self.partial)
+            for folder in reversed(self.made):
+                with contextlib.suppress(OSError):  # those above a new folder are not empty
+                    folder.rmdir()
+            for folder in list(self.locks):
+                self.unlock(folder)
+
+
+def move_up(out: Path) -> None:
+    """Move the files of OUT/.complete up and remove the older ones. Can be cut short anywhere and called again.
+
+    The manifest goes first: until the last file has followed, the folder has files that are not the manifest's.
+    """
+    complete = out / INNER_COMPLETE
+    names = set(os.listdir(complete))
+    if names - {OBSOLETE} and OBSOLETE not in names:
+        raise DataError(f"{complete} was not written by this program; move it away or change --out")
+    for name in sorted(names - {OBSOLETE}, key=lambda name: (name != "manifest.json", name)):
+        os.replace(complete / name, out / name)
+    if OBSOLETE in names:
+        written = written_files(out)
+        for name in json.loads((complete / OBSOLETE).read_text(encoding="utf-8")):
+            if name not in written and name == Path(name).name:
+                (out / name).unlink(missing_ok=True)
+        sync(out)
+        (complete / OBSOLETE).unlink()
+    complete.rmdir()
+
+
+def is_above_here(folder: Path) -> bool:
+    """Whether the current directory is the folder or lies in it, so that swapping it would leave us in the old one."""
+    try:
+        return Path.cwd().resolve().is_relative_to(folder)
+    except OSError:  # it was removed
+        return False
+
+
+def reason_of(error: Exception) -> str:
+    """What the system says, in its own words and with the path it says it of."""
+    strerror, name = getattr(error, "strerror", None), getattr(error, "filename", None)
+    return f"{strerror}: {os.fspath(name)}" if strerror and name else strerror or str(error) or type(error).__name__
 
 
 # Option -> the sources that it has a meaning for.
@@ -661,92 +1472,172 @@ OPTION_OWNERS = {"input": "text", "tokenizer": "text packages", "hub": "fineweb"
                  "val_fraction": "text packages", "shard_tokens": "text packages", "max_bytes": "text packages"}
 
 
-def prepare(args: argparse.Namespace) -> dict:
-    """Bring the output folder up to date and return its manifest."""
-    name, dropped = args.source, Counter()
-    out = args.out or ROOT / "data" / (f"fineweb_{args.variant}" if name == "fineweb" else name)
+def check_options(args: argparse.Namespace) -> list[str]:
+    """The options that were given. Raises DataError for senseless ones."""
     defaults = parser()
     given = [option for option in OPTION_OWNERS if getattr(args, option) != defaults.get_default(option)]
     for option in given:
-        if name not in OPTION_OWNERS[option]:
-            raise DataError(f"--{option.replace('_', '-')} has no meaning for --source {name}")
-    if not 0 < args.val_fraction < 1 or args.shard_tokens < 1 or args.max_bytes < 0:
-        raise DataError("--val-fraction must lie between 0 and 1, --shard-tokens be 1 or more, --max-bytes 0 or more")
-    if out.exists() and not is_ours(out):
-        raise DataError(f"{out} exists and is not a folder of this program, so it is not replaced; remove it or "
-                        "change --out")
+        if args.source not in OPTION_OWNERS[option]:
+            raise DataError(f"--{option.replace('_', '-')} has no meaning for --source {args.source}; leave it out")
+    if not 0 < args.val_fraction < 1 or not 1 <= args.shard_tokens <= 1 << 30 or args.max_bytes < 0:
+        raise DataError(f"--val-fraction must lie between 0 and 1, --shard-tokens be from 1 to {1 << 30:,}, "
+                        "--max-bytes 0 or more; change them")
+    if not PLAIN_PIECES + 3 <= args.vocab_size <= 1 << 16:
+        raise DataError(f"--vocab-size is {args.vocab_size}; give one from {PLAIN_PIECES + 3} to {1 << 16}")
+    if args.source == "text":
+        if not args.input:
+            raise DataError("--source text needs --input FILE [FILE ...]")
+        for path in args.input:
+            check_input(path)
+    if args.tokenizer:
+        load_tokenizer(args.tokenizer)
+    return given
 
+
+def check_input(path: Path) -> None:
+    """Raises DataError for an input that cannot be read as a file of text."""
+    try:
+        if path.is_dir():
+            raise DataError(f"{path}: a folder, not a file; name the files in it")
+        if path.exists() and not path.is_file():
+            raise DataError(f"{path}: not a regular file, so it cannot be read twice; save it to a file first")
+        if not path.is_file():
+            raise DataError(f"{path}: no such file; check --input")
+        text_kind(path)
+        path.open("rb").close()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); check --input and its permissions") from None
+
+
+class Request(NamedTuple):
+    """What is asked for: its part of the manifest, the documents, and the bytes of disk that it surely needs."""
+
+    entries: dict
+    documents: Iterable[str]
+    need: int
+
+
+def text_sources(paths: list[Path]) -> tuple[list[dict], list[tuple]]:
+    """The manifest's entries for the input files, and what tells later that they were not changed meanwhile."""
+    states = [file_state(path) for path in paths]
+    return [{"name": path.name, "bytes": state[0], "sha256": sha256_file(path)}
+            for path, state in zip(paths, states, strict=True)], states
+
+
+def file_state(path: Path) -> tuple:
+    state = path.stat()
+    return state.st_size, state.st_mtime_ns, state.st_ino
+
+
+def unchanged(documents: Iterable[str], paths: list[Path], states: list[tuple]) -> Iterator[str]:
+    """The documents. Raises DataError at their end if a file is not the one whose hash the manifest states."""
+    yield from documents
+    for path, state in zip(paths, states, strict=True):
+        if file_state(path) != state:
+            raise DataError(f"{path}: was changed while it was read; run again when nothing writes to it")
+
+
+def request_of(args: argparse.Namespace, dropped: Counter) -> Request:
+    """Read the options. Hashes the sources."""
     settings = {"vocab_size": args.vocab_size, "val_fraction": args.val_fraction, "shard_tokens": args.shard_tokens,
                 "max_bytes": args.max_bytes, "document_bytes": DOCUMENT_BYTES, "split_bytes": SPLIT_BYTES,
                 "shingle_words": SHINGLE_WORDS, "near_duplicate_share": NEAR_DUPLICATE_SHARE,
                 "run_words": RUN_WORDS, "tokenizer_sample_bytes": TOKENIZER_SAMPLE_BYTES}
     if args.tokenizer:
-        load_tokenizer(args.tokenizer)
         settings["vocab_size"], settings["tokenizer_sha256"] = None, sha256_file(args.tokenizer)
-    if name == "packages":
+    documents, need = iter(()), 0
+    if args.source == "packages":
         found = {package: package_files(package) for package in PACKAGES}
         sources = [entry for _, entry in found.values()]
         files = {package: paths for package, (paths, _) in found.items()}
         documents = package_documents(files, dropped, args.max_bytes)
-    elif name == "text":
-        if not args.input:
-            raise DataError("--source text needs --input FILE [FILE ...]")
-        for path in args.input:
-            if not path.is_file():
-                raise DataError(f"{path}: no such file")
-        sources = [{"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_file(path)}
-                   for path in args.input]
-        documents = bounded(text_documents(args.input), args.max_bytes)
+        need = min(PACKAGED_BYTES, args.max_bytes or PACKAGED_BYTES)
+    elif args.source == "text":
+        settings["text_rules"] = TEXT_RULES
+        sources, states = text_sources(args.input)
+        documents = unchanged(bounded(text_documents(args.input), args.max_bytes), args.input, states)
+        plain = sum(path.stat().st_size for path in args.input if path.suffix.lower() == ".txt")
+        need = min(plain, args.max_bytes or plain)
     else:
         settings = {"variant": args.variant, "train_shards": args.train_shards, "revision": args.revision}
         sources = [{"name": HUB_REPO, "version": args.revision}]
+    entries = {"format": FORMAT, "source": args.source, "name": args.source, "sources": sources, "settings": settings}
+    return Request(entries, documents, need)
 
-    request = {"format": FORMAT, "source": name, "name": name, "sources": sources, "settings": settings}
-    if up_to_date(out, request):
-        print(f"{out} is up to date")
-        return json.loads((out / "manifest.json").read_text(encoding="utf-8"))
 
-    print(f"building {out}")
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+def prepare(args: argparse.Namespace) -> dict:
+    """Bring the output folder up to date and return its manifest."""
+    name, dropped = args.source, Counter()
+    given = check_options(args)
+    out = args.out or ROOT / "data" / (f"fineweb_{args.variant}" if name == "fineweb" else name)
+    place = Place(out)
     try:
+        fresh = not (place.out / "manifest.json").exists()
+        if fresh:  # a place that cannot be written is refused before the sources are hashed
+            place.begin()
+        request = request_of(args, dropped)
+        if not fresh and up_to_date(place.out, request.entries):
+            say(f"{out} is up to date")
+            return json.loads((place.out / "manifest.json").read_text(encoding="utf-8"))
+        if not fresh:
+            place.begin()
+        place.check_space(request.need)
+        say(f"building {out}")
+        settings = request.entries["settings"]
         if name == "fineweb":
-            built = build_fineweb(partial, settings, args.hub)
+            built = build_fineweb(place.partial, settings, args.hub)
         else:
-            built = build(partial, name, documents, settings, dropped, args.tokenizer)
+            built = build(place.partial, name, request.documents, settings, dropped, args.tokenizer)
         versions = {"numpy": np.__version__, "python": platform.python_version(),
                     "sentencepiece": sentencepiece.__version__}
-        manifest = request | built | {"versions": versions}
+        manifest = request.entries | built | {"versions": versions}
         manifest["identity"] = folder_identity(file_hashes(manifest))
         text = json.dumps(manifest, indent=2, sort_keys=True) + "\n"
-        (partial / "manifest.json").write_text(text, encoding="utf-8")
-        replace_folder(partial, out)
+        (place.partial / "manifest.json").write_text(text, encoding="utf-8")
+        place.commit()
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise DataError(f"{place.partial}: {error.strerror}, so {out} was left as it was; free some space there or "
+                            "change --out") from None
+        raise
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    for split, total in manifest["splits"].items():
-        print(f"{split}: {total['documents']:,} documents, {total['tokens']:,} tokens, {total['bytes']:,} bytes, "
-              f"{total['bytes'] / total['tokens']:.3f} bytes per token, {len(total['shards'])} shards")
+        place.close()
+    for split_name, total in manifest["splits"].items():
+        say(f"{split_name}: {total['documents']:,} documents, {total['tokens']:,} tokens, {total['bytes']:,} bytes, "
+            f"{total['bytes'] / total['tokens']:.3f} bytes per token, {len(total['shards'])} shards")
     if name == "packages" and not given and manifest["identity"] != PACKAGED_IDENTITY:
-        print(f"WARNING: the packaged corpus should have the identity {PACKAGED_IDENTITY}; this Python or its packages "
-              "read the sources differently, so scores on it do not compare with the records")
-    print(f"dropped: {manifest['dropped']}\nwrote {out}, identity {manifest['identity']}")
+        say(f"WARNING: the packaged corpus should have the identity {PACKAGED_IDENTITY}; this Python or its packages "
+            "read the sources differently, so scores on it do not compare with the records")
+    say(f"dropped: {manifest['dropped']}")
+    say(f"wrote {out}, identity {manifest['identity']}")
     return manifest
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with an option in one line, as every other error here."""
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"error: {message}; see --help\n")
+
+
+def folder_name(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty; give the name of a folder")
+    return Path(text)
 
 
 def parser() -> argparse.ArgumentParser:
     """The settings of the command line."""
     summary, _, usage = __doc__.partition("\n\n")
-    result = argparse.ArgumentParser(description=summary, epilog=usage,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    result = Parser(description=summary, epilog=usage, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = result.add_argument
     add("--source", choices=["packages", "text", "fineweb"], default="packages")
-    add("--out", type=Path, help="output folder (default: data/<source>, data/fineweb_<variant>)")
+    add("--out", type=folder_name, help="output folder (default: data/<source>, data/fineweb_<variant>)")
     add("--max-bytes", type=int, default=0, help="stop reading after this many bytes of text (default: 0, read all)")
     add("--vocab-size", type=int, default=1024, help="pieces of the trained tokenizer")
     add("--val-fraction", type=float, default=0.025, help="share of the documents held out for validation")
     add("--shard-tokens", type=int, default=10_000_000, help="tokens per shard, at most")
-    add("--input", type=Path, nargs="+", help="text: .txt or .jsonl files, also .zst")
+    add("--input", type=Path, nargs="+", help="text: .txt or .jsonl files, also as .zst, .gz, .bz2 or .xz")
     add("--tokenizer", type=Path, help="use this SentencePiece model instead of training one")
     add("--variant", default="sp1024", help="fineweb: tokenizer of the official shards, sp512 to sp8192")
     add("--train-shards", type=int, default=1, help="fineweb: number of training shards, 100M tokens each")
@@ -756,17 +1647,37 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the program; returns the exit status. Every error is one line on stderr."""
     args = parser().parse_args(argv)
-    try:
-        prepare(args)
-    except (DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped; nothing was written", file=sys.stderr)
-        return 130
+
+    def complain(text: str) -> None:
+        print(f"error: {' '.join(text.split())}", file=sys.stderr)
+
+    with handlers(stop):
+        try:
+            prepare(args)
+        except Stopped as stopped:
+            number = stopped.args[0]
+            complain(f"stopped by {signal.Signals(number).name}; what was begun is removed, an older folder is as it "
+                     "was; run again")
+            return 128 + number
+        except KeyboardInterrupt:
+            complain("stopped; what was begun is removed, an older folder is as it was; run again")
+            return 130
+        except MemoryError:
+            complain("not enough memory; give less text (data/README.md says what a document takes)")
+            return 1
+        except OSError as error:
+            complain(reason_of(error))
+            return 1
+        except DataError as error:
+            complain(str(error))
+            return 1
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if status > 128:
+        os._exit(status)  # a tokenizer may still be in training, in a thread that cannot be ended
+    sys.exit(status)
