@@ -15,14 +15,18 @@ If a check of the score fails, no score is printed.
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import ctypes
+import getpass
 import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import sys
+import tempfile
 import time
 import traceback
 import unicodedata
@@ -523,6 +527,30 @@ def can_compile(device: torch.device) -> bool:
     return any(map(shutil.which, ("g++", "clang++") if device.type == "cpu" else ("cc", "gcc", "clang")))
 
 
+def writable_compiler_cache() -> str:
+    """Give torch's compiler a cache folder that it can write, in the environment; a notice if not the usual one.
+
+    torch makes the folder when parts of it are imported, compiled or not. Raises OSError where nothing can be written.
+    """
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a user id that the machine has no name for
+        user = ""
+    folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")
+    if not folder and user:
+        folder = os.path.join(tempfile.gettempdir(), "torchinductor_" + re.sub(r'[\\/:*?"<>|]', "_", user))
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return ""
+    except OSError as e:
+        own = tempfile.mkdtemp(prefix="torchinductor_")
+        atexit.register(shutil.rmtree, own, ignore_errors=True)
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = own
+        return (f"the compiler's cache {folder or 'of a user without a name'} cannot be written ({e.strerror}), so it is "
+                "thrown away at the end; TORCHINDUCTOR_CACHE_DIR names another folder")
+
+
 def tag_compiler_cache() -> None:
     """Make the compiler's cache ask for this very program: it does not look into operators such as train_gpt's."""
     torch.compiler.config.cache_key_tag = folder_identity({p.name: sha256_file(p) for p in pack.code_files()})
@@ -531,6 +559,27 @@ def tag_compiler_cache() -> None:
 def hidden_last(model, ids: Tensor, last: int) -> Tensor:
     """Hidden states [batch, last, model_dim] of the last positions of ids; all are computed where a model must."""
     return model.hidden_last(ids, last) if hasattr(model, "hidden_last") else model.hidden(ids)[:, -last:]
+
+
+def compiled_hidden_last():
+    """hidden_last, compiled at its first call; as it is where that fails: headers or a cache may be missing."""
+    chosen = None
+
+    def call(model, ids: Tensor, last: int) -> Tensor:
+        nonlocal chosen
+        if chosen is not None:
+            return chosen(model, ids, last)
+        try:
+            tag_compiler_cache()
+            chosen = torch.compile(hidden_last, dynamic=False, fullgraph=True)
+            return chosen(model, ids, last)
+        except Exception as e:
+            why = (" ".join(str(e).split()) or repr(e))[:200]
+            print(f"notice      torch.compile failed ({why}), so scoring takes longer", file=sys.stderr, flush=True)
+            chosen = hidden_last
+            return chosen(model, ids, last)
+
+    return call
 
 
 def position_losses(model, ids: Tensor, targets: Tensor, scored: Tensor, forward=hidden_last) -> Tensor:
@@ -564,9 +613,7 @@ def evaluate(model, tokens, counter: ByteCounter, seq_len: int, stride: int, bat
     batches = [slice(a, b) for a, b in zip(starts, [*starts[1:], len(windows)], strict=True)]
     sums = torch.zeros(len(windows), dtype=torch.float64, device=device)
     stream = torch.from_numpy(tokens)
-    if compiled:
-        tag_compiler_cache()
-    fast = torch.compile(hidden_last, dynamic=False, fullgraph=True) if compiled else hidden_last
+    fast = compiled_hidden_last() if compiled else hidden_last
     for batch in batches[rank::world]:
         start, end, score_from = (torch.from_numpy(column) for column in windows[batch].T)
         position = start[:, None] + torch.arange(int((end - start).max()))  # windows of one batch are equally long
@@ -977,6 +1024,8 @@ def run(args: argparse.Namespace) -> int:
     place = Place()
     try:
         place = process_place(os.environ)
+        if said := writable_compiler_cache():
+            print(f"notice      {said}", file=sys.stderr)
         device = torch.device("cuda", place.local_rank) if torch.cuda.is_available() else torch.device("cpu")
         if device.type == "cuda":
             torch.cuda.set_device(device)

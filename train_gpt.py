@@ -72,6 +72,7 @@ from eval_bpb import (
     steady_streams,
     tag_compiler_cache,
     unexpected,
+    writable_compiler_cache,
 )
 from formats import (
     SCALE_DTYPES,
@@ -1504,9 +1505,12 @@ class Trainer:
         if c.compile and not can_compile(self.device):
             self.log.line("notice      no C++ compiler found, so torch.compile is off; training will be slower")
         elif c.compile:
-            torch._dynamo.config.recompile_limit = max(8, len(sequence_lengths(c)) + 1)  # one graph per length
-            tag_compiler_cache()
-            self.compiled = torch.compile(self.model, dynamic=False, fullgraph=True)
+            try:
+                torch._dynamo.config.recompile_limit = max(8, len(sequence_lengths(c)) + 1)  # one graph per length
+                tag_compiler_cache()
+                self.compiled = torch.compile(self.model, dynamic=False, fullgraph=True)
+            except Exception as e:
+                self.without_compiler(e)
         for seq_len in sequence_lengths(c):
             passes = c.warmup_steps if self.compiled is self.model else max(c.warmup_steps, 1)
             for _ in range(passes):
@@ -1514,6 +1518,8 @@ class Trainer:
                 try:
                     self.forward_backward(seq_len, 1)
                 except Exception as e:  # compilers, headers, caches and libraries each fail in their own way
+                    if self.compiled is self.model:
+                        raise
                     self.without_compiler(e)
                     self.forward_backward(seq_len, 1)
                 self.latents.flat_grad.zero_()
@@ -1533,8 +1539,8 @@ class Trainer:
         self.phase("compile", f", {expect} steps expected")
 
     def without_compiler(self, e: Exception) -> None:
-        """Go on with the eager model where compiling it failed on a CPU. Raises e if it was not that."""
-        if self.compiled is self.model or isinstance(e, RankLost | torch.OutOfMemoryError | MemoryError):
+        """Go on with the eager model where compiling it failed, on a CPU. Raises e if it was not the compiler's."""
+        if isinstance(e, RankLost | torch.OutOfMemoryError | MemoryError):
             raise e
         why = (" ".join(str(e).split()) or repr(e))[:200]
         if self.device.type == "cuda":  # ten minutes of a GPU are not worth an uncompiled run
@@ -1809,6 +1815,7 @@ def run(argv: list[str]) -> int:
             print(plan.report(preset, config))
             return 0
         place = process_place(os.environ)
+        notices += filter(None, [writable_compiler_cache()])
         torch.set_num_threads(config.threads or max(1, runlog.cores() // place.local_world))
         trainer = Trainer(preset, config, place)
         if said := look_at_folder(trainer.folder, config):
