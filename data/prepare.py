@@ -65,6 +65,7 @@ BOS = 1
 DOCUMENT_BYTES = 4_096  # packages: close a document at the first boundary past this size
 SPLIT_BYTES = 65_536  # text: cut longer documents at a blank line past this size
 LINE_BYTES = 2 * SPLIT_BYTES  # text: cut longer lines
+LINE_ENDS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"  # of str.splitlines
 TEXT_RULES = 2  # counts the changes of how text files become documents, so that folders of an older rule are rebuilt
 PIECE_BYTES = 1_024  # the smallest pieces that documents are cut into where too few are left for a split
 SHINGLE_WORDS = 8
@@ -532,12 +533,12 @@ def text_lines(blocks: Iterable[str]) -> Iterator[str]:
 
 
 def split_document(lines: Iterable[str]) -> Iterator[str]:
-    """Cut at the first blank line after SPLIT_BYTES, at any line after twice that."""
+    """Cut at the first blank line after SPLIT_BYTES, at any line after twice that, and where a long line was cut."""
     held, size = [], 0
     for line in lines:
         held.append(line)
         size += len(line.encode("utf-8"))
-        if size >= 2 * SPLIT_BYTES or (size >= SPLIT_BYTES and not line.strip()):
+        if size >= 2 * SPLIT_BYTES or (size >= SPLIT_BYTES and (not line.strip() or line[-1] not in LINE_ENDS)):
             yield "".join(held)
             held, size = [], 0
     if held:
@@ -856,7 +857,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> tuple[bytes, d
             if match := re.search(r"size too high.*<= (\d+)", reason):
                 raise DataError(f"--vocab-size {vocab_size} is more pieces than can be made of the "
                                 f"{sum(map(len, parts)):,} characters of training text; give --vocab-size "
-                                f"{match[1]} or less, or more text") from None
+                                f"{match[1]} or less, or more varied text") from None
             if "sentences_.empty()" in reason:
                 raise DataError("the training text holds nothing that a tokenizer can learn, only tabs and U+2585; "
                                 "give other text, or a tokenizer with --tokenizer") from None
@@ -998,18 +999,18 @@ def split(folder: Path, documents: Iterable[str], fraction: float, progress: Pro
     spool.path.unlink()
     held_out, pieces = finer.below(fraction), len(finer)
     if pieces < 2:
-        raise DataError(f"too little text to hold some of it out: {whole:,} different documents of "
-                        f"{spool.bytes:,} bytes give {pieces:,} different piece of up to {size:,} bytes "
-                        f"({finer.duplicates:,} exact duplicates were left out); give more, or more varied, text")
+        raise DataError(f"too little text to hold some of it out: different documents: {whole:,}, of {spool.bytes:,} "
+                        f"bytes; different pieces of up to {size:,} bytes in them: {pieces:,}; exact duplicates left "
+                        f"out: {finer.duplicates:,}; give more, or more varied, text")
     if pieces > whole:
         notes["pieces"] = {"bytes": size, "documents": whole, "pieces": pieces}
-    how = f"{whole:,} documents do not give both training and validation"
+    how = f"too few documents to have both training and validation: {whole:,}"
     if pieces > whole:
-        how += f", so they are cut into {pieces:,} pieces of up to {size:,} bytes"
+        how += f"; they are cut into {pieces:,} pieces of up to {size:,} bytes"
     if not 0 < held_out < pieces:
         held_out = 1 if held_out == 0 else pieces - 1
         notes["forced_validation_documents"] = held_out
-        how += f"; the {held_out:,} with the smallest sha256 {'is' if held_out == 1 else 'are'} validation"
+        how += f"; validation by force: {held_out:,}, the smallest sha256 first"
     say(how)
     return finer, held_out, notes
 
