@@ -271,11 +271,16 @@ def bounded(documents: Iterable[str], max_bytes: int) -> Iterator[str]:
 # ---------------------------------------------------------------- what the user sees while it runs
 
 
+def printable(text: str) -> str:
+    """The text in one line, with what a terminal may not be able to show (a name that is not UTF-8) spelled out."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return " ".join(text.split()).encode(encoding, "backslashreplace").decode(encoding)
+
+
 def say(text: str) -> None:
     """One line on stdout. A reader that has gone away (`| head -1`) or a full disk there must not cost the work."""
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     try:
-        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+        print(printable(text), flush=True)
     except OSError:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
 
@@ -666,12 +671,17 @@ class Spool:
 
 
 def cut_finer(documents: Iterable[str], size: int) -> Iterator[str]:
-    """Pieces of at most `size` bytes, cut at line ends, else at white space, else between characters."""
+    """Pieces of at most `size` bytes, cut at line ends, else at white space, else between characters.
+
+    A rest of less than half of that stays with the piece before it: it would be too short to be known as a repetition.
+    """
     for document in documents:
         start = 0
         while start < len(document):
-            rest = document[start : start + size + 1]  # a character has a byte or more
-            end = start + cut_place(rest, size, size // 2)
+            rest = document[start : start + size + size // 2 + 1]  # a character has a byte or more
+            end = start + len(rest)
+            if len(rest.encode("utf-8")) > size + size // 2:
+                end = start + cut_place(rest, size, size // 2)
             yield document[start:end]
             start = end
 
@@ -1000,13 +1010,13 @@ def split(folder: Path, documents: Iterable[str], fraction: float, progress: Pro
     held_out, pieces = finer.below(fraction), len(finer)
     if pieces < 2:
         raise DataError(f"too little text to hold some of it out: different documents: {whole:,}, of {spool.bytes:,} "
-                        f"bytes; different pieces of up to {size:,} bytes in them: {pieces:,}; exact duplicates left "
+                        f"bytes; different pieces of about {size:,} bytes in them: {pieces:,}; exact duplicates left "
                         f"out: {finer.duplicates:,}; give more, or more varied, text")
     if pieces > whole:
         notes["pieces"] = {"bytes": size, "documents": whole, "pieces": pieces}
     how = f"too few documents to have both training and validation: {whole:,}"
     if pieces > whole:
-        how += f"; they are cut into {pieces:,} pieces of up to {size:,} bytes"
+        how += f"; they are cut into {pieces:,} pieces of about {size:,} bytes"
     if not 0 < held_out < pieces:
         held_out = 1 if held_out == 0 else pieces - 1
         notes["forced_validation_documents"] = held_out
@@ -1219,7 +1229,7 @@ def sibling(out: Path, kind: str) -> Path:
     name = f".{out.name}.{kind}"
     if len(os.fsencode(name)) > 255:
         name = f".{hashlib.sha256(os.fsencode(out.name)).hexdigest()[:32]}.{kind}"
-    return out.with_name(name)
+    return out.parent / name
 
 
 def sync(path: Path) -> None:
@@ -1273,16 +1283,19 @@ class Place:
     def __init__(self, out: Path) -> None:
         try:
             self.out = out.resolve()
+            str(self.out).encode("utf-8")
             exists = self.out.exists() or self.out.is_symlink()
             if exists and not self.out.is_dir():
                 raise DataError(f"{out} exists and is not a folder, so it is not replaced; remove it or change --out")
+        except UnicodeEncodeError:
+            raise DataError(f"{out}: the name is not UTF-8, so the tokenizer's library cannot open files in it; change "
+                            "--out") from None
         except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
             raise DataError(f"{out} cannot be a folder ({reason_of(error)}); change --out") from None
         self.partial, self.made, self.locks = None, [], {}
         self.beside, self.old = sibling(self.out, "partial"), sibling(self.out, "old")
         try:
             self.recover()
-            self.check()
         except OSError as error:
             self.close()
             raise DataError(f"{self.out} cannot be used ({reason_of(error)}); change --out") from None
@@ -1339,6 +1352,7 @@ class Place:
     def begin(self) -> None:
         """Make and lock the empty folder that is built in."""
         try:
+            self.check()
             if self.out.is_dir():
                 self.hold(self.out)
             inside = self.out.is_dir() and (os.path.ismount(self.out) or is_above_here(self.out))
@@ -1652,7 +1666,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
 
     def complain(text: str) -> None:
-        print(f"error: {' '.join(text.split())}", file=sys.stderr)
+        print(f"error: {printable(text)}", file=sys.stderr)
 
     with handlers(stop):
         try:

@@ -1,0 +1,479 @@
+"""data/prepare.py: where a data folder may stand, what it never replaces, and what a stop or a kill leaves of it."""
+
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from data import prepare  # noqa: E402
+from eval_bpb import sha256_file  # noqa: E402
+
+OPTIONS = ["--source", "text", "--vocab-size", "300", "--val-fraction", "0.1"]
+
+
+def words(rng: random.Random, count: int) -> str:
+    return " ".join("".join(rng.choices("etaoinshr", k=rng.randint(2, 7))) for _ in range(count))
+
+
+def write_input(path: Path, seed: int, documents: int = 60) -> Path:
+    rng = random.Random(seed)
+    path.write_text("".join(json.dumps({"text": words(rng, 60)}) + "\n" for _ in range(documents)))
+    return path
+
+
+def run(out: object, source: Path, *options: str) -> int:
+    return prepare.main([*OPTIONS, "--out", str(out), "--input", str(source), *options])
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
+
+
+def one_error(capsys, *parts: str) -> None:
+    error = capsys.readouterr().err
+    assert error.startswith("error: "), error
+    assert error.count("\n") == 1, error
+    assert all(part in error for part in parts), error
+
+
+def whole(folder: Path) -> bool:
+    """Whether a reader that checks the manifest accepts the folder."""
+    try:
+        hashes = prepare.file_hashes(json.loads((folder / "manifest.json").read_text()))
+        return (all(sha256_file(folder / name) == sha for name, sha in hashes.items())
+                and {path.name for path in folder.glob("*.bin")} <= hashes.keys())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+@pytest.fixture
+def old(tmp_path) -> Path:
+    return write_input(tmp_path / "old.jsonl", 1)
+
+
+@pytest.fixture
+def new(tmp_path) -> Path:
+    return write_input(tmp_path / "new.jsonl", 2, 70)
+
+
+@pytest.fixture
+def place(tmp_path) -> Path:
+    """An empty folder to put output folders into."""
+    (tmp_path / "place").mkdir()
+    return tmp_path / "place"
+
+
+# ---------------------------------------------------------------- names
+
+
+def test_a_link_to_a_folder_stays_a_link(place, old, new):
+    (place / "real").mkdir()
+    (place / "link").symlink_to("real")
+    for source in (old, new):
+        assert run(place / "link", source) == 0
+        assert (place / "link").is_symlink()
+        assert whole(place / "real")
+    assert sorted(os.listdir(place)) == ["link", "real"]
+
+
+def test_a_dangling_link_gets_its_target(place, old):
+    (place / "link").symlink_to("deep/target")
+    assert run(place / "link", old) == 0
+    assert (place / "link").is_symlink()
+    assert whole(place / "deep" / "target")
+
+
+@pytest.mark.parametrize("name", [".", "./", "../here", "../here/"])
+def test_the_current_directory_is_filled_in_place(place, old, new, monkeypatch, name):
+    (place / "here").mkdir()
+    monkeypatch.chdir(place / "here")
+    number = (place / "here").stat().st_ino
+    for source in (old, new):
+        assert run(name, source) == 0
+        assert whole(Path("."))
+        assert (place / "here").stat().st_ino == number
+        assert len(os.listdir(place / "here")) == 4
+    assert os.listdir(place) == ["here"]
+
+
+def test_a_folder_above_the_current_directory_is_filled_in_place(place, old, monkeypatch, capsys):
+    (place / "a" / "lost+found").mkdir(parents=True)
+    monkeypatch.chdir(place / "a" / "lost+found")
+    assert run("..", old) == 0
+    assert whole(place / "a")
+    assert Path.cwd() == place / "a" / "lost+found"
+    (place / "a" / "mine").mkdir()
+    assert run("..", old) == 0, "up to date, so nothing is replaced"
+
+
+def test_relative_paths_and_slashes(place, old, monkeypatch):
+    monkeypatch.chdir(place)
+    assert run("a/b///", old) == run("./a/../a/c", old) == 0
+    assert whole(place / "a" / "b")
+    assert contents(place / "a" / "b") == contents(place / "a" / "c")
+
+
+@pytest.mark.parametrize("length", [246, 247, 255])
+def test_a_long_name(place, old, new, length):
+    out = place / ("n" * length)
+    assert run(out, old) == run(out, new) == 0
+    assert whole(out)
+    assert os.listdir(place) == [out.name]
+
+
+@pytest.mark.parametrize(("name", "message"), [
+    ("n" * 256, "name too long"),
+    ("file", "is not a folder"),
+    ("file/x", "Not a directory"),
+    ("loop", "oop"),
+    ("bad\udcff", "not UTF-8"),
+    ("/", "did not write"),
+    ("/dev/null", "is not a folder"),
+    ("blocked", "File exists"),
+])
+def test_a_place_that_cannot_work_is_refused_before_work_begins(place, old, capsys, monkeypatch, name, message):
+    (place / "file").write_text("x")
+    (place / ".blocked.partial").write_text("x")
+    (place / "loop").symlink_to("loop")
+    before = sorted(os.listdir(place))
+    monkeypatch.setattr(prepare, "request_of", lambda *_: pytest.fail("work began"))
+    assert run(place / name, old) == 1
+    one_error(capsys, message.replace("name too long", "File name too long"), "--out")
+    assert sorted(os.listdir(place)) == before
+
+
+def test_an_empty_name_is_refused(old, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run("", old)
+    assert stopped.value.code == 2
+    one_error(capsys, "--out", "empty")
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "text_train_000007.bin"])
+def test_a_strangers_file_in_our_folder_is_not_lost(place, old, new, capsys, name):
+    assert run(place / "out", old) == 0
+    (place / "out" / name).write_text("mine")
+    before = contents(place / "out")
+    capsys.readouterr()
+    assert run(place / "out", new) == 1
+    one_error(capsys, name, "is not replaced")
+    assert contents(place / "out") == before
+
+
+def test_a_file_put_there_during_the_run_is_not_lost(place, old, new, monkeypatch, capsys):
+    assert run(place / "out", old) == 0
+    real = prepare.encode
+
+    def encode(*arguments):
+        (place / "out" / "notes.txt").write_text("mine")
+        real(*arguments)
+
+    monkeypatch.setattr(prepare, "encode", encode)
+    capsys.readouterr()
+    assert run(place / "out", new) == 1
+    one_error(capsys, "notes.txt")
+    assert (place / "out" / "notes.txt").read_text() == "mine"
+    assert os.listdir(place) == ["out"]
+
+
+def test_parents_that_were_made_go_with_a_failed_run(place, tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text("{}\n")
+    assert run(place / "a" / "b" / "out", tmp_path / "a.jsonl") == 1
+    assert os.listdir(place) == []
+
+
+# ---------------------------------------------------------------- how a folder is replaced
+
+
+def test_the_old_folder_is_there_until_the_new_one_is(place, old, new, monkeypatch):
+    """One step: at no call of the commit is there none, or half of one."""
+    assert run(place / "out", old) == 0
+    seen, real = [], os.fsync
+
+    def look(handle):
+        seen.append((whole(place / "out"), sha256_file(place / "out" / "manifest.json")))
+        real(handle)
+
+    monkeypatch.setattr(prepare.os, "fsync", look)
+    first = sha256_file(place / "out" / "manifest.json")
+    assert run(place / "out", new) == 0
+    last = sha256_file(place / "out" / "manifest.json")
+    assert all(state for state, _ in seen)
+    assert [sha for _, sha in seen] == [first] * (len(seen) - 1) + [last]
+    assert len(seen) == 6, "every file and the folder before the swap, the parent after it"
+    assert os.listdir(place) == ["out"]
+
+
+def test_without_the_swap_of_linux_two_renames_do_it(place, old, new, monkeypatch):
+    monkeypatch.setattr(prepare, "exchange", lambda *_: False)
+    assert run(place / "out", old) == run(place / "out", new) == 0
+    assert whole(place / "out")
+    assert os.listdir(place) == ["out"]
+
+
+def test_a_death_between_two_renames_loses_nothing(place, old, new):
+    assert run(place / "out", old) == 0
+    before = contents(place / "out")
+    (place / "out").rename(place / ".out.old")
+    (place / ".out.partial").mkdir()
+    (place / "bad.jsonl").write_text("{}\n")
+    assert run(place / "out", place / "bad.jsonl") == 1
+    assert contents(place / "out") == before
+    (place / "bad.jsonl").unlink()
+    assert os.listdir(place) == ["out"]
+
+
+@pytest.mark.parametrize("number", [errno.EBUSY, errno.EXDEV, errno.EPERM])
+def test_a_folder_that_cannot_be_renamed_is_filled_in_place(place, old, new, monkeypatch, number):
+    """As for a mount of the same file system, which is only known when the rename fails."""
+    def busy(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(prepare, "exchange", busy)
+    (place / "out").mkdir()
+    identity = (place / "out").stat().st_ino
+    assert run(place / "out", old) == run(place / "out", new) == 0
+    assert whole(place / "out")
+    assert (place / "out").stat().st_ino == identity
+    assert len(os.listdir(place / "out")) == 4
+    assert os.listdir(place) == ["out"]
+
+
+def test_a_mount_point_is_built_inside(place, old, new, monkeypatch):
+    """A mount is simulated: it says so, and nothing beside it is ever made."""
+    (place / "out" / "lost+found").mkdir(parents=True)
+    monkeypatch.setattr(prepare.os.path, "ismount", lambda path: path == place / "out")
+    monkeypatch.setattr(prepare.Place, "swap", lambda self: pytest.fail("renamed a mount"))
+    monkeypatch.setattr(prepare, "sibling", lambda out, kind: Path("/nowhere") / kind)
+    assert run(place / "out", old, "--shard-tokens", "900") == 0
+    assert run(place / "out", new) == 0
+    assert whole(place / "out")
+    assert sorted(os.listdir(place / "out")) == ["lost+found", "manifest.json", "text_train_000000.bin",
+                                                 "text_val_000000.bin", "tokenizer.model"]
+
+
+def test_real_mounts(tmp_path, old, new):
+    """A tmpfs, a bind mount, a read-only parent and a full disk, where this machine lets us mount."""
+    script = """set -e
+    mkdir v b src ro ro/out small
+    mount -t tmpfs none v; mount --bind src b; mount --bind ro ro; mount -t tmpfs none ro/out
+    mount -o remount,ro,bind ro; mount -t tmpfs -o size=100k none small
+    for out in v b; do "$@" --input old.jsonl --out $out; done
+    for out in v b ro/out; do "$@" --input new.jsonl --out $out; test $(ls -A $out | wc -l) = 4; done
+    test $(ls -A | wc -l) = 8; cmp v/manifest.json b/manifest.json; cmp v/manifest.json ro/out/manifest.json
+    ! "$@" --input big.jsonl --out small/x 2>full; ! "$@" --input big.jsonl --out small 2>>full
+    test $(ls -A small | wc -l) = 0; cat full; grep -c "error: .*small.*No space left" full | grep 2"""
+    write_input(tmp_path / "big.jsonl", 3, 1_000)
+    command = ["unshare", "-rm", "bash", "-c", script, "bash", sys.executable, str(ROOT / "data" / "prepare.py")]
+    try:
+        subprocess.run([*command[:2], "mount", "-t", "tmpfs", "none", str(tmp_path)], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("mounting is not allowed here; the simulated mounts above stand for it")
+    done = subprocess.run([*command, *OPTIONS], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_read_only_folder_that_is_up_to_date_is_no_error(place, old, new, monkeypatch, capsys):
+    assert run(place / "out", old) == 0
+
+    def refuse(self, *_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    assert run(place / "out", old) == 0
+    assert "up to date" in capsys.readouterr().out
+    assert run(place / "out", new) == 1
+    one_error(capsys, "cannot be written", "Read-only")
+    assert run(place / "other", new) == 1
+    one_error(capsys, "cannot be written", "Read-only")
+
+
+# ---------------------------------------------------------------- two at once
+
+
+def test_a_second_process_is_refused_at_once(place, old, new, monkeypatch, capsys):
+    assert run(place / "out", old) == 0
+    for out in (place / "out", place / "fresh"):
+        first = prepare.Place(out)
+        first.begin()
+        (first.partial / "work").write_text("x")
+        with monkeypatch.context() as patch:
+            patch.setattr(prepare, "request_of", lambda *_: pytest.fail("work began"))
+            capsys.readouterr()
+            assert run(out, new) == 1
+            one_error(capsys, "another process is preparing", str(out))
+        assert (first.partial / "work").read_text() == "x"
+        first.close()
+        assert run(out, new) == 0
+    assert sorted(os.listdir(place)) == ["fresh", "out"]
+
+
+def test_a_second_process_is_refused_while_the_first_removes_the_old_folder(place, old, new, monkeypatch, capsys):
+    assert run(place / "out", old) == 0
+    results, real = [], prepare.remove_folder
+
+    def remove(folder):
+        if not results:
+            results.append("asked")
+            results.append(run(place / "out", old))
+        real(folder)
+
+    monkeypatch.setattr(prepare, "remove_folder", remove)
+    capsys.readouterr()
+    assert run(place / "out", new) == 0
+    assert results == ["asked", 1]
+    one_error(capsys, "another process is preparing")
+    assert whole(place / "out")
+    assert os.listdir(place) == ["out"]
+
+
+def test_a_lock_of_a_dead_process_is_none(place, new):
+    code = ("import sys, os; sys.path.insert(0, sys.argv[1]); from data import prepare; from pathlib import Path\n"
+            "place = prepare.Place(Path(sys.argv[2])); place.begin(); (place.partial / 'half').write_text('x')\n"
+            "os.kill(os.getpid(), 9)")
+    done = subprocess.run([sys.executable, "-c", code, str(ROOT), str(place / "out")])
+    assert done.returncode == -9
+    assert (place / ".out.partial" / "half").exists()
+    assert run(place / "out", new) == 0
+    assert whole(place / "out")
+    assert os.listdir(place) == ["out"]
+
+
+# ---------------------------------------------------------------- stops, kills, full disks
+
+
+def killed_at(call: int, out: Path, source: Path) -> bool:
+    """Run in a child process that is killed before its call-th change of a folder; False if it ended before that."""
+    child = os.fork()
+    if child:
+        return os.waitpid(child, 0)[1] == signal.SIGKILL
+    calls = [0]
+
+    def counted(real):
+        def change(*arguments, **options):
+            calls[0] += 1
+            if calls[0] == call:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*arguments, **options)
+        return change
+
+    for module, names in ((os, ("mkdir", "rename", "replace", "unlink", "rmdir", "fsync", "remove", "chmod")),
+                          (prepare, ("exchange",))):
+        for name in names:
+            setattr(module, name, counted(getattr(module, name)))
+    os._exit(run(out, source))
+
+
+@pytest.mark.parametrize("kind", ["new", "replaced", "two renames", "in place"])
+def test_a_kill_anywhere_leaves_the_old_or_the_new_folder(place, old, new, monkeypatch, kind):
+    """And in place, for the moments of the moves, one that a reader refuses and the next run completes."""
+    out = place / "out"
+    if kind == "two renames":
+        monkeypatch.setattr(prepare, "exchange", lambda *_: False)
+    if kind == "in place":
+        monkeypatch.setattr(prepare.os.path, "ismount", lambda path: path == out)
+    states, call = [], 0
+    while True:
+        call += 1
+        for name in os.listdir(place):
+            subprocess.run(["rm", "-r", str(place / name)], check=True)
+        if kind != "new":
+            out.mkdir()
+            assert run(out, old, "--shard-tokens", "900") == 0
+            before = contents(out)
+        killed = killed_at(call, out, new)
+        if not out.exists():
+            states.append("none")
+        elif whole(out):
+            states.append("old" if kind != "new" and contents(out) == before else "new")
+        else:
+            states.append("refused")
+        with monkeypatch.context() as patch:
+            if states[-1] in ("refused", "new"):
+                patch.setattr(prepare, "build", lambda *_: pytest.fail("built again"))
+            assert run(out, new) == 0
+        assert whole(out)
+        assert os.listdir(place) == ["out"]
+        if not killed:
+            break
+    order = list(dict.fromkeys(states))
+    assert order == {"new": ["none", "new"], "replaced": ["old", "new"], "two renames": ["old", "none", "new"],
+                     "in place": ["old", "refused", "new"]}[kind]
+    assert call > 8
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_is_answered_with_one_line(place, old, number, tmp_path):
+    """Also while the tokenizer is trained, which is one long call of its library."""
+    big = write_input(tmp_path / "big.jsonl", 5, 20_000)
+    assert run(place / "out", old) == 0
+    before = contents(place / "out")
+    command = [sys.executable, str(ROOT / "data" / "prepare.py"), "--source", "text", "--input", str(big),
+               "--out", str(place / "out"), "--vocab-size", "60000"]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (place / ".out.partial" / "documents.spool").exists() and child.poll() is None:
+        time.sleep(0.02)
+    time.sleep(0.3)
+    child.send_signal(number)
+    output, error = child.communicate(timeout=20)
+    assert child.returncode == 128 + number, output
+    assert error.startswith("error: stopped by SIG")
+    assert error.count("\n") == 1
+    assert contents(place / "out") == before
+    assert os.listdir(place) == ["out"]
+
+
+def test_nohup_is_respected(place, old):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with prepare.handlers(prepare.stop):
+            os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("moment", ["spool", "shard", "manifest", "fsync"])
+def test_a_full_disk_leaves_the_old_folder(place, old, new, monkeypatch, capsys, moment):
+    assert run(place / "out", old) == 0
+    before = contents(place / "out")
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    target = {"spool": (prepare.Spool, "__init__"), "shard": (prepare.ShardWriter, "close"),
+              "manifest": (Path, "write_text"), "fsync": (prepare.os, "fsync")}[moment]
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(*target, full)
+        assert run(place / "out", new) == 1
+    one_error(capsys, str(place / ".out.partial"), "No space left", "free some space")
+    assert contents(place / "out") == before
+    assert os.listdir(place) == ["out"]
+
+
+def test_a_disk_that_is_known_to_be_too_small_is_refused_before_work(place, tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.txt").write_text("word " * 10_000)
+    monkeypatch.setattr(prepare.shutil, "disk_usage", lambda _: os.terminal_size((1, 2)) and type(
+        "Usage", (), {"free": 49_999}))
+    monkeypatch.setattr(prepare, "build", lambda *_: pytest.fail("work began"))
+    assert run(place / "out", tmp_path / "a.txt") == 1
+    one_error(capsys, "49,999 bytes free", "50,000", "--out")
+    assert os.listdir(place) == []
+
+
+@pytest.mark.parametrize("redirect", [">&-", "> /dev/full", "| head -c 1 > /dev/null"])
+def test_an_output_that_cannot_be_written_costs_no_work(place, old, redirect):
+    command = f'"$@" {redirect}'
+    subprocess.run(["bash", "-c", command, "bash", sys.executable, str(ROOT / "data" / "prepare.py"), *OPTIONS,
+                    "--input", str(old), "--out", str(place / "out")], check=True, stdout=subprocess.DEVNULL)
+    assert whole(place / "out")
