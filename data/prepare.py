@@ -332,25 +332,33 @@ def unpacker(path: Path) -> Callable:
     return zstandard.ZstdDecompressor(max_window_size=WINDOW_LIMIT).decompressobj
 
 
+def zstd_window(start: bytes) -> int:
+    """Bytes of the window that the header of a zstd frame asks for (RFC 8878, 3.1.1.1.2); 0 if it asks for none."""
+    if len(start) < 6 or start[4] & 0x20:
+        return 0
+    base = 1 << (10 + (start[5] >> 3))
+    return base + base // 8 * (start[5] & 7)
+
+
 def unpack_fault(path: Path, start: bytes, error: Exception) -> str:
     """Why a compressed file cannot be read, from the first bytes of the frame and what its decoder says."""
     reason = str(error) or type(error).__name__
     if path.suffix.lower() == ".zst":
         import zstandard
 
+        window = zstd_window(start)
+        if window > WINDOW_LIMIT:
+            return (f"{path}: needs a zstd window of {window >> 20:,} MiB, more than the {WINDOW_LIMIT >> 20:,} MiB "
+                    "that can be read; pack it again with zstd --long=31 or less")
+        if "memory" in reason or isinstance(error, MemoryError):
+            return (f"{path}: needs {window >> 20:,} MiB of memory for its zstd window, more than this machine gives; "
+                    "pack it again with a smaller window, or use a larger machine")
         with contextlib.suppress(zstandard.ZstdError):
-            frame = zstandard.get_frame_parameters(start)
-            megabytes = frame.window_size / 2**20
-            if frame.dict_id:
-                return (f"{path}: needs the zstd dictionary with id {frame.dict_id}; unpack it first: "
+            if number := zstandard.get_frame_parameters(start).dict_id:
+                return (f"{path}: needs the zstd dictionary with id {number}; unpack it first: "
                         f"zstd -d -D DICTIONARY {shlex.quote(str(path))}")
-            if frame.window_size > WINDOW_LIMIT:
-                return (f"{path}: needs a zstd window of {megabytes:,.0f} MiB, more than the "
-                        f"{WINDOW_LIMIT >> 20:,} MiB that can be read; pack it again with zstd --long=31 or less")
-            if "memory" in reason or isinstance(error, MemoryError):
-                return f"{path}: needs {megabytes:,.0f} MiB of memory for its zstd window, which this machine denies"
     if isinstance(error, MemoryError):
-        return f"{path}: unpacking needs more memory than this machine gives"
+        return f"{path}: unpacking needs more memory than this machine gives; use a larger one"
     return f"{path}: damaged {path.suffix.lower()[1:].replace('zst', 'zstd')} data ({reason}); fetch the file again"
 
 
