@@ -600,8 +600,11 @@ def record_text(line: bytes, path: Path, number: int) -> str:
         reason = repr(error)
         if isinstance(error, KeyError):
             reason = f"its keys are {', '.join(map(repr, list(record)[:8]))}"
-        elif isinstance(error, TypeError) and isinstance(record, list):
-            reason = "it is a list; write its items with: jq -c '.[]'"
+        elif isinstance(error, AttributeError):
+            reason = f'its "text" is of the type {type(text).__name__}'
+        elif isinstance(error, TypeError):
+            reason = f"it is of the type {type(record).__name__}"
+            reason += "; write its items with: jq -c '.[]'" if isinstance(record, list) else ""
         raise DataError(f'{path}:{number}: not a JSON object with a "text" string ({reason})') from None
     return text
 
