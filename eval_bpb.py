@@ -547,8 +547,8 @@ def writable_compiler_cache() -> str:
         own = tempfile.mkdtemp(prefix="torchinductor_")
         atexit.register(shutil.rmtree, own, ignore_errors=True)
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = own
-        return (f"the compiler's cache {folder or 'of a user without a name'} cannot be written ({e.strerror}), so it is "
-                "thrown away at the end; TORCHINDUCTOR_CACHE_DIR names another folder")
+        return (f"the compiler's cache {folder or 'of a user without a name'} cannot be written ({e.strerror}): another "
+                "one is used and thrown away; TORCHINDUCTOR_CACHE_DIR names a folder to keep")
 
 
 def tag_compiler_cache() -> None:
@@ -790,7 +790,8 @@ def join_group(place: Place, backend: str) -> None:
     try:
         with quiet_stderr():  # torch warns of every attempt to connect
             store, _, _ = next(dist.rendezvous("env://", place.rank, place.world, timeout=patience))
-            store.set(f"here/{place.rank}", "1")
+            if store.add(f"here/{place.rank}", 1) > 1:
+                raise ValueError(f"RANK={place.rank} was started twice")
             store.wait([f"here/{rank}" for rank in range(place.world)], patience)
             dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world, timeout=SETTING_UP)
     except (RuntimeError, ValueError, OSError) as e:  # torch's errors of connection are RuntimeErrors

@@ -18,6 +18,8 @@ import argparse
 import ast
 import base64
 import datetime
+import fcntl
+import glob
 import hashlib
 import json
 import lzma
@@ -543,13 +545,36 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise SubmissionError(f"{path} exists; submissions are not overwritten: choose another name")
     if not path.parent.is_dir():
         raise SubmissionError(f"{path.parent} is not a folder; make it first")
+    remove_abandoned(path)
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         partial.mkdir()
-        yield partial
-        partial.rename(path)
+        with locked(partial):
+            yield partial
+            partial.rename(path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a lock on a folder; it goes with the process. Raises BlockingIOError if another process has it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def remove_abandoned(path: Path) -> None:
+    """Remove what killed processes left of this folder beside it; not what another one is filling."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}.partial"):
+        try:
+            with locked(left):
+                shutil.rmtree(left, ignore_errors=True)
+        except OSError:
+            continue
 
 
 def write(folder: Path, runs: list[Path], about: About, data: Path | None = None) -> list[str]:

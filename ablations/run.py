@@ -74,7 +74,8 @@ def flags(config: train_gpt.Config) -> list[str]:
 
 def run_environment() -> dict[str, str]:
     """The environment without what could change a setting."""
-    names = {f.name.upper() for f in fields(train_gpt.Config)} | set(train_gpt.FOREIGN_ENV) | {"PRESET", "RANK"}
+    names = {f.name.upper() for f in fields(train_gpt.Config)} | set(train_gpt.FOREIGN_ENV) | {"PRESET"}
+    names |= {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
     return {k: v for k, v in os.environ.items() if k not in names}
 
 

@@ -1,0 +1,278 @@
+"""Is it the tokenizer, are these the shards, of this model? Every mixture of two of each, and tokenizers that lie."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece as spm
+import torch
+
+import eval_bpb
+import pack
+import train_gpt
+from conftest import VOCAB, small_corpus, tiny_args
+from eval_bpb import AuditError, DataError, audit_bytes, audit_origin, open_data, open_tokenizer, read_shard
+
+OTHER_WORDS = str.maketrans("etaoinshrdlu", "vkzqjxwbgpmy")  # another language of the same shape
+
+
+@pytest.fixture(scope="module")
+def folders(data_dir, tmp_path_factory) -> list[Path]:
+    """Two data folders of other texts, with tokenizers of equal size."""
+    from data import prepare
+
+    folder = tmp_path_factory.mktemp("other")
+    source = folder / "corpus.jsonl"
+    texts = [text.translate(OTHER_WORDS) for text in small_corpus(seed=5)]
+    source.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts), encoding="utf-8")
+    argv = ["--source", "text", "--input", str(source), "--out", str(folder / "shards"), "--vocab-size", str(VOCAB)]
+    assert prepare.main([*argv, "--val-fraction", "0.06"]) == 0
+    return [data_dir, folder / "shards"]
+
+
+def untrained(path: Path, data: Path | None) -> Path:
+    """The artifact of a model that was not trained, on this data (None: as older files, which name none)."""
+    config = train_gpt.Config(**train_gpt.PRESETS["tiny"], vocab_size=VOCAB)
+    torch.manual_seed(1)
+    model = train_gpt.GPT(config)
+    order = [name for name, _ in model.named_parameters()]
+    meta = train_gpt.artifact_meta(config, open_data(data) if data else None)
+    pack.write_artifact(path, train_gpt.Latents(model, config).pack(order),
+                        meta if data else {"config": meta["config"]})
+    return path
+
+
+@pytest.fixture(scope="module")
+def artifacts(folders, tmp_path_factory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("artifacts")
+    return [untrained(folder / f"{i}.tern", data) for i, data in enumerate(folders)]
+
+
+def mixture(folder: Path, shards: Path, tokenizer: Path, manifest: Path | None) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for path in shards.glob("*.bin"):
+        shutil.copy(path, folder)
+    shutil.copy(tokenizer / "tokenizer.model", folder)
+    if manifest:
+        shutil.copy(manifest / "manifest.json", folder)
+    return folder
+
+
+def score(capsys, *argv: object) -> tuple[int, str, str]:
+    status = eval_bpb.run(eval_bpb.parse_args([*map(str, argv), "--stride", "0"]))
+    return status, *capsys.readouterr()
+
+
+def refused(status: int, out: str, err: str) -> bool:
+    return (status == 1 and "val_bpb" not in out and err.startswith("error: ") and err.count("\n") == 1
+            and "Traceback" not in err)
+
+
+MIXTURES = list(itertools.product((0, 1), (0, 1), (0, 1), (0, 1, None)))
+
+
+@pytest.mark.parametrize(("artifact", "shards", "tokenizer", "manifest"), MIXTURES)
+def test_a_mixture_is_never_scored(folders, artifacts, tmp_path, capsys, artifact, shards, tokenizer, manifest):
+    data = mixture(tmp_path / "data", folders[shards], folders[tokenizer],
+                   None if manifest is None else folders[manifest])
+    status, out, err = score(capsys, artifacts[artifact], "--data", data)
+    if artifact == shards == tokenizer and manifest in (shards, None):
+        assert status == 0 and "val_bpb" in out and "the one that the artifact names" in out
+        assert ("no manifest.json" in out) == (manifest is None)
+    else:
+        assert refused(status, out, err), (out, err)
+
+
+@pytest.mark.parametrize(("shards", "tokenizer", "manifest"),
+                         [m for _, *m in MIXTURES[:12] if not (m[0] == m[1] and m[2] in (m[0], None))])
+def test_a_mixture_is_never_trained_on(folders, tmp_path, capsys, shards, tokenizer, manifest):
+    data = mixture(tmp_path / "data", folders[shards], folders[tokenizer],
+                   None if manifest is None else folders[manifest])
+    status = train_gpt.run(tiny_args(data, tmp_path / "runs"))
+    assert refused(status, *capsys.readouterr()) and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "another_name.model"])
+def test_a_tokenizer_from_elsewhere_must_be_that_of_the_manifest(folders, artifacts, tmp_path, capsys, name):
+    for i, folder in enumerate(folders):
+        shutil.copy(folder / "tokenizer.model", tmp_path / name)
+        result = score(capsys, artifacts[0], "--data", folders[0], "--tokenizer-path", tmp_path / name)
+        assert (result[0] == 0) if i == 0 else refused(*result)
+        if i:
+            assert "leave --tokenizer-path out" in result[2]
+            assert refused(train_gpt.run(tiny_args(folders[0], tmp_path / "r", "--tokenizer-path", tmp_path / name)),
+                           *capsys.readouterr())
+        else:  # the identity is of contents: a copy under another name changes nothing
+            assert open_data(folders[0], tmp_path / name).identity == open_data(folders[0]).identity
+
+
+def test_sampling_asks_for_the_same_tokenizer(folders, artifacts, capsys):
+    assert refused(*score(capsys, artifacts[0], "--data", folders[1], "--sample", "x"))
+
+
+def test_a_run_names_its_tokenizer_and_data(tiny_run, data_dir):
+    _, meta = pack.read_artifact(tiny_run[0] / "model.tern")
+    data = open_data(data_dir)
+    assert meta["tokenizer"] == data.tokenizer_sha256 and data.identity.startswith(meta["data"])
+    _, state = train_gpt.load_checkpoint(tiny_run[0])
+    assert state["tokenizer"] == data.tokenizer_sha256
+
+
+def test_older_artifacts_are_scored_and_the_report_says_what_was_not_checked(folders, tmp_path, capsys):
+    status, out, _ = score(capsys, untrained(tmp_path / "old.tern", None), "--data", folders[0])
+    assert status == 0 and "NOT CHECKED" in out and "val_bpb" in out
+
+
+def test_start_from_a_model_of_another_tokenizer_is_refused(tiny_run, folders, tmp_path, capsys):
+    status = train_gpt.run(tiny_args(folders[1], tmp_path, "--init-from", tiny_run[0]))
+    assert refused(status, *capsys.readouterr())
+
+
+def test_one_alien_shard_among_others_is_found(folders, artifacts, tmp_path, capsys):
+    data = mixture(tmp_path / "data", folders[0], folders[0], None)
+    shutil.copy(next(folders[1].glob("*_val_*.bin")), data / "text_val_000001.bin")
+    result = score(capsys, artifacts[0], "--data", data)
+    assert refused(*result) and "text_val_000001.bin" in result[2]
+
+
+def test_training_shards_of_another_tokenizer_are_found(folders, tmp_path, capsys):
+    data = mixture(tmp_path / "data", folders[0], folders[0], None)
+    shutil.copy(next(folders[1].glob("*_train_*.bin")), next(data.glob("*_train_*.bin")))
+    assert refused(train_gpt.run(tiny_args(data, tmp_path / "runs")), *(result := capsys.readouterr()))
+    assert "_train_" in result.err
+
+
+def test_the_same_validation_shard_twice_is_refused(folders, artifacts, tmp_path, capsys):
+    data = mixture(tmp_path / "data", folders[0], folders[0], None)
+    shutil.copy(next(data.glob("*_val_*.bin")), data / "text_val_000001.bin")
+    assert refused(*score(capsys, artifacts[0], "--data", data))
+
+
+def test_a_manifest_that_states_other_bytes_is_refused(folders, artifacts, tmp_path, capsys):
+    data = mixture(tmp_path / "data", folders[0], folders[0], folders[0])
+    manifest = json.loads((data / "manifest.json").read_text())
+    manifest["splits"]["val"]["bytes"] += 1
+    (data / "manifest.json").write_text(json.dumps(manifest))
+    result = score(capsys, artifacts[0], "--data", data)
+    assert refused(*result) and "states" in result[2]
+
+
+@pytest.mark.parametrize("change", ["splits", "tokenizer", "number", "nested", "list"])
+def test_a_manifest_of_odd_types_is_one_error(folders, artifacts, tmp_path, capsys, change):
+    data = mixture(tmp_path / "data", folders[0], folders[0], folders[0])
+    manifest = json.loads((data / "manifest.json").read_text())
+    if change == "splits":
+        manifest["splits"] = []
+    elif change == "tokenizer":
+        manifest["tokenizer"] = "tokenizer.model"
+    elif change == "number":
+        manifest["tokenizer"]["sha256"] = 5
+    else:
+        manifest = [1] if change == "list" else json.loads("[" * 50 + "]" * 50)
+    (data / "manifest.json").write_text(json.dumps(manifest))
+    assert refused(*score(capsys, artifacts[0], "--data", data))
+
+
+# -- tokenizers ----------------------------------------------------------------------------------------------------
+
+
+def train_tokenizer(**options) -> bytes:
+    model, texts = io.BytesIO(), small_corpus(60)
+    defaults = {"model_type": "bpe", "vocab_size": 400, "byte_fallback": True, "normalization_rule_name": "identity",
+                "remove_extra_whitespaces": False, "allow_whitespace_only_pieces": False, "bos_id": 1, "eos_id": 2,
+                "unk_id": 0, "pad_id": -1, "minloglevel": 2}
+    spm.SentencePieceTrainer.train(sentence_iterator=iter(x for t in texts for x in t.split("\t")),
+                                   model_writer=model, **defaults | options)
+    return model.getvalue()
+
+
+def field(number: int, data: bytes) -> bytes:
+    """A length-delimited field of a protocol buffer."""
+    size, length = len(data), b""
+    while size >= 0x80:
+        size, length = size >> 7, length + bytes([size & 0x7F | 0x80])
+    return bytes([number << 3 | 2]) + length + bytes([size]) + data
+
+
+def nfkc_rules() -> bytes:
+    model = spm.SentencePieceNormalizer(rule_name="nmt_nfkc_cf").serialized_model_proto()
+    return eval_bpb.charsmap(model, eval_bpb.NORMALIZER)
+
+
+def test_the_fixture_of_this_file_is_sound(tmp_path):
+    (tmp_path / "a.model").write_bytes(train_tokenizer())
+    sp = open_tokenizer(tmp_path / "a.model")
+    assert eval_bpb.check_tokenizer(sp, "") == []
+
+
+@pytest.mark.parametrize(("make", "message"), [
+    (lambda: train_tokenizer().replace(b"\n\x03\xe2\x96\x81", b"\n\x03\xe2\x98\x83"), "standalone"),
+    (lambda: train_tokenizer(bos_id=-1), "no BOS"),
+    (lambda: train_tokenizer(normalization_rule_name="nmt_nfkc_cf"), "comes back as"),
+    (lambda: train_tokenizer() + field(5, field(2, nfkc_rules())), "denormalizer"),
+    (lambda: b"", "not a SentencePiece model"),
+    (lambda: b"hello", "not a SentencePiece model"),
+    (lambda: train_tokenizer()[:-400], "not a SentencePiece model"),
+    (lambda: train_tokenizer(treat_whitespace_as_suffix=True), "bytes"),
+], ids=["lone space", "bos", "case", "denormalizer", "empty", "text", "truncated", "suffix"])
+def test_unsound_tokenizers_are_refused_on_every_open(folders, artifacts, tmp_path, capsys, make, message):
+    """Whatever the shards are: with these the counter and the decoder can agree and both be wrong."""
+    model = make()
+    data = mixture(tmp_path / "data", folders[0], folders[0], None)
+    (data / "tokenizer.model").write_bytes(model)
+    with pytest.raises(DataError, match=message):
+        open_tokenizer(data / "tokenizer.model")
+    old = untrained(tmp_path / "old.tern", None)
+    assert refused(*score(capsys, old, "--data", data))
+    assert refused(train_gpt.run(tiny_args(data, tmp_path / "runs")), *capsys.readouterr())
+
+
+def test_the_space_less_tokenizer_counts_too_many_bytes(tmp_path):
+    """What the refusal above is for: the audit of such a tokenizer agrees with itself, 1.26 times the text's bytes."""
+    sp = spm.SentencePieceProcessor(
+        model_proto=train_tokenizer().replace(b"\n\x03\xe2\x96\x81", b"\n\x03\xe2\x98\x83"))
+    text = "a" + " " * 50 + "b"
+    ids = np.array([1, *sp.encode(text)], dtype=np.uint16)
+    counted = audit_bytes({"x": ids}, eval_bpb.ByteCounter(sp))["x"]["bytes"]
+    assert counted > 1.2 * len(text.encode())
+
+
+def test_tokenizers_of_the_official_kind_are_taken_and_said_to_normalize(tmp_path):
+    (tmp_path / "a.model").write_bytes(train_tokenizer(normalization_rule_name="nmt_nfkc",
+                                                       remove_extra_whitespaces=True))
+    notes = eval_bpb.check_tokenizer(open_tokenizer(tmp_path / "a.model"), "")
+    assert len(notes) == 1 and notes[0].startswith("normalizes")
+
+
+def test_unknown_tokens_are_not_scored(tmp_path):
+    """Without byte fallback text is lost behind <unk>; here it decodes to nothing, so the counts would agree."""
+    (tmp_path / "a.model").write_bytes(train_tokenizer(byte_fallback=False, vocab_size=200, unk_surface=""))
+    sp = open_tokenizer(tmp_path / "a.model")
+    assert "no byte pieces" in eval_bpb.check_tokenizer(sp, "")[0]
+    ids = np.array([1, *sp.encode("so Привет")], dtype=np.uint16)
+    with pytest.raises(AuditError, match="unknown"):
+        audit_bytes({"x": ids}, eval_bpb.ByteCounter(sp))
+
+
+def test_origin_survives_what_happens_to_real_shards(data_dir):
+    """Documents cut anywhere, as at the edges of shards, are still of their tokenizer."""
+    counter = eval_bpb.ByteCounter(data_dir / "tokenizer.model")
+    tokens = read_shard(next(data_dir.glob("*_val_*.bin")))
+    for start, end in ((0, None), (7, None), (7, -5), (300, 2000)):
+        found = audit_origin(tokens[start:end], counter, "x")
+        assert found["reproduced"] > 0.95
+    assert audit_origin(tokens[:0], counter, "x")["reproduced"] == 1.0
+    controls = np.insert(tokens, 50, 2)
+    assert audit_origin(controls, counter, "x")["controls"] == 0  # EOS is ordinary
+    shuffled = np.random.default_rng(0).permutation(tokens)
+    with pytest.raises(AuditError, match="not of this tokenizer"):
+        audit_origin(shuffled, counter, "x")
+    with pytest.raises(DataError, match="not its shards"):
+        audit_origin(np.array([VOCAB], dtype=np.uint16), counter, "x")
