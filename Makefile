@@ -5,8 +5,9 @@ BIN    := $(VENV)/bin
 
 .PHONY: run test data lint fuzz setup clean
 
+# --resume auto: a second `make run` continues one that was stopped, and leaves one that is finished as it is.
 run: data            ## prepare the data, train a few minutes on the CPU, pack, score the file
-	$(BIN)/python train_gpt.py --preset cpu $(ARGS)
+	$(BIN)/python train_gpt.py --preset cpu --resume auto $(ARGS)
 
 test: $(VENV)/.ready-ray lint     ## everything that CI runs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests

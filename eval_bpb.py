@@ -547,8 +547,8 @@ def writable_compiler_cache() -> str:
         own = tempfile.mkdtemp(prefix="torchinductor_")
         atexit.register(shutil.rmtree, own, ignore_errors=True)
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = own
-        return (f"the compiler's cache {folder or 'of a user without a name'} cannot be written ({e.strerror}): another "
-                "one is used and thrown away; TORCHINDUCTOR_CACHE_DIR names a folder to keep")
+        return (f"the compiler's cache {folder or 'of a user without a name'} cannot be written ({e.strerror}): another"
+                " one is used and thrown away; TORCHINDUCTOR_CACHE_DIR names a folder to keep")
 
 
 def tag_compiler_cache() -> None:
@@ -806,6 +806,24 @@ def join_group(place: Place, backend: str) -> None:
         ) from None
 
 
+LET_RANK_0_SPEAK = 2.0  # seconds: torchrun stops all processes, rank 0 too, when the first one ends with an error
+
+
+def check_agreement(said: Mapping[str, object], device: torch.device) -> None:
+    """Raises LaunchError unless all processes of the group say the same under each name: machines may hold older copies
+    of data or program. A process alone agrees with itself."""
+    if not dist.is_initialized():
+        return
+    digests = [hashlib.sha256(json.dumps(value, sort_keys=True).encode()).digest() for value in said.values()]
+    mine = torch.tensor([list(digest) for digest in digests], dtype=torch.int64, device=device)
+    every = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(every, mine)
+    for i, name in enumerate(said):
+        if differ := [rank for rank, theirs in enumerate(every) if not torch.equal(theirs[i], every[0][i])]:
+            raise LaunchError(f"rank(s) {', '.join(map(str, differ))} do not have the {name} of rank 0; give all "
+                              "processes the same, on every machine")
+
+
 @contextlib.contextmanager
 def quiet_stderr() -> Iterator[None]:
     """Drop what libraries write to the standard error file, past Python."""
@@ -881,6 +899,8 @@ def score_file(args: argparse.Namespace, device: torch.device) -> dict:
     data = open_data(args.data, args.tokenizer_path, need_train=False)
     tensors, meta = pack.read_artifact(args.artifact)
     check_identity(meta, data, args.artifact)
+    check_agreement({"artifact": sha256_file(args.artifact), "data": data.identity,
+                     "settings": [args.stride, args.seq_len, args.batch_seqs]}, device)
     counter = ByteCounter(data.tokenizer)
     shards = {p.name: read_shard(p) for p in data.val}
     documents = audit_bytes(shards, counter)
@@ -1054,6 +1074,8 @@ def run(args: argparse.Namespace) -> int:
     except (ValueError, OSError) as e:  # ArtifactError, DataError and AuditError are ValueErrors
         if place.rank == 0 or place.world > 1 and isinstance(e, OSError):  # what rank 0 may not have met itself
             print(f"error: {e}", file=sys.stderr)
+        else:
+            time.sleep(LET_RANK_0_SPEAK)
         return 1
     except Exception as e:
         print(f"error: {unexpected(e)}", file=sys.stderr)

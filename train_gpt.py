@@ -58,6 +58,7 @@ from eval_bpb import (
     audit_bytes,
     audit_origin,
     can_compile,
+    check_agreement,
     evaluate,
     folder_identity,
     join_group,
@@ -1362,6 +1363,9 @@ class Trainer:
         if self.counter.vocab_size != c.vocab_size:
             raise ConfigError(f"vocab_size={c.vocab_size}: the tokenizer {self.data.tokenizer} has "
                               f"{self.counter.vocab_size}")
+        with self.ranks.talking():
+            check_agreement({"data": self.data.identity, "program": self.source_sha256, "settings": {
+                name: value for name, value in asdict(c).items() if name not in FREE_SETTINGS}}, self.device)
         val = {p.name: read_shard(p) for p in self.data.val}
         if self.rank == 0:
             self.audit(val)
@@ -1803,6 +1807,8 @@ def run(argv: list[str]) -> int:
             trainer.log.line(f"error: {e}", console=False)
         if place.rank == 0 or status != 2 and not isinstance(e, TrainingError | RunExists):  # which all ranks raise
             print(f"error: {f'rank {place.rank}: ' if place.rank else ''}{e}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(eval_bpb.LET_RANK_0_SPEAK)
         return status
 
     try:

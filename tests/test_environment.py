@@ -76,6 +76,7 @@ eval_bpb.FIND_EACH_OTHER = datetime.timedelta(seconds=float(sys.argv[1]))
 try:
     eval_bpb.join_group(eval_bpb.process_place(os.environ), "gloo")
     eval_bpb.dist.barrier()
+    eval_bpb.check_agreement({"program": 1, "data": sys.argv[2:]}, eval_bpb.torch.device("cpu"))
     print("joined")
 except eval_bpb.LaunchError as e:
     print(e)
@@ -83,8 +84,8 @@ eval_bpb.leave(0)
 """
 
 
-def join(seconds: float, **env: str) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-c", JOIN, str(seconds)], cwd=ROOT, env=clean_env(**GROUP | env),
+def join(seconds: float, *data: str, **env: str) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-c", JOIN, str(seconds), *data], cwd=ROOT, env=clean_env(**GROUP | env),
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -92,6 +93,11 @@ def test_processes_find_each_other_or_say_so():
     port = str(free_port())
     both = [join(30, MASTER_PORT=port, RANK=str(rank)) for rank in range(2)]
     assert [p.communicate(timeout=60) for p in both] == [("joined\n", "")] * 2
+
+    port = str(free_port())
+    both = [join(30, f"copy {rank}", MASTER_PORT=port, RANK=str(rank)) for rank in range(2)]
+    for process in both:
+        assert process.communicate(timeout=60)[0].startswith("rank(s) 1 do not have the data of rank 0")
 
     alone = {rank: join(2, MASTER_PORT=str(free_port()), RANK=str(rank)) for rank in range(2)}
     for rank, process in alone.items():
