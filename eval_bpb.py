@@ -238,8 +238,8 @@ def letters(text: str) -> str:
     return "".join(c for c in unicodedata.normalize("NFKC", text) if unicodedata.category(c)[0] not in "ZC")
 
 
-def protobuf_fields(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """(number, bytes) of the length-delimited fields of a protocol buffer message.
+def protobuf_fields(data: bytes) -> Iterator[tuple[int, bytes | int]]:
+    """(number, value) of the fields of a protocol buffer message: integers, and the bytes of strings and messages.
 
     protobuf.dev/programming-guides/encoding; a .model file is a ModelProto of sentencepiece_model.proto.
     """
@@ -260,7 +260,7 @@ def protobuf_fields(data: bytes) -> Iterator[tuple[int, bytes]]:
         key = varint()
         number, kind = key >> 3, key & 7
         if kind == 0:
-            varint()
+            yield number, varint()
         elif kind == 2:
             size = varint()
             yield number, data[at : at + size]
@@ -269,7 +269,9 @@ def protobuf_fields(data: bytes) -> Iterator[tuple[int, bytes]]:
             at += {1: 8, 5: 4}[kind]
 
 
-NORMALIZER, DENORMALIZER, CHARSMAP = 3, 5, 2  # field numbers of sentencepiece_model.proto
+# Field numbers of sentencepiece_model.proto: of a ModelProto, of its normalizers, of its TrainerSpec, of a piece.
+PIECES, TRAINER, NORMALIZER, DENORMALIZER, CHARSMAP, MODEL_TYPE, TEXT, KIND = 1, 2, 3, 5, 2, 3, 1, 3
+BPE, NORMAL, USER_DEFINED = 2, 1, 4
 # sha256, first 16 digits, of the rules that are sentencepiece's own: nmt_nfkc (that of the official tokenizers, and of
 # sentencepiece 0.2.3) and nfkc. Rules that fold case change letters, so they are none of these.
 KNOWN_RULES = {"79372c41389c2b9b": "nmt_nfkc", "1e2c7b43d3ee9755": "nmt_nfkc", "7e46d9e08af4b6a3": "nfkc"}
@@ -281,6 +283,19 @@ def charsmap(model: bytes, spec: int) -> bytes:
         if number == spec:
             return dict(protobuf_fields(message)).get(CHARSMAP, b"")
     return b""
+
+
+def pieces_from_nowhere(model: bytes) -> list[str]:
+    """The pieces of a BPE model that no two of its pieces make. Training gives none such, an edited file may."""
+    fields = list(protobuf_fields(model))
+    if not any(number == TRAINER and dict(protobuf_fields(message)).get(MODEL_TYPE) == BPE
+               for number, message in fields):
+        return []
+    kinds = {piece[TEXT].decode(): piece.get(KIND, NORMAL)
+             for number, message in fields if number == PIECES for piece in [dict(protobuf_fields(message))]}
+    known = {text for text, kind in kinds.items() if kind in (NORMAL, USER_DEFINED)}
+    return [text for text in known if len(text) > 1 and kinds[text] == NORMAL
+            and not any(text[:i] in known and text[i:] in known for i in range(1, len(text)))]
 
 
 def check_tokenizer(sp: spm.SentencePieceProcessor, where: str | Path) -> list[str]:
@@ -304,6 +319,8 @@ def check_tokenizer(sp: spm.SentencePieceProcessor, where: str | Path) -> list[s
     model = sp.serialized_model_proto()
     if charsmap(model, DENORMALIZER):
         raise refuse("it changes text when it decodes (a denormalizer)")
+    if odd := pieces_from_nowhere(model):
+        raise refuse(f"its piece {min(odd)!a} is not made of other pieces of it, as in a file that was edited")
     rules = charsmap(model, NORMALIZER)
 
     counter, notes = ByteCounter(sp), []

@@ -173,7 +173,7 @@ def read_matrix(path: str | Path) -> Matrix:
     """The matrix of a TOML file. Raises MatrixError."""
     path = Path(path)
     try:
-        table = tomllib.loads(path.read_text())
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
         raise MatrixError(f"{path}: not a TOML file that can be read ({e})") from None
     where = str(path)

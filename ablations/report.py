@@ -13,6 +13,8 @@ from pathlib import Path
 import stats
 from matrix import Job, Matrix, Row, what_of
 
+import pack
+
 COLOURS = 8  # of the palette in STYLE; further rows are grey
 
 
@@ -396,5 +398,5 @@ def write(matrix: Matrix, asked: list[Job], lines: list[dict], folder: Path) -> 
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / "report.md", folder / "report.html"]
     for path, text in zip(paths, (markdown(matrix, rows), page(matrix, rows)), strict=True):
-        path.write_text(text)
+        pack.write_atomic(path, text.encode())
     return paths

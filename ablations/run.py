@@ -191,7 +191,7 @@ def broken(job: Job, matrix: Matrix, why: object) -> dict:
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    return [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(text) for text in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def train_results(folder: Path, job: Job) -> dict:

@@ -214,6 +214,7 @@ def test_the_fixture_of_this_file_is_sound(tmp_path):
 
 @pytest.mark.parametrize(("make", "message"), [
     (lambda: train_tokenizer().replace(b"\n\x03\xe2\x96\x81", b"\n\x03\xe2\x98\x83"), "standalone"),
+    (lambda: train_tokenizer().replace(b"\n\x05\xe2\x96\x81he", b"\n\x05\xe2\x98\x83he"), "not made of other"),
     (lambda: train_tokenizer(bos_id=-1), "no BOS"),
     (lambda: train_tokenizer(normalization_rule_name="nmt_nfkc_cf"), "comes back as"),
     (lambda: train_tokenizer() + field(5, field(2, nfkc_rules())), "denormalizer"),
@@ -221,7 +222,7 @@ def test_the_fixture_of_this_file_is_sound(tmp_path):
     (lambda: b"hello", "not a SentencePiece model"),
     (lambda: train_tokenizer()[:-400], "not a SentencePiece model"),
     (lambda: train_tokenizer(treat_whitespace_as_suffix=True), "bytes"),
-], ids=["lone space", "bos", "case", "denormalizer", "empty", "text", "truncated", "suffix"])
+], ids=["lone space", "another piece", "bos", "case", "denormalizer", "empty", "text", "truncated", "suffix"])
 def test_unsound_tokenizers_are_refused_on_every_open(folders, artifacts, tmp_path, capsys, make, message):
     """Whatever the shards are: with these the counter and the decoder can agree and both be wrong."""
     model = make()

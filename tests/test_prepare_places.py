@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from data import prepare  # noqa: E402
-from eval_bpb import sha256_file  # noqa: E402
+from eval_bpb import DataError, open_data, sha256_file  # noqa: E402
 
 OPTIONS = ["--source", "text", "--vocab-size", "300", "--val-fraction", "0.1"]
 
@@ -374,30 +374,38 @@ def killed_at(call: int, out: Path, source: Path) -> bool:
     os._exit(run(out, source))
 
 
-@pytest.mark.parametrize("kind", ["new", "replaced", "two renames", "in place"])
+def state_of(out: Path, before: dict[str, bytes]) -> str:
+    """What training and scoring make of the folder."""
+    if not out.exists() or not contents(out):
+        return "none"
+    try:
+        open_data(out)
+    except DataError:
+        return "refused"
+    assert whole(out), "what they accept is whole, not a part of it"
+    return "old" if contents(out) == before else "new"
+
+
+@pytest.mark.parametrize("kind", ["new", "replaced", "two renames", "in place", "in place, empty"])
 def test_a_kill_anywhere_leaves_the_old_or_the_new_folder(place, old, new, monkeypatch, kind):
     """And in place, for the moments of the moves, one that a reader refuses and the next run completes."""
     out = place / "out"
     if kind == "two renames":
         monkeypatch.setattr(prepare, "exchange", lambda *_: False)
-    if kind == "in place":
+    if kind.startswith("in place"):
         monkeypatch.setattr(prepare.os.path, "ismount", lambda path: path == out)
-    states, call = [], 0
+    states, call, before = [], 0, {}
     while True:
         call += 1
         for name in os.listdir(place):
             subprocess.run(["rm", "-r", str(place / name)], check=True)
         if kind != "new":
             out.mkdir()
+        if kind not in ("new", "in place, empty"):
             assert run(out, old, "--shard-tokens", "900") == 0
             before = contents(out)
         killed = killed_at(call, out, new)
-        if not out.exists():
-            states.append("none")
-        elif whole(out):
-            states.append("old" if kind != "new" and contents(out) == before else "new")
-        else:
-            states.append("refused")
+        states.append(state_of(out, before))
         with monkeypatch.context() as patch:
             if states[-1] in ("refused", "new"):
                 patch.setattr(prepare, "build", lambda *_: pytest.fail("built again"))
@@ -408,7 +416,7 @@ def test_a_kill_anywhere_leaves_the_old_or_the_new_folder(place, old, new, monke
             break
     order = list(dict.fromkeys(states))
     assert order == {"new": ["none", "new"], "replaced": ["old", "new"], "two renames": ["old", "none", "new"],
-                     "in place": ["old", "refused", "new"]}[kind]
+                     "in place": ["old", "refused", "new"], "in place, empty": ["none", "refused", "new"]}[kind]
     assert call > 8
 
 
