@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -214,6 +215,13 @@ def test_the_old_folder_is_there_until_the_new_one_is(place, old, new, monkeypat
     assert os.listdir(place) == ["out"]
 
 
+def test_a_folder_keeps_its_mode(place, old, new):
+    assert run(place / "out", old) == 0
+    (place / "out").chmod(0o750)
+    assert run(place / "out", new) == 0
+    assert (place / "out").stat().st_mode & 0o777 == 0o750
+
+
 def test_without_the_swap_of_linux_two_renames_do_it(place, old, new, monkeypatch):
     monkeypatch.setattr(prepare, "exchange", lambda *_: False)
     assert run(place / "out", old) == run(place / "out", new) == 0
@@ -353,15 +361,21 @@ def test_a_lock_of_a_dead_process_is_none(place, new):
 
 
 def killed_at(call: int, out: Path, source: Path) -> bool:
-    """Run in a child process that is killed before its call-th change of a folder; False if it ended before that."""
+    """Run in a child process that is killed before its call-th step of the commit; False if it ended before that."""
     child = os.fork()
     if child:
         return os.waitpid(child, 0)[1] == signal.SIGKILL
-    calls = [0]
+    calls, committing, commit = [0], [0], prepare.Place.commit
+
+    def counting(place):
+        committing[0] = 1
+        commit(place)
+
+    prepare.Place.commit = counting
 
     def counted(real):
         def change(*arguments, **options):
-            calls[0] += 1
+            calls[0] += committing[0]
             if calls[0] == call:
                 os.kill(os.getpid(), signal.SIGKILL)
             return real(*arguments, **options)
@@ -394,15 +408,15 @@ def test_a_kill_anywhere_leaves_the_old_or_the_new_folder(place, old, new, monke
         monkeypatch.setattr(prepare, "exchange", lambda *_: False)
     if kind.startswith("in place"):
         monkeypatch.setattr(prepare.os.path, "ismount", lambda path: path == out)
-    states, call, before = [], 0, {}
+    template, states, call, before = place.parent / "template", [], 0, {}
+    assert run(template, old, "--shard-tokens", "900") == 0
     while True:
         call += 1
-        for name in os.listdir(place):
-            subprocess.run(["rm", "-r", str(place / name)], check=True)
-        if kind != "new":
+        shutil.rmtree(out, ignore_errors=True)
+        if kind == "in place, empty":
             out.mkdir()
-        if kind not in ("new", "in place, empty"):
-            assert run(out, old, "--shard-tokens", "900") == 0
+        elif kind != "new":
+            shutil.copytree(template, out)
             before = contents(out)
         killed = killed_at(call, out, new)
         states.append(state_of(out, before))
