@@ -460,10 +460,26 @@ def audit_origin(tokens: np.ndarray, counter: ByteCounter, where: str | Path) ->
     DataError on an id that the tokenizer does not have.
     """
     size = int(counter.count_stream(tokens).sum())
+    share, text = reproduced(tokens, counter)
+    if share < REPRODUCED:
+        raise AuditError(
+            f"{where}: these shards are not of this tokenizer: encoding their text again gives {share:.1%} of their "
+            f"tokens (its own shards give all of them). Text begins {text[:60]!a}; give the tokenizer that made them "
+            "with --tokenizer-path, or prepare the data again"
+        )
+    ordinary = counter.boundary.copy()
+    ordinary[[i for i in (counter.bos_id, counter.tokenizer.eos_id()) if i >= 0]] = False
+    counts = np.bincount(tokens, minlength=counter.vocab_size) if tokens.size else np.zeros(counter.vocab_size, int)
+    return {"reproduced": share, "pieces_used": int((counts > 0).sum()), "pieces": counter.vocab_size,
+            "bytes_per_token": size / max(tokens.size, 1), "controls": int(counts[ordinary].sum())}
+
+
+def reproduced(tokens: np.ndarray, counter: ByteCounter) -> tuple[float, str]:
+    """(share of a sample's tokens that come again when their text is encoded, text of the worst document)."""
     sp, bounds = counter.tokenizer, document_bounds(tokens, counter)
     chosen = np.unique(np.linspace(0, len(bounds) - 2, SAMPLE_DOCUMENTS).astype(np.int64)) if tokens.size else []
     same = seen = 0
-    text_of_worst, worst = "", 1.0
+    worst, text_of_worst = 1.0, ""
     for i in chosen:
         ids = tokens[bounds[i] : min(bounds[i + 1], bounds[i] + SAMPLE_TOKENS)].astype(np.int64)
         ids = ids[~counter.boundary[ids]]  # BOS and the like are not made from text
@@ -479,19 +495,7 @@ def audit_origin(tokens: np.ndarray, counter: ByteCounter, where: str | Path) ->
         same, seen = same + agree, seen + ids.size
         if agree / ids.size < worst:
             worst, text_of_worst = agree / ids.size, text
-    share = same / seen if seen else 1.0
-    if share < REPRODUCED:
-        raise AuditError(
-            f"{where}: these shards are not of this tokenizer: encoding their text again gives {share:.1%} of their "
-            f"tokens (its own shards give all of them). Text begins {text_of_worst[:60]!a}; give the tokenizer that "
-            "made them with --tokenizer-path, or prepare the data again"
-        )
-    ordinary = counter.boundary.copy()
-    ordinary[[i for i in (counter.bos_id, sp.eos_id()) if i >= 0]] = False
-    counts = np.bincount(tokens, minlength=counter.vocab_size) if tokens.size else np.zeros(counter.vocab_size, int)
-    return {"reproduced": share, "pieces_used": int((counts > 0).sum()), "pieces": counter.vocab_size,
-            "bytes_per_token": size / max(tokens.size, 1),
-            "controls": int(counts[ordinary].sum())}
+    return same / seen if seen else 1.0, text_of_worst
 
 
 def agreeing(equal: np.ndarray) -> int:
