@@ -434,20 +434,36 @@ def test_a_kill_anywhere_leaves_the_old_or_the_new_folder(place, old, new, monke
     assert call > 8
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_is_answered_with_one_line(place, old, number, tmp_path):
-    """Also while the tokenizer is trained, which is one long call of its library."""
-    big = write_input(tmp_path / "big.jsonl", 5, 20_000)
+LONG_CALL = """import sys, os, hashlib
+sys.path.insert(0, sys.argv.pop(1))
+from data import prepare
+def train_pieces(*_):
+    print("training", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 500_000_000)
+prepare.train_pieces = train_pieces
+os._exit(prepare.main())
+"""
+
+
+@pytest.mark.parametrize(("number", "moment"), [
+    (signal.SIGTERM, "reading"), (signal.SIGINT, "training"), (signal.SIGHUP, "training")])
+def test_a_signal_is_answered_at_once_with_one_line(place, old, number, tmp_path, moment):
+    """Also while the tokenizer is trained: like that library, the stand-in does not return to Python for long."""
     assert run(place / "out", old) == 0
     before = contents(place / "out")
-    command = [sys.executable, str(ROOT / "data" / "prepare.py"), "--source", "text", "--input", str(big),
-               "--out", str(place / "out"), "--vocab-size", "60000"]
+    big = write_input(tmp_path / "big.jsonl", 5, 20_000 if moment == "reading" else 100)
+    program = ["-c", LONG_CALL, str(ROOT)] if moment == "training" else [str(ROOT / "data" / "prepare.py")]
+    command = [sys.executable, *program, *OPTIONS, "--input", str(big), "--out", str(place / "out")]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while moment == "training" and child.stdout.readline() not in ("training\n", ""):
+        pass
     while not (place / ".out.partial" / "documents.spool").exists() and child.poll() is None:
         time.sleep(0.02)
-    time.sleep(0.3)
     child.send_signal(number)
-    output, error = child.communicate(timeout=20)
+    try:
+        output, error = child.communicate(timeout=10)
+    finally:
+        child.kill()
     assert child.returncode == 128 + number, output
     assert error.startswith("error: stopped by SIG")
     assert error.count("\n") == 1

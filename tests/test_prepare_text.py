@@ -231,6 +231,15 @@ def test_a_line_of_megabytes_is_cut_where_it_hurts_least(tmp_path, kind, name):
             assert following[0] in "e👩o"
 
 
+def test_a_windows_line_end_is_never_cut_in_two():
+    text = "ab\r\n" * 9
+    for limit in range(2, 30):
+        assert text[prepare.cut_place(text, limit, limit // 2)] != "\n"
+        parts = list(prepare.cut_finer([text], limit))
+        assert "".join(parts) == text
+        assert not any(part.startswith("\n") for part in parts)
+
+
 # ---------------------------------------------------------------- encodings
 
 
