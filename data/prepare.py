@@ -519,11 +519,15 @@ def cut_place(text: str, limit: int, back: int) -> int:
 
 def short_lines(line: str) -> Iterator[str]:
     """The line, in pieces of at most LINE_BYTES."""
-    while 4 * len(line) > LINE_BYTES and len(line.encode("utf-8")) > LINE_BYTES:
-        place = cut_place(line, LINE_BYTES, 8_192)
-        yield line[:place]
-        line = line[place:]
-    yield line
+    start = 0
+    while 4 * (len(line) - start) > LINE_BYTES:  # a character has at most four bytes
+        window = line[start : start + LINE_BYTES + 64]
+        if len(window.encode("utf-8")) <= LINE_BYTES:
+            break
+        place = cut_place(window, LINE_BYTES, 8_192)
+        yield window[:place]
+        start += place
+    yield line[start:]
 
 
 def text_lines(blocks: Iterable[str]) -> Iterator[str]:

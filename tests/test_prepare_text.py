@@ -7,6 +7,7 @@ import lzma
 import random
 import struct
 import sys
+import time
 import zlib
 from pathlib import Path
 
@@ -229,6 +230,17 @@ def test_a_line_of_megabytes_is_cut_where_it_hurts_least(tmp_path, kind, name):
             assert part.endswith(" ")
         if kind == "marks":
             assert following[0] in "e👩o"
+
+
+def test_cutting_a_long_line_takes_linear_time(tmp_path):
+    """A second for 100 MB; work on the whole rest for every piece takes ten."""
+    line, began = "abcdefghij" * 10_000_000, time.process_time()
+    assert sum(map(len, prepare.short_lines(line))) == len(line)
+    assert time.process_time() - began < 3
+    began = time.process_time()
+    assert sum(map(len, prepare.text_lines(line[i:i + 250_000] for i in range(0, len(line), 250_000)))) == len(line)
+    assert sum(map(len, prepare.cut_finer([line[:20_000_000]], 1_024))) == 20_000_000
+    assert time.process_time() - began < 3
 
 
 def test_a_windows_line_end_is_never_cut_in_two():
