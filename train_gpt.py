@@ -1409,6 +1409,12 @@ class Trainer:
                                       "folder between the machines")
         self.seconds["load"] = time.perf_counter() - began
 
+    def close(self) -> None:
+        """Let go of the run's folder."""
+        for file in (self.log, self.lock):
+            if file is not None:
+                file.close()
+
     def audit(self, val: dict[str, np.ndarray]) -> None:
         """Whether the shards are of this tokenizer, before anything is trained; the scoring process asks again.
 
@@ -1877,8 +1883,8 @@ def run(argv: list[str]) -> int:
     except Exception as e:
         return fail(unexpected(e), 1)
     finally:
-        if trainer is not None and trainer.log is not None:
-            trainer.log.close()
+        if trainer is not None:
+            trainer.close()
         if dist.is_initialized():
             dist.destroy_process_group()
 
