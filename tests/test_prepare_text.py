@@ -475,6 +475,17 @@ def test_formulas_are_compared_by_characters(tmp_path, capsys):
     assert len(train) > 350
 
 
+@pytest.mark.parametrize("units", [prepare.BY_WORDS, prepare.BY_CHARACTERS])
+def test_any_run_of_a_brief_document_counts(units):
+    rng = random.Random(6)
+    brief, long = words(rng, 12), words(rng, 100)
+    overlap = prepare.Overlap([brief, long], units)
+    around = words(rng, 900)
+    assert overlap.near(f"{around} {brief} {around}"), "too short for a long run or for a tenth"
+    assert not overlap.near(f"{around} {' '.join(long.split()[:12])} {around}"), "a short quotation of a long one"
+    assert overlap.near(f"{around} {' '.join(long.split()[:60])} {around}")
+
+
 def test_ordinary_text_is_compared_by_words(tmp_path):
     texts = [words(random.Random(i), 60) for i in range(300)]
     manifest = run(tmp_path, "a.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in texts))
