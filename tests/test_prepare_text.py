@@ -507,6 +507,14 @@ def test_the_spool_sorts_and_drops_duplicates(tmp_path):
     assert spool.below(0.3) == len(below)
 
 
+def test_a_batch_of_long_documents_is_bounded():
+    documents = ["x" * 1_000_000] * 11 + ["y"] * 1_200
+    batches = list(prepare.batches(documents))
+    assert [text for batch in batches for text in batch] == documents
+    assert [len(batch) for batch in batches[:2]] == [4, 4]
+    assert max(map(len, batches)) <= prepare.BATCH_DOCUMENTS
+
+
 def test_time_is_linear(monkeypatch):
     """What a training document costs does not grow with validation: no sort of the whole table for each."""
     sizes, real = [], np.unique
