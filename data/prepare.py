@@ -53,11 +53,16 @@ from eval_bpb import (  # noqa: E402
     SHARD_HEADER_INTS,
     SHARD_MAGIC,
     SHARD_VERSION,
+    AuditError,
     ByteCounter,
     DataError,
+    audit_origin,
     folder_identity,
+    open_tokenizer,
     read_shard,
     sha256_file,
+    steady_streams,
+    unexpected,
 )
 
 FORMAT = 1
@@ -78,6 +83,7 @@ TRAINER_RUN = 65_535  # characters without white space that the tokenizer's trai
 BATCH_DOCUMENTS = 512
 BATCH_BYTES = 4_000_000
 BLOCK_BYTES = 1 << 18
+ORIGIN_TOKENS = 200_000  # of each official shard, that are asked whether they are the tokenizer's
 PACKAGED_BYTES = 84_000_000  # of disk that the packaged corpus needs while it is built
 PROGRESS_SECONDS = 8
 
@@ -914,16 +920,13 @@ def in_thread(work: Callable, *arguments: object) -> object:
 
 
 def load_tokenizer(path: Path) -> sentencepiece.SentencePieceProcessor:
-    try:
-        tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    except (OSError, RuntimeError) as error:
-        raise DataError(f"{path}: not a SentencePiece model ({error})") from None
+    """A tokenizer that scoring will take, with the BOS of the shard format. Raises DataError on another one."""
+    tokenizer = open_tokenizer(path)
     if tokenizer.bos_id() != BOS:
-        raise DataError(f"{path}: BOS is id {tokenizer.bos_id()}, the shard format wants {BOS}")
-    if tokenizer.is_unknown(tokenizer.piece_to_id("▁")):
-        raise DataError(f'{path}: no standalone "▁" piece, so spaces would be counted wrongly; use another tokenizer')
+        raise DataError(f"{path}: BOS is id {tokenizer.bos_id()}, the shard format wants {BOS}; use another tokenizer")
     if tokenizer.get_piece_size() > 1 << 16:
-        raise DataError(f"{path}: {tokenizer.get_piece_size()} pieces do not fit the shard format's uint16")
+        raise DataError(f"{path}: {tokenizer.get_piece_size()} pieces do not fit the shard format's uint16; "
+                        "use another tokenizer")
     return tokenizer
 
 
@@ -1150,6 +1153,7 @@ def build_fineweb(folder: Path, settings: dict, hub: Path | None) -> dict:
             tokens = read_shard(get(f"datasets/{dataset}/{name}", name))
             if len(tokens) and int(tokens.max()) >= tokenizer.get_piece_size():
                 raise DataError(f"{name}: holds token {tokens.max()}, the tokenizer has {tokenizer.get_piece_size()}")
+            audit_origin(tokens[:ORIGIN_TOKENS], counter, name)
             size = 0
             for part in np.array_split(tokens, 1 + len(tokens) // 10_000_000):
                 size += int(counter.count(np.concatenate([[last], part[:-1]]), part).sum())
@@ -1678,6 +1682,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the program; returns the exit status. Every error is one line on stderr."""
+    steady_streams()
     args = parser().parse_args(argv)
 
     def complain(text: str) -> None:
@@ -1700,8 +1705,11 @@ def main(argv: list[str] | None = None) -> int:
         except OSError as error:
             complain(reason_of(error))
             return 1
-        except DataError as error:
+        except (DataError, AuditError) as error:
             complain(str(error))
+            return 1
+        except Exception as error:
+            complain(unexpected(error))
             return 1
     return 0
 

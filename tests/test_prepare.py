@@ -642,6 +642,7 @@ def test_fineweb_offline_is_one_clear_error(tmp_path, monkeypatch, capsys):
     ("missing shard", "no file datasets/datasets/fineweb10B_sp1024/fineweb_train_000001.bin"),
     ("truncated shard", "fineweb_train_000001.bin"),
     ("alien shard", "holds token"),
+    ("shard of another tokenizer", "not of this tokenizer"),
     ("too many", "--train-shards is 9"),
     ("variant", "has no fineweb10B_sp77"),
     ("layout", "not laid out as expected"),
@@ -654,6 +655,10 @@ def test_fineweb_faults_leave_no_folder(tmp_path, hub, capsys, fault, message):
         shard.write_bytes(shard.read_bytes()[:-2])
     elif fault == "alien shard":
         shard.write_bytes(shard.read_bytes()[:-2] + b"\xff\xff")
+    elif fault == "shard of another tokenizer":
+        tokens = read_shard(shard)
+        other = np.where(tokens > 300, 300 + (tokens - 300 + 7) % 30, tokens).astype(np.uint16)
+        shard.write_bytes(prepare.header(len(other)) + other.tobytes())
     elif fault == "layout":
         (hub / "datasets" / "manifest.json").write_text("{}")
     options = {"too many": ["--train-shards", 9], "variant": ["--variant", "sp77"]}.get(fault, ["--train-shards", 2])
