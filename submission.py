@@ -87,8 +87,10 @@ RECORD_SEEDS, RECORD_NATS, RECORD_P = 3, 0.005, 0.01  # the competition's rule f
 
 # When loaded, each imports only those before it.
 MODULES = ("entropy", "pack", "formats", "eval_bpb", "runlog", "train_gpt")
-YOUNGER = ("entropy", "formats", "runlog")  # modules that the first submissions do not have
 LIBRARIES = ("torch", "numpy", "sentencepiece", "zstandard", "safetensors", "constriction")  # of these modules
+DATA_MODULES = ("data/messages", "data/places", "data/textfiles", "data/prepare")  # make the shards; only in source/
+# Modules that the first submissions do not have.
+YOUNGER = ("entropy", "formats", "runlog", "data/messages", "data/places", "data/textfiles")
 MAX_SOURCE, MAX_SOURCES = 1 << 20, 1 << 22  # bytes of one module, and of all
 
 # Of LZMA2's settings these were the smallest on our sources, by 0.3%. The dictionary covers them.
@@ -530,8 +532,8 @@ def compose(folders: list[Path], about: About) -> dict[str, bytes]:
         raise SubmissionError(fault)
     files |= {"train_gpt.py": program, "requirements.txt": libraries(requirements)}
     files |= {f"source/{name}": data for name, data in sources.items()}
-    files |= {"source/requirements.txt": requirements,
-              "source/data/prepare.py": (ROOT / "data/prepare.py").read_bytes()}
+    files |= {f"source/{name}.py": (ROOT / f"{name}.py").read_bytes() for name in DATA_MODULES}
+    files["source/requirements.txt"] = requirements
     files["README.md"] = readme(submission, runs[0]).encode()
     submission["files"] = {name: {"bytes": len(data), "sha256": sha256(data)} for name, data in files.items()}
     files["submission.json"] = (json.dumps(submission, indent=1, sort_keys=True) + "\n").encode()
@@ -693,8 +695,8 @@ def check_files(c: Case) -> Iterator[str]:
         yield f"submission.json: claim must be none or record, not {c.found['claim']!r}"
     if not re.fullmatch(r"\d{4}-\d\d-\d\d", c.found["date"]) or not c.found["name"]:
         yield "submission.json: date must be as 2026-01-31 and name not empty"
-    expected = {"README.md", "submission.json", "requirements.txt", "train_gpt.py", "source/requirements.txt",
-                "source/data/prepare.py"} | {f"source/{name}.py" for name in MODULES if name not in YOUNGER}
+    expected = {"README.md", "submission.json", "requirements.txt", "train_gpt.py", "source/requirements.txt"}
+    expected |= {f"source/{name}.py" for name in MODULES + DATA_MODULES if name not in YOUNGER}
     expected |= {name for number in c.numbers for name in seed_names(number).values()}
     for name in sorted((expected | c.found["files"].keys()) - c.files.keys()):
         yield f"{name} is missing"

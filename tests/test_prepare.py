@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data import prepare  # noqa: E402
+from data import prepare, textfiles  # noqa: E402
 from eval_bpb import ByteCounter, folder_identity, read_shard, sha256_file  # noqa: E402
 
 VOCABULARY = ["".join(random.Random(i).choices("etaoinshrdlucmfwypvbgkjqxz", k=2 + i % 7)) for i in range(2_000)]
@@ -382,22 +382,22 @@ def test_text_zst_and_jsonl_hold_the_same_documents(tmp_path):
         files.append(tmp_path / f"{number}.txt")
         files[-1].write_bytes(document.encode())
     (tmp_path / "0.txt.zst").write_bytes(zstandard.ZstdCompressor().compress(documents[0].encode()))
-    assert list(prepare.text_documents([lines])) == documents
-    assert list(prepare.text_documents([tmp_path / "a.jsonl.zst"])) == documents
-    assert list(prepare.text_documents([tmp_path / "0.txt.zst", *files[1:]])) == documents
+    assert list(textfiles.text_documents([lines])) == documents
+    assert list(textfiles.text_documents([tmp_path / "a.jsonl.zst"])) == documents
+    assert list(textfiles.text_documents([tmp_path / "0.txt.zst", *files[1:]])) == documents
 
 
 @settings(max_examples=50, deadline=None)
 @given(lines=st.lists(st.sampled_from(["\n", "x" * 9_000 + "\n", "é" * 30_000 + "\n", " \r\n", "end"])))
 def test_splitting_loses_nothing(lines):
-    parts = list(prepare.split_document(lines))
+    parts = list(textfiles.split_document(lines))
     assert "".join(parts) == "".join(lines)
-    assert all(len(part.encode()) < 2 * prepare.SPLIT_BYTES + 60_001 for part in parts)
+    assert all(len(part.encode()) < 2 * textfiles.SPLIT_BYTES + 60_001 for part in parts)
 
 
 def test_long_documents_are_cut_at_blank_lines():
     text = ("word " * 2_000 + "\n\n") * 20
-    parts = list(prepare.split_document(text.splitlines(keepends=True)))
+    parts = list(textfiles.split_document(text.splitlines(keepends=True)))
     assert len(parts) == 3
     assert all(part.endswith("\n\n") for part in parts)
 

@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data import prepare  # noqa: E402
+from data import places, prepare  # noqa: E402
 from eval_bpb import DataError, open_data, sha256_file  # noqa: E402
 
 OPTIONS = ["--source", "text", "--vocab-size", "300", "--val-fraction", "0.1"]
@@ -50,7 +50,7 @@ def one_error(capsys, *parts: str) -> None:
 def whole(folder: Path) -> bool:
     """Whether a reader that checks the manifest accepts the folder."""
     try:
-        hashes = prepare.file_hashes(json.loads((folder / "manifest.json").read_text()))
+        hashes = places.file_hashes(json.loads((folder / "manifest.json").read_text()))
         return (all(sha256_file(folder / name) == sha for name, sha in hashes.items())
                 and {path.name for path in folder.glob("*.bin")} <= hashes.keys())
     except (OSError, ValueError, KeyError):
@@ -205,7 +205,7 @@ def test_the_old_folder_is_there_until_the_new_one_is(place, old, new, monkeypat
         seen.append((whole(place / "out"), sha256_file(place / "out" / "manifest.json")))
         real(handle)
 
-    monkeypatch.setattr(prepare.os, "fsync", look)
+    monkeypatch.setattr(places.os, "fsync", look)
     first = sha256_file(place / "out" / "manifest.json")
     assert run(place / "out", new) == 0
     last = sha256_file(place / "out" / "manifest.json")
@@ -223,7 +223,7 @@ def test_a_folder_keeps_its_mode(place, old, new):
 
 
 def test_without_the_swap_of_linux_two_renames_do_it(place, old, new, monkeypatch):
-    monkeypatch.setattr(prepare, "exchange", lambda *_: False)
+    monkeypatch.setattr(places, "exchange", lambda *_: False)
     assert run(place / "out", old) == run(place / "out", new) == 0
     assert whole(place / "out")
     assert os.listdir(place) == ["out"]
@@ -247,7 +247,7 @@ def test_a_folder_that_cannot_be_renamed_is_filled_in_place(place, old, new, mon
     def busy(*_):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(prepare, "exchange", busy)
+    monkeypatch.setattr(places, "exchange", busy)
     (place / "out").mkdir()
     identity = (place / "out").stat().st_ino
     assert run(place / "out", old) == run(place / "out", new) == 0
@@ -260,9 +260,9 @@ def test_a_folder_that_cannot_be_renamed_is_filled_in_place(place, old, new, mon
 def test_a_mount_point_is_built_inside(place, old, new, monkeypatch):
     """A mount is simulated: it says so, and nothing beside it is ever made."""
     (place / "out" / "lost+found").mkdir(parents=True)
-    monkeypatch.setattr(prepare.os.path, "ismount", lambda path: path == place / "out")
-    monkeypatch.setattr(prepare.Place, "swap", lambda self: pytest.fail("renamed a mount"))
-    monkeypatch.setattr(prepare, "sibling", lambda out, kind: Path("/nowhere") / kind)
+    monkeypatch.setattr(places.os.path, "ismount", lambda path: path == place / "out")
+    monkeypatch.setattr(places.Place, "swap", lambda self: pytest.fail("renamed a mount"))
+    monkeypatch.setattr(places, "sibling", lambda out, kind: Path("/nowhere") / kind)
     assert run(place / "out", old, "--shard-tokens", "900") == 0
     assert run(place / "out", new) == 0
     assert whole(place / "out")
@@ -333,7 +333,7 @@ def test_a_read_only_folder_that_is_up_to_date_is_no_error(place, old, new, monk
 def test_a_second_process_is_refused_at_once(place, old, new, monkeypatch, capsys):
     assert run(place / "out", old) == 0
     for out in (place / "out", place / "fresh"):
-        first = prepare.Place(out)
+        first = places.Place(out)
         first.begin()
         (first.partial / "work").write_text("x")
         with monkeypatch.context() as patch:
@@ -349,7 +349,7 @@ def test_a_second_process_is_refused_at_once(place, old, new, monkeypatch, capsy
 
 def test_a_second_process_is_refused_while_the_first_removes_the_old_folder(place, old, new, monkeypatch, capsys):
     assert run(place / "out", old) == 0
-    results, real = [], prepare.remove_folder
+    results, real = [], places.remove_folder
 
     def remove(folder):
         if not results:
@@ -357,7 +357,7 @@ def test_a_second_process_is_refused_while_the_first_removes_the_old_folder(plac
             results.append(run(place / "out", old))
         real(folder)
 
-    monkeypatch.setattr(prepare, "remove_folder", remove)
+    monkeypatch.setattr(places, "remove_folder", remove)
     capsys.readouterr()
     assert run(place / "out", new) == 0
     assert results == ["asked", 1]
@@ -367,8 +367,8 @@ def test_a_second_process_is_refused_while_the_first_removes_the_old_folder(plac
 
 
 def test_a_lock_of_a_dead_process_is_none(place, new):
-    code = ("import sys, os; sys.path.insert(0, sys.argv[1]); from data import prepare; from pathlib import Path\n"
-            "place = prepare.Place(Path(sys.argv[2])); place.begin(); (place.partial / 'half').write_text('x')\n"
+    code = ("import sys, os; sys.path.insert(0, sys.argv[1]); from data import places; from pathlib import Path\n"
+            "place = places.Place(Path(sys.argv[2])); place.begin(); (place.partial / 'half').write_text('x')\n"
             "os.kill(os.getpid(), 9)")
     done = subprocess.run([sys.executable, "-c", code, str(ROOT), str(place / "out")])
     assert done.returncode == -9
@@ -386,13 +386,13 @@ def killed_at(call: int, out: Path, source: Path) -> bool:
     child = os.fork()
     if child:
         return os.waitpid(child, 0)[1] == signal.SIGKILL
-    calls, committing, commit = [0], [0], prepare.Place.commit
+    calls, committing, commit = [0], [0], places.Place.commit
 
     def counting(place):
         committing[0] = 1
         commit(place)
 
-    prepare.Place.commit = counting
+    places.Place.commit = counting
 
     def counted(real):
         def change(*arguments, **options):
@@ -403,7 +403,7 @@ def killed_at(call: int, out: Path, source: Path) -> bool:
         return change
 
     for module, names in ((os, ("mkdir", "rename", "replace", "unlink", "rmdir", "fsync", "remove", "chmod")),
-                          (prepare, ("exchange",))):
+                          (places, ("exchange",))):
         for name in names:
             setattr(module, name, counted(getattr(module, name)))
     os._exit(run(out, source))
@@ -426,9 +426,9 @@ def test_a_kill_anywhere_leaves_the_old_or_the_new_folder(place, old, new, monke
     """And in place, for the moments of the moves, one that a reader refuses and the next run completes."""
     out = place / "out"
     if kind == "two renames":
-        monkeypatch.setattr(prepare, "exchange", lambda *_: False)
+        monkeypatch.setattr(places, "exchange", lambda *_: False)
     if kind.startswith("in place"):
-        monkeypatch.setattr(prepare.os.path, "ismount", lambda path: path == out)
+        monkeypatch.setattr(places.os.path, "ismount", lambda path: path == out)
     template, states, call, before = place.parent / "template", [], 0, {}
     assert run(template, old, "--shard-tokens", "900") == 0
     while True:
@@ -495,7 +495,7 @@ def test_a_signal_is_answered_at_once_with_one_line(place, old, number, tmp_path
 def test_nohup_is_respected(place, old):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with prepare.handlers(prepare.stop):
+        with places.handlers(places.stop):
             os.kill(os.getpid(), signal.SIGHUP)
     finally:
         signal.signal(signal.SIGHUP, before)
@@ -510,7 +510,7 @@ def test_a_full_disk_leaves_the_old_folder(place, old, new, monkeypatch, capsys,
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     target = {"spool": (prepare.Spool, "__init__"), "shard": (prepare.ShardWriter, "close"),
-              "manifest": (Path, "write_text"), "fsync": (prepare.os, "fsync")}[moment]
+              "manifest": (Path, "write_text"), "fsync": (places.os, "fsync")}[moment]
     capsys.readouterr()
     with monkeypatch.context() as patch:
         patch.setattr(*target, full)
@@ -522,7 +522,7 @@ def test_a_full_disk_leaves_the_old_folder(place, old, new, monkeypatch, capsys,
 
 def test_a_disk_that_is_known_to_be_too_small_is_refused_before_work(place, tmp_path, monkeypatch, capsys):
     (tmp_path / "a.txt").write_text("word " * 10_000)
-    monkeypatch.setattr(prepare.shutil, "disk_usage", lambda _: os.terminal_size((1, 2)) and type(
+    monkeypatch.setattr(places.shutil, "disk_usage", lambda _: os.terminal_size((1, 2)) and type(
         "Usage", (), {"free": 49_999}))
     monkeypatch.setattr(prepare, "build", lambda *_: pytest.fail("work began"))
     assert run(place / "out", tmp_path / "a.txt") == 1

@@ -1,9 +1,12 @@
 """data/prepare.py: text as it exists, whatever its line ends, compression, encoding, script, size or repetition."""
 
 import bz2
+import codecs
 import gzip
+import hashlib
 import json
 import lzma
+import os
 import random
 import struct
 import sys
@@ -21,8 +24,8 @@ from hypothesis import strategies as st
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data import prepare  # noqa: E402
-from eval_bpb import read_shard  # noqa: E402
+from data import messages, prepare, textfiles  # noqa: E402
+from eval_bpb import DataError, read_shard  # noqa: E402
 
 
 def words(rng: random.Random, count: int) -> str:
@@ -101,7 +104,7 @@ PACKED = {
 def test_compressed_files_hold_what_was_packed(tmp_path, kind):
     name, pack = PACKED[kind]
     (tmp_path / name).write_bytes(pack(JSONL))
-    assert list(prepare.text_documents([tmp_path / name])) == [
+    assert list(textfiles.text_documents([tmp_path / name])) == [
         json.loads(line)["text"] for line in JSONL.splitlines()]
 
 
@@ -122,7 +125,7 @@ def test_a_zstd_window_that_nobody_can_hold_says_how_large_it_is(tmp_path, capsy
 
 def test_memory_that_is_denied_says_how_much(tmp_path):
     packed = long_window(JSONL)
-    message = prepare.unpack_fault(Path("a.zst"), packed[:18], MemoryError())
+    message = textfiles.unpack_fault(Path("a.zst"), packed[:18], MemoryError())
     assert "needs 2,048 MiB of memory" in message
 
 
@@ -147,7 +150,7 @@ def test_a_bomb_is_read_in_bounded_pieces(tmp_path):
     (tmp_path / "a.txt.gz").write_bytes(packed)
     (tmp_path / "a.txt.zst").write_bytes(zst(b"a" * 100_000_000))
     for name in ("a.txt.gz", "a.txt.zst"):
-        sizes = [len(block) for block in prepare.byte_blocks(tmp_path / name)]
+        sizes = [len(block) for block in textfiles.byte_blocks(tmp_path / name)]
         assert sum(sizes) == 100_000_000
         assert max(sizes) < 40_000_000
 
@@ -163,18 +166,18 @@ def test_json_lines_with_any_line_end(tmp_path, kind):
             "mixed": b"\n".join([lines[0], b"\r".join(lines[1:20]), *lines[20:]]),
             "blank lines": blank + blank.join(lines) + blank, "BOM": b"\xef\xbb\xbf" + JSONL}[kind]
     (tmp_path / "a.jsonl").write_bytes(data)
-    assert list(prepare.text_documents([tmp_path / "a.jsonl"])) == [json.loads(line)["text"] for line in lines]
+    assert list(textfiles.text_documents([tmp_path / "a.jsonl"])) == [json.loads(line)["text"] for line in lines]
 
 
 @pytest.mark.parametrize("end", [b"\n", b"\r", b"\r\n"])
 @pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
 def test_errors_name_the_line_at_any_place_of_a_block(tmp_path, monkeypatch, end, name):
-    monkeypatch.setattr(prepare, "BLOCK_BYTES", 7)
+    monkeypatch.setattr(textfiles, "BLOCK_BYTES", 7)
     line = b'{"text": "abc"}'
     for before in (0, 1, 2, 20):
         (tmp_path / name).write_bytes((line + end) * before + b'{"text": "\xff"}' + end + line)
-        with pytest.raises(prepare.DataError, match=rf"{name}:{before + 1}: not UTF-8"):
-            list(prepare.text_documents([tmp_path / name]))
+        with pytest.raises(DataError, match=rf"{name}:{before + 1}: not UTF-8"):
+            list(textfiles.text_documents([tmp_path / name]))
 
 
 @settings(max_examples=200, deadline=None)
@@ -183,11 +186,11 @@ def test_blocks_change_no_text(tmp_path_factory, text, block):
     path = tmp_path_factory.mktemp("blocks") / "a.txt"
     path.write_bytes(text.encode())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "BLOCK_BYTES", block)
-        patch.setattr(prepare, "LINE_BYTES", 16)
-        small = list(prepare.text_lines(prepare.decoded_blocks(path)))
-        patch.setattr(prepare, "BLOCK_BYTES", 1 << 20)
-        large = list(prepare.text_lines(prepare.decoded_blocks(path)))
+        patch.setattr(textfiles, "BLOCK_BYTES", block)
+        patch.setattr(textfiles, "LINE_BYTES", 16)
+        small = list(textfiles.text_lines(textfiles.decoded_blocks(path)))
+        patch.setattr(textfiles, "BLOCK_BYTES", 1 << 20)
+        large = list(textfiles.text_lines(textfiles.decoded_blocks(path)))
     assert small == large, "lines depend on the text alone"
     assert "".join(large) == text
     assert not any(first.endswith("\r") and second.startswith("\n")
@@ -209,7 +212,7 @@ def test_ordinary_text_is_cut_as_before():
     expected += ["".join(held)] if held else []
     text = "".join(lines)
     blocks = [text[i:i + 1_000] for i in range(0, len(text), 1_000)]
-    assert list(prepare.split_document(prepare.text_lines(["".join(blocks)]))) == expected
+    assert list(textfiles.split_document(textfiles.text_lines(["".join(blocks)]))) == expected
     assert len(expected) > 10
 
 
@@ -221,7 +224,7 @@ def test_a_line_of_megabytes_is_cut_where_it_hurts_least(tmp_path, kind, name):
             "wide": "".join(rng.choices("日本語テキスト", k=400_000)), "CR": words(rng, 200_000).replace(" ", "\r"),
             "marks": "".join(rng.choices(["e\u0301\u0323", "👩\u200d🔬", "o\u0308"], k=100_000))}[kind]
     (tmp_path / name).write_text(json.dumps({"text": text}) if name == "a.jsonl" else text, newline="")
-    parts = list(prepare.text_documents([tmp_path / name]))
+    parts = list(textfiles.text_documents([tmp_path / name]))
     assert "".join(parts) == text
     assert all(60_000 < len(part.encode()) < 131_072 + 100 for part in parts[:-1])
     assert len(parts) > 4
@@ -235,10 +238,10 @@ def test_a_line_of_megabytes_is_cut_where_it_hurts_least(tmp_path, kind, name):
 def test_cutting_a_long_line_takes_linear_time(tmp_path):
     """A second for 100 MB; work on the whole rest for every piece takes ten."""
     line, began = "abcdefghij" * 10_000_000, time.process_time()
-    assert sum(map(len, prepare.short_lines(line))) == len(line)
+    assert sum(map(len, textfiles.short_lines(line))) == len(line)
     assert time.process_time() - began < 3
     began = time.process_time()
-    assert sum(map(len, prepare.text_lines(line[i:i + 250_000] for i in range(0, len(line), 250_000)))) == len(line)
+    assert sum(map(len, textfiles.text_lines(line[i:i + 250_000] for i in range(0, len(line), 250_000)))) == len(line)
     assert sum(map(len, prepare.cut_finer([line[:20_000_000]], 1_024))) == 20_000_000
     assert time.process_time() - began < 3
 
@@ -246,7 +249,7 @@ def test_cutting_a_long_line_takes_linear_time(tmp_path):
 def test_a_windows_line_end_is_never_cut_in_two():
     text = "ab\r\n" * 9
     for limit in range(2, 30):
-        assert text[prepare.cut_place(text, limit, limit // 2)] != "\n"
+        assert text[textfiles.cut_place(text, limit, limit // 2)] != "\n"
         parts = list(prepare.cut_finer([text], limit))
         assert "".join(parts) == text
         assert not any(part.startswith("\n") for part in parts)
@@ -300,7 +303,7 @@ def test_a_forced_split_is_the_smallest_digest(tmp_path):
     manifest = run(tmp_path, "a.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in texts),
                    "--vocab-size", 280, "--val-fraction", 1e-9)
     assert manifest["notes"] == {"forced_validation_documents": 1}
-    assert read_back(tmp_path / "out", "val") == [min(texts, key=lambda text: prepare.hashlib.sha256(
+    assert read_back(tmp_path / "out", "val") == [min(texts, key=lambda text: hashlib.sha256(
         text.encode()).digest())]
 
 
@@ -330,21 +333,21 @@ def test_wholly_repeated_text_is_said_in_numbers(tmp_path, capsys):
 
 
 def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path, capsys, monkeypatch):
-    real = prepare.text_documents
+    real = textfiles.decoded_blocks
 
-    def grown(paths):
-        yield from real(paths)
-        with paths[0].open("a") as file:
+    def grown(path):
+        yield from real(path)
+        with path.open("a") as file:
             file.write("more")
 
-    monkeypatch.setattr(prepare, "text_documents", grown)
+    monkeypatch.setattr(textfiles, "decoded_blocks", grown)
     assert "was changed while it was read" in fails(tmp_path, capsys, "a.txt", words(random.Random(0), 900))
 
 
 @pytest.mark.parametrize("kind", ["folder", "pipe"])
 def test_an_input_that_is_no_file_is_refused(tmp_path, capsys, kind):
     path = tmp_path / "a.txt"
-    path.mkdir() if kind == "folder" else prepare.os.mkfifo(path)
+    path.mkdir() if kind == "folder" else os.mkfifo(path)
     assert prepare.main(["--source", "text", "--input", str(path), "--out", str(tmp_path / "out")]) == 1
     assert ("a folder" if kind == "folder" else "not a regular file") in capsys.readouterr().err
 
@@ -363,7 +366,7 @@ def test_text_without_spaces_gets_the_lone_space_piece(tmp_path, kind):
     text = {"smiles": "\n".join(molecule(rng) for _ in range(6_000)),
             "protein": "".join(f">P{i}|HUMAN\n" + "\n".join("".join(rng.choices("ACDEFGHIKLMNPQRSTVWY", k=60))
                                                           for _ in range(6)) + "\n" for i in range(300)),
-            "base64": prepare.codecs.encode(rng.randbytes(100_000), "base64").decode(),
+            "base64": codecs.encode(rng.randbytes(100_000), "base64").decode(),
             "one line": "".join(rng.choices("ACGT", k=300_000)),
             "emoji": "".join(chr(0x1F300 + rng.randint(0, 30)) * rng.randint(1, 3) for _ in range(20_000))}[kind]
     run(tmp_path, "a.txt", text, "--vocab-size", 320)
@@ -460,10 +463,10 @@ def test_members_is_isin(values, table):
 def test_formulas_are_compared_by_characters(tmp_path, capsys):
     rng = random.Random(8)
     texts = ["".join(rng.choices(["C(", "C)", "C=", "O-", "N#"], k=600)) for _ in range(400)]
-    held_out = [text for text in texts if prepare.hashlib.sha256(text.encode()).digest()[0] < 6]
+    held_out = [text for text in texts if hashlib.sha256(text.encode()).digest()[0] < 6]
     assert held_out
     copies = [f"{molecule(rng)}\n{held_out[0]}\n{molecule(rng)}" for _ in range(20)]
-    copies = [text for text in copies if prepare.hashlib.sha256(text.encode()).digest()[0] > 6]
+    copies = [text for text in copies if hashlib.sha256(text.encode()).digest()[0] > 6]
     assert copies
     manifest = run(tmp_path, "a.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in texts + copies))
     note = manifest["notes"]["near_duplicates_by"]
@@ -498,12 +501,12 @@ def test_ordinary_text_is_compared_by_words(tmp_path):
 def test_the_spool_sorts_and_drops_duplicates(tmp_path):
     rng = random.Random(0)
     documents = [rng.choice("abc") * rng.randint(1, 40) for _ in range(500)] + [" \n"]
-    spool = prepare.Spool(tmp_path / "spool", documents, prepare.Progress())
-    expected = sorted(set(documents) - {" \n"}, key=lambda text: prepare.hashlib.sha256(text.encode()).digest())
+    spool = prepare.Spool(tmp_path / "spool", documents, messages.Progress())
+    expected = sorted(set(documents) - {" \n"}, key=lambda text: hashlib.sha256(text.encode()).digest())
     assert list(spool.read(range(len(spool)))) == expected
     assert spool.duplicates == 500 - len(expected)
     assert spool.bytes == sum(map(len, expected))
-    below = [text for text in expected if int(prepare.hashlib.sha256(text.encode()).hexdigest(), 16) < 0.3 * 2**256]
+    below = [text for text in expected if int(hashlib.sha256(text.encode()).hexdigest(), 16) < 0.3 * 2**256]
     assert spool.below(0.3) == len(below)
 
 
@@ -531,8 +534,8 @@ def test_time_is_linear(monkeypatch):
 
 def test_progress_is_silent_in_a_short_run_and_rare_in_a_long_one(capsys, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(prepare.time, "monotonic", lambda: now[0])
-    progress = prepare.Progress()
+    monkeypatch.setattr(messages.time, "monotonic", lambda: now[0])
+    progress = messages.Progress()
     for second in range(30):
         now[0] = float(second)
         progress.show("reading", 1_000 * second, 50_000, 2_000_000 * second)

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from conftest import ROOT, VOCAB, run
-from submission import SEED_FILES, About, SubmissionError, check, write
+from submission import DATA_MODULES, SEED_FILES, About, SubmissionError, check, write
 
 sys.path.insert(0, str(ROOT / "records"))
 
@@ -34,7 +34,7 @@ def test_a_record_is_written_and_proved(data_dir, tmp_path):
     sources = {p.name for p in make_record.code_files()}
     assert {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} == {
         "README.md", "submission.json", "train_gpt.py", "requirements.txt", "source/requirements.txt",
-        "source/data/prepare.py", *(f"source/{name}" for name in sources),
+        *(f"source/{name}.py" for name in DATA_MODULES), *(f"source/{name}" for name in sources),
         *(name.format(seed) for seed in (1, 2) for name in SEED_FILES.values())}
     for name in sources:
         assert (folder / "source" / name).read_bytes() == (ROOT / name).read_bytes()

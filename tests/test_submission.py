@@ -137,6 +137,16 @@ def test_the_one_file_trains_and_scores_alone(bundle, data_dir, tmp_path):
     assert refused.returncode == 1 and refused.stderr.startswith("error: check is not in a submission's one file")
 
 
+def test_the_bundle_prepares_the_same_data_alone(bundle, data_dir, tmp_path):
+    assert {f"{name}.py" for name in submission.DATA_MODULES} == {
+        p.relative_to(ROOT).as_posix() for p in (ROOT / "data").glob("*.py")}
+    shutil.copytree(bundle / "source", tmp_path / "source")
+    done = alone("source/data/prepare.py", "--source", "text", "--input", data_dir.parent / "corpus.jsonl", "--out",
+                 "shards", "--vocab-size", VOCAB, "--val-fraction", 0.06, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "shards/manifest.json").read_bytes() == (data_dir / "manifest.json").read_bytes()
+
+
 def test_the_one_file_is_a_module_that_compiles_to_one_graph(bundle, tmp_path):
     """Dynamo skips code by the name of its file; the graphs themselves do not depend on it."""
     shutil.copy(bundle / "train_gpt.py", tmp_path)
@@ -187,6 +197,14 @@ def test_another_version_of_python_or_liblzma_is_no_fault(copy, sources, monkeyp
     forge(copy)
     lines, failed = check(copy)
     assert not failed and any("the same modules" in line for line in lines)
+
+
+def test_a_bundle_of_when_the_data_program_was_one_file_passes(copy):
+    for name in ("messages", "places", "textfiles"):
+        (copy / f"source/data/{name}.py").unlink()
+    assert failures(check(copy)[0]).keys() == {"files"}, "submission.json lists them"
+    reseal(copy)
+    assert not check(copy)[1]
 
 
 # ---------------------------------------------------------------------------------------------------------------
