@@ -97,7 +97,7 @@ def read_shard(path: str | Path, most: int | None = None) -> np.ndarray:
 def folder_identity(hashes: dict[str, str]) -> str:
     """One hash for a set of files: sha256 over the sorted lines "<sha256>  <file name>"."""
     lines = "\n".join(f"{sha}  {name}" for name, sha in sorted(hashes.items()))
-    return hashlib.sha256(lines.encode()).hexdigest()
+    return hashlib.sha256(lines.encode(errors="surrogateescape")).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ def read_manifest(path: Path, tokenizer_elsewhere: bool = False) -> Manifest | N
     tokenizer_elsewhere: the tokenizer need not lie in the folder.
     """
     file = path / "manifest.json"
-    if not file.exists():
+    if not os.path.lexists(file):
         return None
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
@@ -203,7 +203,7 @@ def read_manifest(path: Path, tokenizer_elsewhere: bool = False) -> Manifest | N
             raise ValueError("a file's name or sha256 is not a string")
         val_bytes, changed = manifest["splits"].get("val", {}).get("bytes"), tokenizer.get("changed_documents", 0)
         found = Manifest(hashes, tokenizer["file"], int(val_bytes) if val_bytes is not None else None, int(changed))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as e:
         raise DataError(f"{file}: not a manifest of data/prepare.py ({e!r}); prepare the folder again") from None
     needed = hashes.keys() - ({found.tokenizer} if tokenizer_elsewhere else set())
     missing = sorted(name for name in needed if not (path / name).is_file())
@@ -296,6 +296,25 @@ def pieces_from_nowhere(model: bytes) -> list[str]:
     known = {text for text, kind in kinds.items() if kind in (NORMAL, USER_DEFINED)}
     return [text for text in known if len(text) > 1 and kinds[text] == NORMAL
             and not any(text[:i] in known and text[i:] in known for i in range(1, len(text)))]
+
+
+def why_unproven(model: bytes) -> str:
+    """Why a tokenizer's file does not show that its pieces are those of training; empty for a plain BPE model."""
+    fields = list(protobuf_fields(model))
+    if not any(number == TRAINER and dict(protobuf_fields(message)).get(MODEL_TYPE) == BPE
+               for number, message in fields):
+        return "is no BPE model"
+    own = [dict(protobuf_fields(message)) for number, message in fields if number == PIECES]
+    if any(piece.get(KIND) == USER_DEFINED for piece in own):
+        return "has user-defined pieces"
+    return ""
+
+
+def check_provable(data: DataFolder) -> None:
+    """Raises AuditError where neither a manifest nor the tokenizer itself vouches for what its pieces stand for."""
+    if data.manifest is None and (why := why_unproven(data.tokenizer.read_bytes())):
+        raise AuditError(f"{data.tokenizer}: {why}, and no manifest.json says that it made the shards, so nobody knows "
+                         "what text its pieces stand for; prepare the text with data/prepare.py --tokenizer")
 
 
 def check_tokenizer(sp: spm.SentencePieceProcessor, where: str | Path) -> list[str]:
@@ -548,6 +567,14 @@ def can_compile(device: torch.device) -> bool:
     return any(map(shutil.which, ("g++", "clang++") if device.type == "cpu" else ("cc", "gcc", "clang")))
 
 
+OWN_CACHES: list[str] = []  # made by this process, which removes them
+
+
+def remove_caches() -> None:
+    while OWN_CACHES:
+        shutil.rmtree(OWN_CACHES.pop(), ignore_errors=True)
+
+
 def writable_compiler_cache() -> str:
     """Give torch's compiler a cache folder that it can write, in the environment; a notice if not the usual one.
 
@@ -566,7 +593,8 @@ def writable_compiler_cache() -> str:
             return ""
     except OSError as e:
         own = tempfile.mkdtemp(prefix="torchinductor_")
-        atexit.register(shutil.rmtree, own, ignore_errors=True)
+        OWN_CACHES.append(own)
+        atexit.register(remove_caches)
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = own
         return (f"the compiler's cache {folder or 'of a user without a name'} cannot be written ({e.strerror}): another"
                 " one is used and thrown away; TORCHINDUCTOR_CACHE_DIR names a folder to keep")
@@ -778,9 +806,9 @@ def process_place(env: Mapping[str, str]) -> Place:
         text = env.get(name, "").strip()
         if not text:
             return default
-        if not text.isdecimal() or not low <= int(text) <= high:
-            raise LaunchError(f"environment {name}={text!r}: must be a whole number from {low} to {high}; start with "
-                              "torchrun, which sets it, or unset WORLD_SIZE for a process alone")
+        if len(text) > 9 or not (text.isascii() and text.isdecimal()) or not low <= int(text) <= high:
+            raise LaunchError(f"environment {name}={text[:40]!r}: must be a whole number from {low} to {high}; start "
+                              "with torchrun, which sets it, or unset WORLD_SIZE for a process alone")
         return int(text)
 
     world = number("WORLD_SIZE", 1, 1, 1 << 20)
@@ -799,13 +827,14 @@ def process_place(env: Mapping[str, str]) -> Place:
 # How long processes look for each other. torchrun starts all of them, which on a busy file system takes its time; a
 # person who started one of two should not have to wait.
 FIND_EACH_OTHER, WITH_TORCHRUN = timedelta(seconds=40), timedelta(minutes=10)
+TORCHRUN = {"TORCHELASTIC_RUN_ID", "TORCHELASTIC_USE_AGENT_STORE", "GROUP_RANK"}  # it sets all of them
 SETTING_UP = timedelta(minutes=30)  # compiling and reading data may keep a process from answering for this long
 
 
 def join_group(place: Place, backend: str) -> None:
     """Make the process group of all processes of this run. Raises LaunchError within a minute if they are not there."""
     address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
-    patience = WITH_TORCHRUN if "TORCHELASTIC_RUN_ID" in os.environ else FIND_EACH_OTHER
+    patience = WITH_TORCHRUN if os.environ.keys() >= TORCHRUN else FIND_EACH_OTHER
     if place.rank:
         patience /= 2  # a rank that does not find rank 0 tries twice
     try:
@@ -886,7 +915,7 @@ def command() -> list[str]:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description="Score an artifact in bits per byte.", allow_abbrev=False)
+    p = pack.Parser(description="Score an artifact in bits per byte.", allow_abbrev=False)
     p.add_argument("artifact", help="file written by train_gpt.py")
     p.add_argument("--data", required=True, help="folder with *_val_*.bin shards and their tokenizer")
     p.add_argument("--tokenizer-path", default="", help="tokenizer, if it is not in the data folder")
@@ -899,9 +928,17 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def artifact_tokenizer(meta: dict) -> str | None:
-    """sha256 of the tokenizer that an artifact was trained with; None in files that do not name it (older ones)."""
-    found = meta.get("tokenizer")
-    return found if isinstance(found, str) else None
+    """sha256 of the tokenizer that an artifact was trained with; None in files that do not name it (older ones).
+
+    Raises pack.ArtifactError on a name that is none.
+    """
+    if "tokenizer" not in meta:
+        return None
+    found = meta["tokenizer"]
+    if not (isinstance(found, str) and re.fullmatch("[0-9a-f]{64}", found)):
+        raise pack.ArtifactError(f"the artifact's meta.tokenizer is {str(found)[:70]!a}, not a sha256; pack the "
+                                 "checkpoint again")
+    return found
 
 
 def check_identity(meta: dict, data: DataFolder, artifact: str | Path) -> None:
@@ -915,18 +952,55 @@ def check_identity(meta: dict, data: DataFolder, artifact: str | Path) -> None:
         )
 
 
+def check_json_target(path: str) -> None:
+    """Raises ValueError where --json would overwrite anything but an older score."""
+    if not os.path.isfile(path):
+        return  # new, a device, or an error of writing that names it
+    try:
+        with open(path, encoding="utf-8") as f:
+            older = json.loads(f.read(1 << 24))
+        if {"artifact", "chunked"} <= older.keys():
+            return
+    except (ValueError, AttributeError, RecursionError):
+        pass  # the same answer
+    raise ValueError(f"--json {path}: the file is not a score of this program, so it is not overwritten; choose "
+                     "another name")
+
+
+def write_json(path: str, result: dict) -> None:
+    """To a file, all or nothing, or to a device such as /dev/stdout."""
+    text = json.dumps(result, indent=1, sort_keys=True) + "\n"
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        with open(path, "w", encoding="utf-8") as f:
+            f.write(text)
+    else:
+        pack.write_atomic(path, text.encode())
+
+
+def check_scorable(tokens: np.ndarray, counter: ByteCounter, where: str | Path) -> None:
+    """Raises DataError on validation tokens of which nothing can be scored."""
+    if len(tokens) < 2 or not counter.count_stream(tokens)[1:].any():
+        raise DataError(f"{where}: nothing to score, the {len(tokens)} validation token(s) stand for no text; prepare "
+                        "the data again")
+
+
 def score_file(args: argparse.Namespace, device: torch.device) -> dict:
     """All checks and scores of one artifact, as the JSON that --json writes."""
     data = open_data(args.data, args.tokenizer_path, need_train=False)
-    tensors, meta = pack.read_artifact(args.artifact)
+    file = pack.read_bytes(args.artifact)
+    artifact_sha256 = hashlib.sha256(file).hexdigest()
+    tensors, meta = pack.with_path(args.artifact, pack.decode_artifact, file)
     check_identity(meta, data, args.artifact)
-    check_agreement({"artifact": sha256_file(args.artifact), "data": data.identity,
+    check_agreement({"artifact": artifact_sha256, "data": data.identity,
                      "settings": [args.stride, args.seq_len, args.batch_seqs]}, device)
     counter = ByteCounter(data.tokenizer)
     shards = {p.name: read_shard(p) for p in data.val}
     documents = audit_bytes(shards, counter)
     origin = {name: audit_origin(tokens, counter, data.path / name) for name, tokens in shards.items()}
     tokens = np.concatenate(list(shards.values()))
+    check_scorable(tokens, counter, data.path)
+    if artifact_tokenizer(meta) is None:
+        check_provable(data)
     audited = sum(d["bytes"] for d in documents.values())
     if data.manifest and data.manifest.val_bytes not in (None, audited):
         raise AuditError(f"{data.path / 'manifest.json'}: states {data.manifest.val_bytes:,} bytes of validation text, "
@@ -937,8 +1011,6 @@ def score_file(args: argparse.Namespace, device: torch.device) -> dict:
     if not 0 <= args.stride <= seq_len or seq_len < 1 or args.batch_seqs < 1:
         raise ValueError(f"--stride {args.stride}, --seq-len {seq_len}, --batch-seqs {args.batch_seqs}: the stride "
                          "must be between 0 and the window length, the others positive")
-    if len(tokens) < 2:
-        raise DataError(f"{data.path}: nothing to score, the validation shards hold {len(tokens)} token(s)")
     if model.config.vocab_size != counter.vocab_size:
         raise DataError(
             f"{args.artifact}: the model has {model.config.vocab_size} tokens, {data.tokenizer} {counter.vocab_size}; "
@@ -956,8 +1028,7 @@ def score_file(args: argparse.Namespace, device: torch.device) -> dict:
     frequencies = np.bincount(tokens) / tokens.size
     unigram = float(-(frequencies[frequencies > 0] * np.log(frequencies[frequencies > 0])).sum())
     return {
-        "artifact": {"file": Path(args.artifact).name, "bytes": Path(args.artifact).stat().st_size,
-                     "sha256": sha256_file(args.artifact)},
+        "artifact": {"file": Path(args.artifact).name, "bytes": len(file), "sha256": artifact_sha256},
         "data": {"sha256": data.hashes, "shards": documents, "origin": origin,
                  "manifest": data.manifest is not None, "tokenizer_sha256": data.tokenizer_sha256,
                  "tokenizer_notes": check_tokenizer(counter.tokenizer, data.tokenizer),
@@ -1032,6 +1103,7 @@ def leave(status: int) -> int:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError, AttributeError):  # nobody listens any more
                 stream.flush()
+        remove_caches()
         os._exit(status)
     return status
 
@@ -1066,8 +1138,10 @@ def run(args: argparse.Namespace) -> int:
     place = Place()
     try:
         place = process_place(os.environ)
-        if said := writable_compiler_cache():
+        if (said := writable_compiler_cache()) and place.rank == 0:
             print(f"notice      {said}", file=sys.stderr)
+        if args.json:
+            check_json_target(args.json)
         device = torch.device("cuda", place.local_rank) if torch.cuda.is_available() else torch.device("cpu")
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -1086,20 +1160,23 @@ def run(args: argparse.Namespace) -> int:
         result = score_file(args, device)
         if place.rank == 0:
             if args.json:  # first: a terminal may be gone
-                pack.write_atomic(args.json, (json.dumps(result, indent=1, sort_keys=True) + "\n").encode())
-            print(report(result), flush=True)
+                write_json(args.json, result)
+            try:
+                print(report(result), flush=True)
+            except OSError as e:
+                raise OSError(f"cannot write to the standard output: {e.strerror}") from None
         return 0
     except LaunchError as e:  # every process that meets one says so: it may be the only one
-        print(f"error: {e}", file=sys.stderr)
+        pack.say_error(e)
         return 2
     except (ValueError, OSError) as e:  # ArtifactError, DataError and AuditError are ValueErrors
         if place.rank == 0 or place.world > 1 and isinstance(e, OSError):  # what rank 0 may not have met itself
-            print(f"error: {e}", file=sys.stderr)
+            pack.say_error(e)
         else:
             time.sleep(LET_RANK_0_SPEAK)
         return 1
     except Exception as e:
-        print(f"error: {unexpected(e)}", file=sys.stderr)
+        pack.say_error(unexpected(e))
         return 1
     finally:
         if dist.is_initialized():

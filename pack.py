@@ -68,6 +68,19 @@ FREE_EXPANSION, MAX_EXPANSION = 4 << 20, 64
 FREE_STEPS = 4096  # and take so many steps of the adaptive model, of about a millisecond, plus one per byte
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, as all errors here are."""
+
+    def error(self, message: str):
+        say_error(f"{message}; --help lists what there is")
+        sys.exit(2)
+
+
+def say_error(e: object) -> None:
+    """One line on the standard error file, whatever names of files are in it."""
+    print("error: " + " ".join(str(e).splitlines()), file=sys.stderr, flush=True)
+
+
 class ArtifactError(ValueError):
     """An artifact that cannot be read or written. The message says what is wrong, where, and what to do."""
 
@@ -832,8 +845,10 @@ def write_atomic(path: str | Path, data: bytes) -> int:
 
     Raises ArtifactError and leaves no temporary file behind if that fails.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))  # a link stays a link
     try:
+        if os.path.lexists(path) and not path.is_file():
+            raise ValueError("something that is not a file is in its place")
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
         try:
             with open(temporary, "xb") as f:
@@ -1056,7 +1071,7 @@ def verify(path: str | Path, against: str | None = None) -> list[str]:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="pack.py", description="Inspect, verify and weigh model artifacts.")
+    parser = Parser(prog="pack.py", description="Inspect, verify and weigh model artifacts.")
     commands = parser.add_subparsers(dest="command", required=True)
     p = commands.add_parser("inspect", help="what each byte of the file is spent on")
     p.add_argument("file")
@@ -1106,7 +1121,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0 if b.fits else 1
         return 0
     except (ValueError, OSError, ImportError) as e:  # ArtifactError is a ValueError; --against imports torch
-        print(f"error: {e}", file=sys.stderr)
+        say_error(e)
         return 1
 
 

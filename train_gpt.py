@@ -19,7 +19,6 @@ codes and scales of the last refresh, so the model rebuilt from the file is the 
 
 from __future__ import annotations
 
-import argparse
 import fcntl
 import hashlib
 import json
@@ -27,6 +26,7 @@ import math
 import os
 import platform
 import re
+import secrets
 import shlex
 import signal
 import subprocess
@@ -59,6 +59,8 @@ from eval_bpb import (
     audit_origin,
     can_compile,
     check_agreement,
+    check_provable,
+    check_scorable,
     evaluate,
     folder_identity,
     join_group,
@@ -114,7 +116,7 @@ class Config:
     resume: str = setting("never", "auto: continue from the run folder's checkpoint if there is one; never")
     seed: int = setting(1337, "initialisation; the order of the data is fixed", 0, 2**63 - 1)
     device: str = setting("auto", "auto (cuda if there is one), cpu or cuda")
-    threads: int = setting(0, "CPU threads per process; 0: cores / processes", 0)
+    threads: int = setting(0, "CPU threads per process; 0: cores / processes", 0, 1024)
     compile: bool = setting(True, "torch.compile of forward and backward; off saves the compile time of short runs")
     # data
     data_path: str = setting("data/packages", "folder of *_train_*.bin and *_val_*.bin shards")
@@ -136,7 +138,7 @@ class Config:
     # model
     vocab_size: int = setting(1024, "must be the tokenizer's", 1, 65536)
     num_layers: int = setting(4, "blocks, at least 2; the first half feeds U-Net skips to the second", 2, 1024)
-    model_dim: int = setting(128, "width of the residual stream", 1)
+    model_dim: int = setting(128, "width of the residual stream", 1, 1 << 20)
     num_heads: int = setting(2, "query heads", 1)
     num_kv_heads: int = setting(1, "key and value heads (GQA)", 1)
     mlp_mult: int = setting(3, "MLP hidden width in units of model_dim, where mlp_hidden is 0", 0)
@@ -144,7 +146,7 @@ class Config:
     rope_base: float = setting(10000.0, "RoPE base frequency", 1e-30)
     logit_softcap: float = setting(30.0, "logits are softcap * tanh(logits / softcap)", 1e-30)
     smear: bool = setting(False, "SmearGate: each embedding is blended with the one before, by learned gates")
-    qk_gain_init: float = setting(1.5, "initial gain of normalised queries, learned per head")
+    qk_gain_init: float = setting(1.5, "initial gain of normalised queries, learned per head", -1e6, 1e6)
     tied_embed_init_std: float = setting(0.005, "initial standard deviation of the tied embedding", 1e-30)
     # storage formats
     matrix_format: str = setting("ternary", "format of block matrices: ternary, binary, five, int2..int8, codebookK, "
@@ -194,11 +196,14 @@ class Config:
             value, kind, low, high = getattr(self, f.name), type(f.default), f.metadata["low"], f.metadata["high"]
             need(type(value) is kind or kind is float and type(value) is int, f.name, f"must be a {kind.__name__}")
             if kind in (int, float):
-                need(math.isfinite(value) and low <= value <= high, f.name, f"must be between {low} and {high}")
+                high = min(high, 2**63 - 1) if kind is int else high
+                need(low <= value <= high and abs(value) < math.inf, f.name, f"must be between {low} and {high}")
         need(self.mlp_hidden > 0 or self.mlp_mult > 0, "mlp_mult", "must be at least 1, or set mlp_hidden")
         need(self.model_dim % self.num_heads == 0, "num_heads", f"must divide model_dim={self.model_dim}")
         need(self.num_heads % self.num_kv_heads == 0, "num_kv_heads", f"must divide num_heads={self.num_heads}")
         need(self.model_dim // self.num_heads % 2 == 0, "num_heads", "model_dim / num_heads must be even for RoPE")
+        need(not {"", ".", ".."} & set(self.run_id.split("/")) or not self.run_id, "run_id",
+             "must be a name, or names below each other as in a/b; --out-dir says where")
         need(self.resume in ("auto", "never"), "resume", "must be auto or never")
         need(self.device in ("auto", "cpu", "cuda"), "device", "must be auto, cpu or cuda")
         need(self.train_batch_tokens % self.train_seq_len == 0, "train_batch_tokens",
@@ -284,7 +289,7 @@ def parse_setting(name: str, text: str, kind: type, where: str):
 def resolve_settings(argv: list[str], env: Mapping[str, str]) -> tuple[str, Config, dict[str, str], list[str]]:
     """(preset, settings, where each came from, notices). Raises ConfigError; argparse exits on an unknown flag."""
     kinds = {f.name: type(f.default) for f in fields(Config)}
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    p = pack.Parser(description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False)
     p.add_argument("--plan", action="store_true", help="do not train: predict bytes, what else fits, time on H100s")
     p.add_argument("--preset", choices=PRESETS, help="named settings (default: cpu without a GPU, pr367 with one)")
     for f in fields(Config):
@@ -311,7 +316,12 @@ def resolve_settings(argv: list[str], env: Mapping[str, str]) -> tuple[str, Conf
             raise ConfigError(f"environment {name}={value!r}: {why}; unset it")
         if allowed is None or (name, value) == ("TTT_ENABLED", "1"):
             notices.append(f"{name}={value} has no effect here: {why}")
-    config = Config(**values)
+    try:
+        config = Config(**values)
+    except ConfigError as e:
+        name = str(e).partition("=")[0]
+        raise ConfigError(f"{e} (from the environment, {name.upper()})" if origin.get(name) == "environment" else e
+                          ) from None
     return preset, replace(config, run_id=config.run_id or f"{preset}_seed{config.seed}"), origin, notices
 
 
@@ -1181,6 +1191,8 @@ def load_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     """(tensors, state) of a checkpoint file, or of the one in a run's folder. Raises CheckpointError."""
     path = Path(path)
     path = path / "checkpoint.safetensors" if path.is_dir() else path
+    if not os.path.lexists(path):
+        raise CheckpointError(f"{path}: no such checkpoint; give a run's folder or its checkpoint.safetensors")
     try:
         if path.exists() and not path.is_file():
             raise ValueError("not a file")
@@ -1214,17 +1226,44 @@ class RunExists(ValueError):
     """The run's folder holds a run that must not be touched; the message says what to do instead."""
 
 
-def finished_run(folder: Path) -> tuple[dict, dict] | None:
-    """(header, final record) of the finished run whose model the folder holds; None where there is none."""
-    metrics, model = folder / "metrics.jsonl", folder / "model.tern"
-    if not (metrics.is_file() and model.is_file()):  # a link to a device has no end
+@dataclass(frozen=True)
+class Finished:
+    """What a finished run was."""
+
+    settings: dict
+    steps: int
+    score: dict  # eval_bpb's
+    model_sha256: str
+
+
+def finished_run(folder: Path) -> Finished | None:
+    """The finished run whose model the folder holds; None where there is none.
+
+    Its log's last record says so; where a log was damaged, the score of the model and the end of the checkpoint do.
+    """
+    metrics, model, score = (folder / name for name in ("metrics.jsonl", "model.tern", "score.json"))
+    if not model.is_file():  # a link to a device has no end
         return None
     try:
-        records = [json.loads(line) for line in metrics.read_bytes().splitlines()]
-        header, final = records[0], records[-1]
-        whole = sha256_file(model) == final["artifact_sha256"]
-        return (header, final) if whole and (header["type"], final["type"]) == ("header", "final") else None
-    except (OSError, ValueError, LookupError, TypeError):
+        sha256, final = sha256_file(model), last_record(metrics)
+        if final and final["artifact_sha256"] == sha256:
+            header = json.loads(metrics.read_bytes().partition(b"\n")[0])
+            return Finished(dict(header["settings"]), int(final["step"]), final["score"], sha256)
+        scored, (_, state) = json.loads(score.read_bytes()), load_checkpoint(folder)
+        if scored["artifact"]["sha256"] == sha256 and state["finished"]:
+            return Finished(dict(state["config"]), int(state["step"]), scored, sha256)
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+    return None
+
+
+def last_record(metrics: Path) -> dict | None:
+    """The record that ends a finished run's metrics.jsonl; None where there is none."""
+    try:
+        lines = metrics.read_bytes().strip().splitlines() if metrics.is_file() else []
+        final = json.loads(lines[-1]) if lines else None
+        return final if isinstance(final, dict) and final.get("type") == "final" else None
+    except (OSError, ValueError, RecursionError):
         return None
 
 
@@ -1234,25 +1273,34 @@ def look_at_folder(folder: Path, config: Config) -> str | None:
     Only reads. Raises RunExists if running would overwrite a run, CheckpointError if it is one with other settings.
     """
     mend = f"use another --run-id, or move {folder} away"
+    for name in ("checkpoint.safetensors", "model.tern", "score.json"):
+        if (folder / name).exists() and not (folder / name).is_file():
+            raise RunExists(f"{folder / name} is not a file: {mend}")
     finished = finished_run(folder)
     if finished:
-        header, final = finished
         if config.resume == "never":
-            raise RunExists(f"{folder} holds a finished run ({final['step']} steps): {mend}")
-        check_settings(folder / "metrics.jsonl", header.get("settings"), config)
-        sliding, chunked = final["score"]["sliding"], final["score"]["chunked"]
-        return (f"{folder} is finished and left as it is: {final['step']} steps, val_bpb "
-                f"{(sliding or chunked)['val_bpb']:.8f} ({'sliding' if sliding else 'chunked'}), model "
-                f"{final['bytes_model']:,} bytes, sha256 {final['artifact_sha256'][:16]}; for a new run {mend}")
+            raise RunExists(f"{folder} holds a finished run ({finished.steps} steps): {mend}")
+        check_settings(folder, finished.settings, config)
+        kind = "sliding" if finished.score["sliding"] else "chunked"
+        return (f"{folder} is finished and left as it is: {finished.steps} steps, {kind} val_bpb "
+                f"{finished.score[kind]['val_bpb']:.8f}, model {finished.score['artifact']['bytes']:,} bytes, sha256 "
+                f"{finished.model_sha256[:16]}; for a new run {mend}")
     checkpoint = folder / "checkpoint.safetensors"
     if not checkpoint.exists():
-        if held := [name for name in ("model.tern", "score.json") if os.path.lexists(folder / name)]:
+        held = [name for name in ("model.tern", "score.json") if os.path.lexists(folder / name)]
+        held += ["log"] if last_record(folder / "metrics.jsonl") else []
+        if held:
             raise RunExists(f"{folder} holds the {held[0]} of an earlier run: {mend}")
     elif config.resume == "never":
         _, state = load_checkpoint(checkpoint)
         raise RunExists(f"{folder} holds an unfinished run (step {state.get('step')}): continue with --resume auto, or "
                         + mend)
     return None
+
+
+# What a killed run may leave: halves of files that pack.write_atomic, or the scoring process, was writing.
+HALF_WRITTEN = re.compile(r"\.(model\.tern|score\.json|checkpoint\.safetensors|\.score\.json\.[0-9a-f]{8}\.tmp)"
+                          r"\.[0-9a-f]{8}\.tmp")
 
 
 def lock_folder(folder: Path):
@@ -1273,8 +1321,11 @@ def lock_folder(folder: Path):
                         "use another --run-id") from None
     except OSError:  # a file system without locks
         return file
-    file.truncate(0)
-    print(f"process {os.getpid()} on {platform.node()}", file=file, flush=True)
+    try:  # for a reader; the lock is what counts
+        file.truncate(0)
+        print(f"process {os.getpid()} on {platform.node()}", file=file, flush=True)
+    except OSError:
+        return file
     return file
 
 
@@ -1308,6 +1359,14 @@ def predicted_bytes(config: Config) -> dict[str, tuple[dict, int, float]]:
 
 class TrainingError(RuntimeError):
     """Training that cannot go on; the message says what happened, at which step, and what is left."""
+
+
+class AlreadyFinished(Exception):
+    """Another process has finished this run; the message says so."""
+
+
+class Elsewhere(Exception):
+    """Rank 0 has met an error, and says it."""
 
 
 class Interrupted(Exception):
@@ -1367,12 +1426,7 @@ class Trainer:
             check_agreement({"data": self.data.identity, "program": self.source_sha256, "settings": {
                 name: value for name, value in asdict(c).items() if name not in FREE_SETTINGS}}, self.device)
         val = {p.name: read_shard(p) for p in self.data.val}
-        if self.rank == 0:
-            self.audit(val)
-            self.lock = lock_folder(self.folder)
-            look_at_folder(self.folder, c)  # again: another run may have come and gone meanwhile
-            for left in self.folder.glob(".*.tmp"):  # of writes that were killed
-                left.unlink()
+        self.claim(val)
         loaded = None
         if c.resume == "auto" and self.checkpoint_path.exists():
             loaded = load_checkpoint(self.checkpoint_path)
@@ -1398,7 +1452,6 @@ class Trainer:
             self.latents.refresh(self.quantized)
         self.optimizer = Optimizer(self.latents, c)
         self.compiled: Callable[[Tensor, Tensor], Tensor] = self.model
-        self.log = runlog.Log(self.folder, self.rank, append=loaded is not None)
         if loaded:
             self.restore(*loaded)
         if self.world > 1:  # every rank has looked for its checkpoint, and all found the same
@@ -1415,11 +1468,39 @@ class Trainer:
             if file is not None:
                 file.close()
 
+    def claim(self, val: dict[str, np.ndarray]) -> None:
+        """Audit the data and take the run's folder, on rank 0; all ranks leave if that cannot be.
+
+        Raises what rank 0 met there, on other ranks Elsewhere; AlreadyFinished if another process has just finished
+        this very run.
+        """
+        problem: Exception | None = None
+        if self.rank == 0:
+            try:
+                self.audit(val)
+                self.lock = lock_folder(self.folder)
+                if said := look_at_folder(self.folder, self.config):  # again: another run may have come and gone
+                    raise AlreadyFinished(said)
+                for left in self.folder.iterdir():
+                    if HALF_WRITTEN.fullmatch(left.name) and left.is_file():
+                        left.unlink()
+                resumes = self.config.resume == "auto" and self.checkpoint_path.exists()
+                self.log = runlog.Log(self.folder, 0, append=resumes)
+            except (ValueError, OSError, AlreadyFinished) as e:
+                problem = e
+        else:
+            self.log = runlog.Log(self.folder, self.rank, append=True)
+        failed = torch.tensor(int(problem is not None), dtype=torch.int64, device=self.device)
+        if int(self.ranks.sum(failed)):
+            raise problem or Elsewhere
+
     def audit(self, val: dict[str, np.ndarray]) -> None:
         """Whether the shards are of this tokenizer, before anything is trained; the scoring process asks again.
 
         val: name -> tokens. Raises AuditError.
         """
+        check_scorable(np.concatenate(list(val.values())), self.counter, self.data.path)
+        check_provable(self.data)
         audit_bytes(val, self.counter)
         for name, tokens in val.items():
             audit_origin(tokens, self.counter, self.data.path / name)
@@ -1769,7 +1850,7 @@ class Trainer:
 
     def score_in_fresh_process(self, artifact: Path) -> dict:
         """Run eval_bpb on the file, on as many processes as trained it here, and return its JSON."""
-        c, out = self.config, self.folder / ".score.json.tmp"
+        c, out = self.config, self.folder / f".score.json.{secrets.token_hex(4)}.tmp"
         local = self.place.local_world
         launch = [sys.executable] if local == 1 else [
             sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={local}"]
@@ -1780,7 +1861,6 @@ class Trainer:
         env = {k: v for k, v in os.environ.items() if k not in hidden and not k.startswith("TORCHELASTIC_")}
         env["OMP_NUM_THREADS"] = str(torch.get_num_threads())
         env |= {} if self.device.type == "cuda" else {"CUDA_VISIBLE_DEVICES": ""}
-        out.unlink(missing_ok=True)
         done = subprocess.run([*command, "--json", str(out)], env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                               stderr=subprocess.STDOUT, encoding="utf-8", errors="replace")
         for line in done.stdout.rstrip().splitlines():
@@ -1801,18 +1881,33 @@ def main(argv: list[str] | None = None) -> int:
     return leave(run(sys.argv[1:] if argv is None else argv))
 
 
+def tell(text: str) -> None:
+    """To the terminal, if there is one."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        return
+
+
+def stop_scoring(signum: int, _frame) -> None:
+    """A signal while the file is packed and scored: the scoring process goes too, and resuming does that again."""
+    raise Interrupted(signum, f"stopped by signal {signum} after training: the same command with --resume auto packs "
+                      "and scores")
+
+
 def run(argv: list[str]) -> int:
     """Train, pack and score as the settings say; the exit status."""
     trainer, place = None, Place()
 
     def fail(e: object, status: int) -> int:
-        """One message: rank 0's; another rank's only if it is not the same for all, which the settings are."""
+        """One message: rank 0's; of another machine's ranks the first one's, if its error is its own."""
         if trainer is not None and trainer.log is not None:
             trainer.log.strict = False
             trainer.log.clear_bar()
             trainer.log.line(f"error: {e}", console=False)
-        if place.rank == 0 or status != 2 and not isinstance(e, TrainingError | RunExists):  # which all ranks raise
-            print(f"error: {f'rank {place.rank}: ' if place.rank else ''}{e}", file=sys.stderr, flush=True)
+        shared = status == 2 or isinstance(e, TrainingError | RunExists)  # all ranks raise it together
+        if place.rank == 0 or not shared and place.local_rank == 0:
+            pack.say_error(f"{f'rank {place.rank}: ' if place.rank else ''}{e}")
         else:
             time.sleep(eval_bpb.LET_RANK_0_SPEAK)
         return status
@@ -1832,7 +1927,7 @@ def run(argv: list[str]) -> int:
         trainer = Trainer(preset, config, place)
         if said := look_at_folder(trainer.folder, config):
             if place.rank == 0:
-                print(said)
+                tell(said)
             return 0
         if trainer.device.type == "cuda":
             if place.local_rank >= torch.cuda.device_count():
@@ -1861,15 +1956,22 @@ def run(argv: list[str]) -> int:
         trainer.preflight(origin, notices)
         trainer.warm_up()
         trainer.train()
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
+        for signum in previous:
+            signal.signal(signum, stop_scoring)
         trainer.finish()
         return 0
+    except AlreadyFinished as e:
+        tell(str(e))
+        return 0
+    except Elsewhere:
+        time.sleep(eval_bpb.LET_RANK_0_SPEAK)
+        return 1
     except Interrupted as e:
+        trainer.log.strict = False
         trainer.log.line(str(e))
         return 128 + e.signum
     except LaunchError as e:
-        print(f"error: {e}", file=sys.stderr, flush=True)  # every process that meets one: it may be the only one
+        pack.say_error(e)  # every process that meets one: it may be the only one
         return 2
     except ConfigError as e:
         return fail(e, 2)
