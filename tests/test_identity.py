@@ -277,3 +277,92 @@ def test_origin_survives_what_happens_to_real_shards(data_dir):
         audit_origin(shuffled, counter, "x")
     with pytest.raises(DataError, match="not its shards"):
         audit_origin(np.array([VOCAB], dtype=np.uint16), counter, "x")
+
+
+# -- what an adversary tries -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("named", [5, None, [], {}, True, "", "zz", "A" * 64])
+def test_an_artifact_that_names_something_else_is_not_taken_for_an_older_one(folders, tmp_path, capsys, named):
+    artifact = untrained(tmp_path / "a.tern", folders[0])
+    tensors, meta = pack.read_artifact(artifact)
+    pack.write_artifact(artifact, tensors, meta | {"tokenizer": named})
+    for folder in folders:
+        assert refused(*score(capsys, artifact, "--data", folder))
+
+
+def with_longer_pieces(model: bytes, kind: int) -> bytes:
+    """The model with ten of its pieces longer, and of this kind: the same shards then seem to have more bytes."""
+    out, changed = b"", 0
+    for number, message in eval_bpb.protobuf_fields(model):
+        if number == eval_bpb.PIECES:
+            piece = dict(eval_bpb.protobuf_fields(message))
+            text = piece[eval_bpb.TEXT].decode()
+            if eval_bpb.KIND not in piece and len(text) > 2 and changed < 10:
+                changed += 1
+                # the score, a float, is left out: 0
+                message = field(1, (text + "xxxxxx").encode()) + bytes([3 << 3, kind])
+            out += field(1, message)
+        elif isinstance(message, bytes):
+            out += field(number, message)
+    return out
+
+
+@pytest.mark.parametrize(("make", "said"), [
+    (lambda: with_longer_pieces(train_tokenizer(), eval_bpb.USER_DEFINED), "user-defined"),
+    (lambda: train_tokenizer(model_type="unigram"), "no BPE model"),
+], ids=["user-defined", "unigram"])
+def test_pieces_that_nothing_vouches_for_are_not_counted(folders, tmp_path, capsys, make, said):
+    data = mixture(tmp_path / "data", folders[0], folders[0], None)
+    (data / "tokenizer.model").write_bytes(make())
+    assert open_tokenizer(data / "tokenizer.model")  # sound in itself
+    result = score(capsys, untrained(tmp_path / "old.tern", None), "--data", data)
+    assert refused(*result) and (said in result[2] or "not of this tokenizer" in result[2])
+    with pytest.raises(AuditError, match=said):
+        eval_bpb.check_provable(open_data(data))
+    assert refused(train_gpt.run(tiny_args(data, tmp_path / "runs")), *capsys.readouterr())
+
+
+@pytest.mark.parametrize("tokens", [[1], [], [1, 1, 1, 1], [1, 2, 2]])
+def test_validation_without_text_is_refused_before_training(folders, artifacts, tmp_path, capsys, tokens):
+    from data import prepare
+
+    data = mixture(tmp_path / "data", folders[0], folders[0], None)
+    ids = np.array(tokens, dtype="<u2")
+    next(data.glob("*_val_*.bin")).write_bytes(prepare.header(len(ids)) + ids.tobytes())
+    result = score(capsys, artifacts[0], "--data", data)
+    assert refused(*result) and "nothing to score" in result[2]
+    assert refused(train_gpt.run(tiny_args(data, tmp_path / "runs")), *capsys.readouterr())
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_manifest_that_leads_nowhere_is_not_no_manifest(folders, artifacts, tmp_path, capsys):
+    data = mixture(tmp_path / "data", folders[0], folders[0], None)
+    (data / "manifest.json").symlink_to(tmp_path / "gone.json")
+    assert refused(*score(capsys, artifacts[0], "--data", data))
+
+
+def test_json_overwrites_nothing_but_a_score(folders, tmp_path, capsys):
+    artifact = untrained(tmp_path / "a.tern", folders[0])
+    whole = artifact.read_bytes()
+    (tmp_path / "notes.json").write_text("{}")
+    for target in (artifact, tmp_path / "notes.json", tmp_path):
+        status, _, err = score(capsys, artifact, "--data", folders[0], "--json", target)
+        assert status == 1 and str(target) in err and err.count("\n") == 1
+    assert artifact.read_bytes() == whole and (tmp_path / "notes.json").read_text() == "{}"
+    (tmp_path / "link.json").symlink_to(tmp_path / "score.json")
+    for _ in range(2):
+        assert score(capsys, artifact, "--data", folders[0], "--json", tmp_path / "link.json")[0] == 0
+    assert (tmp_path / "link.json").is_symlink() and json.loads((tmp_path / "score.json").read_text())["chunked"]
+
+
+def test_errors_are_one_line_whatever_the_names(folders, artifacts, tmp_path, capsys):
+    odd = tmp_path / "two\nlines"
+    assert refused(*score(capsys, artifacts[0], "--data", odd))
+    assert refused(*score(capsys, odd, "--data", folders[0]))
+    for call in (lambda: eval_bpb.parse_args([]), lambda: train_gpt.run(["--prest", "tiny"]),
+                 lambda: pack.parse_args(["inspect"])):
+        with pytest.raises(SystemExit):
+            call()
+        err = capsys.readouterr().err
+        assert err.startswith("error: ") and err.count("\n") == 1

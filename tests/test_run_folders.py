@@ -240,3 +240,82 @@ def test_an_error_that_nobody_expected_is_one_line(data_dir, tmp_path, monkeypat
     monkeypatch.setenv("TRACEBACK", "1")
     with pytest.raises(LookupError):
         train_gpt.run(tiny_args(data_dir, tmp_path / "b"))
+
+
+# -- what else may lie in a folder -----------------------------------------------------------------------------------
+
+
+def test_a_run_that_finishes_while_another_starts_is_left_alone(tiny_run, data_dir, tmp_path, capsys, monkeypatch):
+    real, before = train_gpt.open_data, {}
+
+    def meanwhile(*args):
+        before.update(contents(copied(tiny_run, tmp_path)))
+        return real(*args)
+
+    monkeypatch.setattr(train_gpt, "open_data", meanwhile)
+    assert train_gpt.run(tiny_args(data_dir, tmp_path, "--resume", "auto")) == 0
+    out, err = capsys.readouterr()
+    after = contents(tmp_path / NAME)
+    del before[".lock"], after[".lock"]  # which says who looked last
+    assert "is finished" in out and not err and after == before
+
+
+@pytest.mark.parametrize("damage", [b"\n\n", b'{"type": "fin'])
+def test_a_damaged_log_does_not_undo_a_finished_run(tiny_run, data_dir, tmp_path, capsys, damage):
+    folder = copied(tiny_run, tmp_path)
+    with open(folder / "metrics.jsonl", "ab") as f:
+        f.write(damage)
+    before = contents(folder)
+    assert train_gpt.run(tiny_args(data_dir, tmp_path, "--resume", "auto")) == 0
+    assert "is finished" in capsys.readouterr().out
+    assert one_error(train_gpt.run(tiny_args(data_dir, tmp_path)), capsys.readouterr().err)
+    assert contents(folder) == before
+
+
+def test_the_log_of_a_finished_run_is_not_run_over(tiny_run, data_dir, tmp_path, capsys):
+    folder = copied(tiny_run, tmp_path)
+    for name in ("model.tern", "score.json", "checkpoint.safetensors"):
+        (folder / name).unlink()
+    before = contents(folder)
+    assert one_error(train_gpt.run(tiny_args(data_dir, tmp_path)), capsys.readouterr().err)
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("name", ["checkpoint.safetensors", "model.tern", "score.json"])
+def test_a_folder_in_place_of_a_file_is_found_before_training(data_dir, tmp_path, capsys, name):
+    (tmp_path / NAME / name).mkdir(parents=True)
+    status = train_gpt.run(tiny_args(data_dir, tmp_path, "--resume", "auto"))
+    err = capsys.readouterr().err
+    assert one_error(status, err) and f"{name} is not a file" in err
+
+
+def test_only_our_own_halves_are_removed(data_dir, tmp_path):
+    folder = tmp_path / NAME
+    folder.mkdir()
+    mine = [".mine.tmp", ".model.tern.tmp", "model.tern.0a0a0a0a.tmp", ".notes.0a0a0a0a.tmp"]
+    halves = [".model.tern.0a0a0a0a.tmp", ".score.json.0a0a0a0a.tmp", "..score.json.0a0a0a0a.tmp.0b0b0b0b.tmp",
+              ".checkpoint.safetensors.00ff00ff.tmp"]
+    for name in mine + halves:
+        (folder / name).write_text("x")
+    ready(data_dir, tmp_path).close()
+    assert all((folder / name).exists() for name in mine) and not any((folder / name).exists() for name in halves)
+
+
+@pytest.mark.parametrize("run_id", [".", "..", "/", "/tmp/x", "a/../b", "a//b"])
+def test_a_run_id_stays_below_the_out_dir(data_dir, tmp_path, capsys, run_id):
+    assert train_gpt.run(tiny_args(data_dir, tmp_path, "--run-id", run_id)) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: run_id=") and err.count("\n") == 1
+
+
+def test_a_signal_while_scoring_ends_the_scorer_too(data_dir, tmp_path):
+    process = start(*tiny_args(data_dir, tmp_path, "--iterations", 3))
+    for line in process.stdout:
+        if line.startswith("[pack]"):
+            break
+    time.sleep(0.5)  # the scoring process takes seconds to import what it needs
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGTERM and "packs and scores" in out and not err
+    time.sleep(6)
+    assert not [p.name for p in (tmp_path / NAME).iterdir() if "score" in p.name]  # nobody goes on
