@@ -467,7 +467,7 @@ def document_bounds(tokens: np.ndarray, counter: ByteCounter) -> np.ndarray:
 
 
 SAMPLE_DOCUMENTS, SAMPLE_TOKENS = 512, 20_000  # documents that are encoded again, and tokens of each, at most
-REPRODUCED = 0.9  # a tokenizer gives all of its own tokens again, another one one to three percent (LOG.md, identity)
+REPRODUCED = 0.9  # a tokenizer gives all of its own tokens again, another one less than 1% (LOG.md, identity)
 
 
 def audit_origin(tokens: np.ndarray, counter: ByteCounter, where: str | Path) -> dict:
