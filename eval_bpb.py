@@ -27,6 +27,7 @@ import re
 import shutil
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import unicodedata
@@ -371,10 +372,15 @@ def check_tokenizer(sp: spm.SentencePieceProcessor, where: str | Path) -> list[s
 def open_tokenizer(path: str | Path) -> spm.SentencePieceProcessor:
     """A sound tokenizer. Raises DataError on anything else."""
     try:
+        open(path, "rb").close()
+    except OSError as e:
+        raise DataError(f"{path}: the tokenizer cannot be read ({e.strerror}); check name and permissions") from None
+    try:
         sp = spm.SentencePieceProcessor(model_file=str(path))
     except (OSError, RuntimeError) as e:
         why = " ".join(str(e).split())
-        raise DataError(f"{path}: not a SentencePiece model ({why}); run: python data/prepare.py") from None
+        raise DataError(f"{path}: not a SentencePiece model ({why}); give one, or make one with data/prepare.py"
+                        ) from None
     check_tokenizer(sp, path)
     return sp
 
@@ -1092,6 +1098,23 @@ def report(result: dict) -> str:
     return "\n".join(lines)
 
 
+FOLLOWED = "SCORING_FOR"  # of the environment: the process id of the run whose file is scored
+
+
+def follow(process: int) -> None:
+    """End when the run that asked for this score is gone, however it went: nobody waits for the result, and a new run
+    may be at work in its folder."""
+    child = os.getppid() == process
+
+    def watch() -> None:
+        while os.getppid() == process if child else Path(f"/proc/{process}").exists():
+            time.sleep(0.3)
+        os._exit(1)
+
+    if child or Path("/proc/self").exists():
+        threading.Thread(target=watch, daemon=True).start()
+
+
 def leave(status: int) -> int:
     """The status of a command that is over; one of several processes ends here and now with it.
 
@@ -1137,6 +1160,8 @@ def run(args: argparse.Namespace) -> int:
     """Score, or sample, as the arguments say; the exit status."""
     place = Place()
     try:
+        if os.environ.get(FOLLOWED, "").isdecimal():
+            follow(int(os.environ[FOLLOWED]))
         place = process_place(os.environ)
         if (said := writable_compiler_cache()) and place.rank == 0:
             print(f"notice      {said}", file=sys.stderr)
@@ -1175,6 +1200,9 @@ def run(args: argparse.Namespace) -> int:
         else:
             time.sleep(LET_RANK_0_SPEAK)
         return 1
+    except KeyboardInterrupt:
+        pack.say_error("stopped; nothing was written")
+        return 130
     except Exception as e:
         pack.say_error(unexpected(e))
         return 1

@@ -1859,7 +1859,7 @@ class Trainer:
         command += ["--tokenizer-path", c.tokenizer_path] if c.tokenizer_path else []
         hidden = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK"}
         env = {k: v for k, v in os.environ.items() if k not in hidden and not k.startswith("TORCHELASTIC_")}
-        env["OMP_NUM_THREADS"] = str(torch.get_num_threads())
+        env |= {"OMP_NUM_THREADS": str(torch.get_num_threads()), eval_bpb.FOLLOWED: str(os.getpid())}
         env |= {} if self.device.type == "cuda" else {"CUDA_VISIBLE_DEVICES": ""}
         done = subprocess.run([*command, "--json", str(out)], env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                               stderr=subprocess.STDOUT, encoding="utf-8", errors="replace")

