@@ -1421,7 +1421,7 @@ class Trainer:
         self.counter = ByteCounter(self.data.tokenizer)
         if self.counter.vocab_size != c.vocab_size:
             raise ConfigError(f"vocab_size={c.vocab_size}: the tokenizer {self.data.tokenizer} has "
-                              f"{self.counter.vocab_size}")
+                              f"{self.counter.vocab_size}; give --vocab-size {self.counter.vocab_size}")
         with self.ranks.talking():
             check_agreement({"data": self.data.identity, "program": self.source_sha256, "settings": {
                 name: value for name, value in asdict(c).items() if name not in FREE_SETTINGS}}, self.device)
