@@ -162,7 +162,7 @@ def test_a_start_that_does_not_fit_is_one_error(data_dir, tmp_path, tiny_run):
     for more, message in ((("--mlp-hidden", 96), "not of the shape"), (("--num-layers", 3), "is missing")):
         with pytest.raises(train_gpt.CheckpointError, match=message):
             tiny_trainer(data_dir, tmp_path, "--init-from", tiny_run[0], *more)
-    with pytest.raises(train_gpt.CheckpointError, match="not a checkpoint"):
+    with pytest.raises(train_gpt.CheckpointError, match="no such checkpoint"):
         tiny_trainer(data_dir, tmp_path, "--init-from", tmp_path / "none")
 
 
