@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import threading
@@ -92,6 +93,18 @@ def stranger(folder: Path) -> str:
     return min(set(os.listdir(folder)) - known, default="")
 
 
+# Every name that this program writes into a folder that it builds.
+OWN_NAMES = re.compile(r"(documents|pieces)\.spool|tokenizer\.model|manifest\.json|[^/]+_(train|val)_\d{6,}\.bin|"
+                       + re.escape(OBSOLETE))
+
+
+def refuse_strangers(folder: Path) -> None:
+    """Raises DataError if a folder that a dead process seems to have left holds what this program does not write."""
+    if names := sorted(name for name in os.listdir(folder) if not OWN_NAMES.fullmatch(name)):
+        raise DataError(f"{folder} holds {names[0]}, which this program did not write, and is needed to build in; move "
+                        "it away or change --out")
+
+
 def sibling(out: Path, kind: str) -> Path:
     """`.NAME.kind` beside the folder, or a short name where that would be too long for a file system."""
     name = f".{out.name}.{kind}"
@@ -160,6 +173,8 @@ class Place:
                             "--out") from None
         except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
             raise DataError(f"{out} cannot be a folder ({reason_of(error)}); change --out") from None
+        if re.fullmatch(r"\..+\.(partial|old)", self.out.name) or self.out.name in (INNER_PARTIAL, INNER_COMPLETE):
+            raise DataError(f"{out}: such a name is this program's own, for folders that it builds in; change --out")
         self.partial, self.made, self.locks = None, [], {}
         self.beside, self.old = sibling(self.out, "partial"), sibling(self.out, "old")
         try:
@@ -206,6 +221,9 @@ class Place:
             return
         for folder in ([self.out] if self.out.is_dir() else []) + left:
             self.hold(folder)
+        for folder in left:
+            if folder.is_dir():  # its process may just have ended
+                refuse_strangers(folder)
         if complete.is_dir():
             say(f"finishing what an earlier run had completed in {self.out}")
             with handlers(signal.SIG_IGN):

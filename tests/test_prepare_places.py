@@ -368,11 +368,12 @@ def test_a_second_process_is_refused_while_the_first_removes_the_old_folder(plac
 
 def test_a_lock_of_a_dead_process_is_none(place, new):
     code = ("import sys, os; sys.path.insert(0, sys.argv[1]); from data import places; from pathlib import Path\n"
-            "place = places.Place(Path(sys.argv[2])); place.begin(); (place.partial / 'half').write_text('x')\n"
+            "place = places.Place(Path(sys.argv[2])); place.begin()\n"
+            "(place.partial / 'documents.spool').write_text('x')\n"
             "os.kill(os.getpid(), 9)")
     done = subprocess.run([sys.executable, "-c", code, str(ROOT), str(place / "out")])
     assert done.returncode == -9
-    assert (place / ".out.partial" / "half").exists()
+    assert (place / ".out.partial" / "documents.spool").exists()
     assert run(place / "out", new) == 0
     assert whole(place / "out")
     assert os.listdir(place) == ["out"]
@@ -536,3 +537,28 @@ def test_an_output_that_cannot_be_written_costs_no_work(place, old, redirect):
     subprocess.run(["bash", "-c", command, "bash", sys.executable, str(ROOT / "data" / "prepare.py"), *OPTIONS,
                     "--input", str(old), "--out", str(place / "out")], check=True, stdout=subprocess.DEVNULL)
     assert whole(place / "out")
+
+
+# -- folders of others with our names ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", [".out.old", ".out.partial", "out/.partial", "out/.complete"])
+@pytest.mark.parametrize("name", ["thesis.tex", "input.jsonl", "folder"])
+def test_what_others_keep_under_such_a_name_is_not_removed(tmp_path, capsys, where, name):
+    place = tmp_path / where
+    place.mkdir(parents=True)
+    source = write_input(place / name if name == "input.jsonl" else tmp_path / "source.jsonl", 1)
+    if name == "folder":
+        (place / name).mkdir()
+    elif name == "thesis.tex":
+        (place / name).write_text("years of work")
+    assert run(tmp_path / "out", source) == 1
+    one_error(capsys, name, "did not write")
+    assert (place / name).exists() and source.exists() and not (tmp_path / "out" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("name", [".x.partial", ".x.old", ".partial", ".complete"])
+def test_our_own_names_are_no_places_for_data(tmp_path, capsys, name):
+    assert run(tmp_path / name, write_input(tmp_path / "source.jsonl", 1)) == 1
+    one_error(capsys, "change --out")
+    assert not (tmp_path / name).exists()
