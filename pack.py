@@ -78,7 +78,8 @@ class Parser(argparse.ArgumentParser):
 
 def say_error(e: object) -> None:
     """One line on the standard error file, whatever names of files are in it."""
-    print("error: " + " ".join(str(e).splitlines()), file=sys.stderr, flush=True)
+    if sys.stderr is not None:  # closed: print would take the standard output
+        print("error: " + " ".join(str(e).splitlines()), file=sys.stderr, flush=True)
 
 
 class ArtifactError(ValueError):

@@ -169,8 +169,12 @@ class Place:
             if exists and not self.out.is_dir():
                 raise DataError(f"{out} exists and is not a folder, so it is not replaced; remove it or change --out")
         except UnicodeEncodeError:
-            raise DataError(f"{out}: the name is not UTF-8, so the tokenizer's library cannot open files in it; change "
-                            "--out") from None
+            try:
+                os.fsencode(self.out).decode("utf-8")
+            except UnicodeDecodeError:
+                raise DataError(f"{out}: the name is not UTF-8, so the tokenizer's library cannot open files in it; "
+                                "change --out") from None
+            raise DataError(f"{out}: this locale cannot spell the name; set LC_ALL=C.UTF-8, or change --out") from None
         except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
             raise DataError(f"{out} cannot be a folder ({reason_of(error)}); change --out") from None
         if re.fullmatch(r"\..+\.(partial|old)", self.out.name) or self.out.name in (INNER_PARTIAL, INNER_COMPLETE):

@@ -1045,7 +1045,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
 
     def complain(text: str) -> None:
-        print(f"error: {printable(text)}", file=sys.stderr)
+        if sys.stderr is not None:  # closed: print would take the standard output
+            print(f"error: {printable(text)}", file=sys.stderr)
 
     with handlers(stop):
         try:

@@ -22,13 +22,14 @@ LINE_ENDS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"  # of str.splitlines
 TEXT_RULES = 2  # counts the changes of how text files become documents, so that folders of an older rule are rebuilt
 BLOCK_BYTES = 1 << 18
 UNPACK = {".zst": "zstd -dc", ".gz": "gzip -dc", ".bz2": "bzip2 -dc", ".xz": "xz -dc"}
+MAGIC = {".gz": b"\x1f\x8b", ".bz2": b"BZh", ".xz": b"\xfd7zXZ\x00", ".zst": b"\x28\xb5\x2f\xfd"}  # how each begins
 WINDOW_LIMIT = 1 << 31  # bytes; the largest window that zstd can be told to accept (--long=31)
 
 
 def text_kind(path: Path) -> str:
     """.txt or .jsonl, whatever the case of the name and the compression. Raises DataError for another file."""
     inner = path.with_suffix("") if path.suffix.lower() in UNPACK else path
-    kind = inner.suffix.lower()
+    kind = inner.suffix.lower() or inner.name.lower()  # a hidden file may be all suffix
     if kind not in (".txt", ".jsonl"):
         raise DataError(f"{path}: not a .txt or .jsonl file (either also as {', '.join(UNPACK)}); rename or convert it")
     return kind
@@ -42,7 +43,7 @@ def unpacker(path: Path) -> Callable:
     if suffix == ".bz2":
         return bz2.BZ2Decompressor
     if suffix == ".xz":
-        return lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ)
+        return lambda: lzma.LZMADecompressor(lzma.FORMAT_AUTO)  # also what older programs wrote
     import zstandard
 
     return zstandard.ZstdDecompressor(max_window_size=WINDOW_LIMIT).decompressobj
@@ -75,7 +76,11 @@ def unpack_fault(path: Path, start: bytes, error: Exception) -> str:
                         f"zstd -d -D DICTIONARY {shlex.quote(str(path))}")
     if isinstance(error, MemoryError):
         return f"{path}: unpacking needs more memory than this machine gives; use a larger one"
-    return f"{path}: damaged {path.suffix.lower()[1:].replace('zst', 'zstd')} data ({reason}); fetch the file again"
+    kind = path.suffix.lower()[1:].replace("zst", "zstd")
+    if not start.startswith(MAGIC[path.suffix.lower()]):
+        return (f"{path}: damaged {kind} data, or none at all ({reason}); fetch the file again, or leave {path.suffix} "
+                "out of its name if it is plain text")
+    return f"{path}: damaged {kind} data ({reason}); fetch the file again"
 
 
 def unpacked(path: Path, file: io.BufferedReader) -> Iterator[bytes]:
@@ -309,23 +314,28 @@ def is_json(line: bytes) -> bool:
 def record_text(line: bytes, path: Path, number: int) -> str:
     """The "text" of one JSON line. Raises DataError that names file and line."""
     try:
-        content = line.decode("utf-8")
+        content = line.decode("utf-8").removeprefix("\ufeff")  # files that were put together keep their marks
     except UnicodeDecodeError as error:
         raise encoding_fault(path, number, "", line, error) from None
     try:
-        record = json.loads(content)
+        record = json.loads(content, parse_int=lambda digits: 0)  # of fields that nobody uses, however long
         text = record["text"]
         text.encode("utf-8")  # JSON can spell half a surrogate pair, UTF-8 cannot
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        reason = repr(error)
-        if isinstance(error, KeyError):
-            reason = f"its keys are {', '.join(map(repr, list(record)[:8]))}"
+        reason = str(error)
+        if isinstance(error, UnicodeEncodeError):
+            reason = f"half a surrogate pair at character {error.start}"
+        elif isinstance(error, RecursionError):
+            reason = "it is nested too deeply"
+        elif isinstance(error, KeyError):
+            reason = f"its keys are {', '.join(repr(key[:30]) for key in list(record)[:8])}"
         elif isinstance(error, AttributeError):
             reason = f'its "text" is of the type {type(text).__name__}'
         elif isinstance(error, TypeError):
             reason = f"it is of the type {type(record).__name__}"
             reason += "; write its items with: jq -c '.[]'" if isinstance(record, list) else ""
-        raise DataError(f'{path}:{number}: not a JSON object with a "text" string ({reason})') from None
+        raise DataError(f'{path}:{number}: not a JSON object with a "text" string ({reason[:200]}); mend that line or '
+                        "leave it out") from None
     return text
 
 

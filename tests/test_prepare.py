@@ -425,7 +425,10 @@ def truncated() -> bytes:
     ("a.jsonl", b'{"text": "a"}\n\n{"text": null}\n', "a.jsonl:3: not a JSON object"),
     ("a.jsonl", b'"text"\n', "it is of the type str"),
     ("a.jsonl", b'{"text": "a"}{"text": "b"}\n', "a.jsonl:1: not a JSON object"),
-    ("a.jsonl", b'{"text": "\\ud800"}\n', "a.jsonl:1: not a JSON object"),
+    ("a.jsonl", b'{"text": "\\ud800"}\n', "half a surrogate pair at character 0"),
+    ("a.jsonl", b'{"' + b"k" * 9_000 + b'": 1}\n', "its keys are 'kkk"),
+    ("a.jsonl", b'{"a": ' + b"[" * 200_000 + b"]" * 200_000 + b', "text": "a"}\n', "nested too deeply"),
+    ("a.txt.gz", b"plain text", "leave .gz out of its name"),
     ("a.jsonl.zst", truncated, "a.jsonl.zst: the zstd data ends"),
     ("a.txt.zst", b"plain text", "a.txt.zst: damaged zstd"),
     ("a.pdf", b"%PDF", "a.pdf: not a .txt"),
@@ -439,10 +442,20 @@ def test_bad_input_is_one_clear_error(tmp_path, capsys, name, data, message):
     error = capsys.readouterr().err
     assert message in error
     assert error.startswith("error: ")
-    assert error.count("\n") == 1
+    assert error.count("\n") == 1 and len(error) < 600
     assert "Traceback" not in error
     assert not (tmp_path / "out").exists()
     assert not leftovers(tmp_path)
+
+
+def test_what_is_in_other_fields_and_marks_between_files_do_not_matter(tmp_path):
+    (tmp_path / ".jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one", "n": ' + b"1" * 5_000 + b'}\n'
+                                      b'\xef\xbb\xbf{"text": "two"}\n')
+    assert list(prepare.text_documents([tmp_path / ".jsonl"])) == ["one", "two"]
+    import lzma
+
+    (tmp_path / "a.txt.xz").write_bytes(lzma.compress(b"three", lzma.FORMAT_ALONE))
+    assert list(prepare.text_documents([tmp_path / "a.txt.xz"])) == ["three"]
 
 
 @pytest.mark.parametrize("options", [
