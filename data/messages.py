@@ -31,7 +31,7 @@ class Progress:
     def show(self, phase: str, done: int, total: int = 0, size: int = 0) -> None:
         """Say how many documents of how many, and their bytes, if the last line is long enough ago."""
         now = time.monotonic()
-        if now - self.last < PROGRESS_SECONDS:
+        if now - self.last < PROGRESS_SECONDS or sys.stderr is None:  # closed: print would take the standard output
             return
         self.last = now
         of = f" of {total:,}" if total else ""

@@ -11,7 +11,7 @@ import re
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from data.messages import say
@@ -20,6 +20,9 @@ from eval_bpb import DataError, folder_identity, sha256_file
 LOST_AND_FOUND = "lost+found"  # stands in the root of a file system
 INNER_PARTIAL, INNER_COMPLETE = ".partial", ".complete"
 OBSOLETE = "obsolete.json"  # in INNER_COMPLETE: the files of the older folder
+# Every name that this program writes into a folder that it builds.
+OWN_NAMES = re.compile(r"(documents|pieces)\.spool|tokenizer\.model|manifest\.json|[^/]+_(train|val)_\d{6,}\.bin|"
+                       + re.escape(OBSOLETE))
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -84,25 +87,31 @@ def written_files(folder: Path) -> set[str]:
         names = {"manifest.json", *file_hashes(manifest)}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return set()
-    return {name for name in names if isinstance(name, str) and name == Path(name).name}
+    return {name for name in names if isinstance(name, str) and OWN_NAMES.fullmatch(name)}
 
 
-def stranger(folder: Path) -> str:
-    """Something in the folder that this program did not write, so that the folder is not replaced; empty if none."""
-    known = written_files(folder) | {INNER_PARTIAL, INNER_COMPLETE, LOST_AND_FOUND}
-    return min(set(os.listdir(folder)) - known, default="")
+def stranger(folder: Path, kept: set[str]) -> str:
+    """Something in the folder that this program did not write, so that the folder is not replaced; empty if none.
+
+    kept: names that a replacement leaves alone.
+    """
+    return min(set(os.listdir(folder)) - written_files(folder) - kept, default="")
 
 
-# Every name that this program writes into a folder that it builds.
-OWN_NAMES = re.compile(r"(documents|pieces)\.spool|tokenizer\.model|manifest\.json|[^/]+_(train|val)_\d{6,}\.bin|"
-                       + re.escape(OBSOLETE))
+def own_files(folder: Path) -> tuple[list[Path], list[Path]]:
+    """What a folder that is built in holds: the files that have this program's names, and all the rest."""
+    own, rest = [], []
+    for path in sorted(folder.iterdir()):
+        is_own = OWN_NAMES.fullmatch(path.name) and path.is_file() and not path.is_symlink()
+        (own if is_own else rest).append(path)
+    return own, rest
 
 
 def refuse_strangers(folder: Path) -> None:
     """Raises DataError if a folder that a dead process seems to have left holds what this program does not write."""
-    if names := sorted(name for name in os.listdir(folder) if not OWN_NAMES.fullmatch(name)):
-        raise DataError(f"{folder} holds {names[0]}, which this program did not write, and is needed to build in; move "
-                        "it away or change --out")
+    if rest := own_files(folder)[1]:
+        raise DataError(f"{folder} holds {rest[0].name}, which this program did not write, and is needed to build in; "
+                        "move it away or change --out")
 
 
 def sibling(out: Path, kind: str) -> Path:
@@ -129,10 +138,14 @@ def make_durable(folder: Path) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder of this program and what is in it, also where its mode forbids that."""
+    """Remove a folder and the files of this program in it, also where its mode forbids that; others keep theirs."""
     with contextlib.suppress(OSError):
         folder.chmod(0o700)
-    shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        for path in own_files(folder)[0]:
+            with contextlib.suppress(OSError):
+                path.unlink()
+        folder.rmdir()
 
 
 def exchange(first: Path, second: Path) -> bool:
@@ -158,10 +171,11 @@ class Place:
     those moves a reader finds files that are not the manifest's, an error, and never a smaller data set.
 
     A process holds a lock on every folder it works on, which the system drops when the process ends. Raises DataError
-    where the folder cannot be written, is another process's, or holds what this program did not write.
+    where the folder cannot be written, is another process's, or holds what this program did not write, and where a
+    file of `inputs` lies in a folder that is cleared before it is read.
     """
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, inputs: Iterable[Path] = ()) -> None:
         try:
             self.out = out.resolve()
             str(self.out).encode("utf-8")
@@ -177,11 +191,12 @@ class Place:
             raise DataError(f"{out}: this locale cannot spell the name; set LC_ALL=C.UTF-8, or change --out") from None
         except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
             raise DataError(f"{out} cannot be a folder ({reason_of(error)}); change --out") from None
-        if re.fullmatch(r"\..+\.(partial|old)", self.out.name) or self.out.name in (INNER_PARTIAL, INNER_COMPLETE):
+        if re.fullmatch(r"(?s)\..+\.(partial|old)", self.out.name) or self.out.name in (INNER_PARTIAL, INNER_COMPLETE):
             raise DataError(f"{out}: such a name is this program's own, for folders that it builds in; change --out")
         self.partial, self.made, self.locks = None, [], {}
         self.beside, self.old = sibling(self.out, "partial"), sibling(self.out, "old")
         try:
+            self.refuse_inputs(inputs)
             self.recover()
         except OSError as error:
             self.close()
@@ -190,9 +205,20 @@ class Place:
             self.close()
             raise
 
-    def check(self) -> None:
-        """Raises DataError for a folder that holds something else than ours."""
-        if self.out.is_dir() and (name := stranger(self.out)):
+    def refuse_inputs(self, inputs: Iterable[Path]) -> None:
+        """Raises DataError for an input in a folder that is cleared or filled."""
+        folders = (self.beside, self.old, self.out / INNER_PARTIAL, self.out / INNER_COMPLETE)
+        for path in inputs:
+            if folder := next((folder for folder in folders if path.resolve().is_relative_to(folder)), None):
+                raise DataError(f"{path} lies in {folder}, which is needed to build in; move it away or change --out")
+
+    def check(self, inside: bool) -> None:
+        """Raises DataError for a folder that holds something else than ours; one that is not renamed may hold
+        lost+found, and what is built inside."""
+        kept = {LOST_AND_FOUND} if inside else set()
+        if self.partial == self.out / INNER_PARTIAL:
+            kept.add(INNER_PARTIAL)
+        if self.out.is_dir() and (name := stranger(self.out, kept)):
             raise DataError(f"{self.out} exists and holds {name}, which this program did not write, so it is not "
                             "replaced; move that away or change --out")
 
@@ -242,10 +268,11 @@ class Place:
     def begin(self) -> None:
         """Make and lock the empty folder that is built in."""
         try:
-            self.check()
+            self.recover()  # again, because another process may have come and died meanwhile
             if self.out.is_dir():
                 self.hold(self.out)
             inside = self.out.is_dir() and (os.path.ismount(self.out) or is_above_here(self.out))
+            self.check(inside)
             if not inside:
                 try:
                     self.make(self.beside)
@@ -267,20 +294,21 @@ class Place:
                             "or change --out")
 
     def make(self, partial: Path) -> None:
-        """Make and lock an empty folder; what a dead process left in it goes."""
+        """Make and lock an empty folder; what a dead process left in it goes. Raises DataError if others use it."""
         for folder in reversed([folder for folder in partial.parents if not folder.exists()]):
             folder.mkdir(exist_ok=True)
             self.made.append(folder)
         while partial not in self.locks:
             partial.mkdir(exist_ok=True)
             self.hold(partial)
+        refuse_strangers(partial)
         self.partial = partial
         for path in partial.iterdir():
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            path.unlink()
 
     def commit(self) -> None:
         """Put the new folder in the place of the old one."""
-        self.check()
+        self.check(inside=self.partial.parent == self.out)
         make_durable(self.partial)
         if self.partial.parent != self.out:
             try:
@@ -342,15 +370,18 @@ def move_up(out: Path) -> None:
     The manifest goes first: until the last file has followed, the folder has files that are not the manifest's.
     """
     complete = out / INNER_COMPLETE
-    names = set(os.listdir(complete))
-    if names - {OBSOLETE} and OBSOLETE not in names:
-        raise DataError(f"{complete} was not written by this program; move it away or change --out")
+    names, older = set(os.listdir(complete)), []
+    try:
+        if names:
+            older = [str(name) for name in json.loads((complete / OBSOLETE).read_text(encoding="utf-8"))]
+    except (FileNotFoundError, ValueError, TypeError):
+        raise DataError(f"{complete} was not written by this program; move it away or change --out") from None
     for name in sorted(names - {OBSOLETE}, key=lambda name: (name != "manifest.json", name)):
         os.replace(complete / name, out / name)
     if OBSOLETE in names:
         written = written_files(out)
-        for name in json.loads((complete / OBSOLETE).read_text(encoding="utf-8")):
-            if name not in written and name == Path(name).name:
+        for name in older:
+            if name not in written and OWN_NAMES.fullmatch(name):
                 (out / name).unlink(missing_ok=True)
         sync(out)
         (complete / OBSOLETE).unlink()

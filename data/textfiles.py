@@ -22,7 +22,8 @@ LINE_ENDS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"  # of str.splitlines
 TEXT_RULES = 2  # counts the changes of how text files become documents, so that folders of an older rule are rebuilt
 BLOCK_BYTES = 1 << 18
 UNPACK = {".zst": "zstd -dc", ".gz": "gzip -dc", ".bz2": "bzip2 -dc", ".xz": "xz -dc"}
-MAGIC = {".gz": b"\x1f\x8b", ".bz2": b"BZh", ".xz": b"\xfd7zXZ\x00", ".zst": b"\x28\xb5\x2f\xfd"}  # how each begins
+MAGIC = {".gz": (b"\x1f\x8b",), ".bz2": (b"BZh",), ".zst": (b"\x28\xb5\x2f\xfd",),
+         ".xz": (b"\xfd7zXZ\x00", b"\x5d\0\0")}  # how each begins; the second of .xz is what older programs wrote
 WINDOW_LIMIT = 1 << 31  # bytes; the largest window that zstd can be told to accept (--long=31)
 
 
@@ -78,9 +79,13 @@ def unpack_fault(path: Path, start: bytes, error: Exception) -> str:
         return f"{path}: unpacking needs more memory than this machine gives; use a larger one"
     kind = path.suffix.lower()[1:].replace("zst", "zstd")
     if not start.startswith(MAGIC[path.suffix.lower()]):
-        return (f"{path}: damaged {kind} data, or none at all ({reason}); fetch the file again, or leave {path.suffix} "
-                "out of its name if it is plain text")
-    return f"{path}: damaged {kind} data ({reason}); fetch the file again"
+        return f"{path}: damaged {kind} data, or none at all ({reason[:200]}); {perhaps_plain(path)}"
+    return f"{path}: damaged {kind} data ({reason[:200]}); fetch the file again"
+
+
+def perhaps_plain(path: Path) -> str:
+    """What to do about a packed file that does not begin as one."""
+    return f"fetch the file again, or leave {path.suffix} out of its name if it is plain text"
 
 
 def unpacked(path: Path, file: io.BufferedReader) -> Iterator[bytes]:
@@ -108,7 +113,10 @@ def unpacked(path: Path, file: io.BufferedReader) -> Iterator[bytes]:
             chunk, decoder = (decoder.unused_data, None) if decoder.eof else (b"", decoder)
     if decoder is not None or not start:
         kind = path.suffix.lower()[1:].replace("zst", "zstd")
-        raise DataError(f"{path}: the {kind} data ends before its last frame does; fetch the file again")
+        mend = "fetch the file again"
+        if start and not start.startswith(MAGIC[path.suffix.lower()]):  # too short for its decoder to know
+            mend = perhaps_plain(path)
+        raise DataError(f"{path}: the {kind} data ends before its last frame does; {mend}")
 
 
 def byte_blocks(path: Path) -> Iterator[bytes]:
@@ -303,9 +311,20 @@ def json_lines(path: Path) -> Iterator[tuple[int, bytes]]:
         yield number + 1, held
 
 
+# Python refuses integers of thousands of digits. The fields that may hold them are not used: any number will do.
+RECORDS = json.JSONDecoder(parse_int=len)
+MARKS = re.compile(b"(?:%s)+" % codecs.BOM_UTF8)
+
+
+def unmarked(line: bytes) -> bytes:
+    """The line without the marks before it: files that were put together keep theirs."""
+    marks = MARKS.match(line)
+    return line[marks.end() :] if marks else line
+
+
 def is_json(line: bytes) -> bool:
     try:
-        json.loads(line)
+        RECORDS.decode(unmarked(line).decode("utf-8", "surrogatepass"))
     except (ValueError, RecursionError):
         return False
     return True
@@ -314,11 +333,11 @@ def is_json(line: bytes) -> bool:
 def record_text(line: bytes, path: Path, number: int) -> str:
     """The "text" of one JSON line. Raises DataError that names file and line."""
     try:
-        content = line.decode("utf-8").removeprefix("\ufeff")  # files that were put together keep their marks
+        content = line.decode("utf-8")
     except UnicodeDecodeError as error:
         raise encoding_fault(path, number, "", line, error) from None
     try:
-        record = json.loads(content, parse_int=lambda digits: 0)  # of fields that nobody uses, however long
+        record = RECORDS.decode(content)
         text = record["text"]
         text.encode("utf-8")  # JSON can spell half a surrogate pair, UTF-8 cannot
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -349,7 +368,7 @@ def text_documents(paths: list[Path]) -> Iterator[str]:
             records = [line]
             if b"\r" in line.strip() and not is_json(line):
                 records = line.split(b"\r")  # a file whose lines end in more than one way
-            for record in filter(bytes.strip, records):
+            for record in filter(bytes.strip, map(unmarked, records)):
                 text = record_text(record, path, number)
                 if 4 * len(text) < SPLIT_BYTES:  # in bytes too, so it is not cut
                     yield text

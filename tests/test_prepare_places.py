@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data import places, prepare  # noqa: E402
+from data import messages, places, prepare  # noqa: E402
 from eval_bpb import DataError, open_data, sha256_file  # noqa: E402
 
 OPTIONS = ["--source", "text", "--vocab-size", "300", "--val-fraction", "0.1"]
@@ -335,13 +335,13 @@ def test_a_second_process_is_refused_at_once(place, old, new, monkeypatch, capsy
     for out in (place / "out", place / "fresh"):
         first = places.Place(out)
         first.begin()
-        (first.partial / "work").write_text("x")
+        (first.partial / "documents.spool").write_text("x")
         with monkeypatch.context() as patch:
             patch.setattr(prepare, "request_of", lambda *_: pytest.fail("work began"))
             capsys.readouterr()
             assert run(out, new) == 1
             one_error(capsys, "another process is preparing", str(out))
-        assert (first.partial / "work").read_text() == "x"
+        assert (first.partial / "documents.spool").read_text() == "x"
         first.close()
         assert run(out, new) == 0
     assert sorted(os.listdir(place)) == ["fresh", "out"]
@@ -562,3 +562,105 @@ def test_our_own_names_are_no_places_for_data(tmp_path, capsys, name):
     assert run(tmp_path / name, write_input(tmp_path / "source.jsonl", 1)) == 1
     one_error(capsys, "change --out")
     assert not (tmp_path / name).exists()
+
+
+@pytest.mark.parametrize("where", [".out.old", ".out.partial", "out/.partial", "out/.complete"])
+def test_a_folder_of_others_with_the_name_of_our_file_is_not_removed(place, old, capsys, where):
+    thesis = place / where / "tokenizer.model" / "thesis.txt"
+    thesis.parent.mkdir(parents=True)
+    thesis.write_text("mine")
+    assert run(place / "out", old) == 1
+    one_error(capsys, "tokenizer.model", "did not write")
+    assert thesis.read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", [".partial", ".complete", "lost+found/thesis.txt"])
+def test_what_goes_with_a_folder_that_is_swapped_is_looked_at_too(place, old, capsys, name):
+    mine = place / "out" / name
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    assert run(place / "out", old) == 1
+    one_error(capsys, Path(name).parts[0], "did not write")
+    assert mine.read_text() == "mine"
+
+
+def test_a_manifest_makes_no_file_ours(place, old, capsys):
+    (place / "out").mkdir()
+    (place / "out" / "thesis.txt").write_text("mine")
+    (place / "out" / "manifest.json").write_text(json.dumps({
+        "format": 1, "identity": "", "tokenizer": {"file": "thesis.txt", "sha256": ""}, "splits": {}}))
+    assert run(place / "out", old) == 1
+    one_error(capsys, "thesis.txt", "did not write")
+    assert (place / "out" / "thesis.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("older", ['["thesis.txt"]', "no JSON", "3"])
+def test_a_list_of_older_files_removes_only_ours(place, old, capsys, older):
+    (place / "out" / ".complete").mkdir(parents=True)
+    (place / "out" / ".complete" / "obsolete.json").write_text(older)
+    (place / "out" / "thesis.txt").write_text("mine")
+    assert run(place / "out", old) == 1
+    one_error(capsys, "not w" if older[0] != "[" else "thesis.txt")
+    assert (place / "out" / "thesis.txt").read_text() == "mine"
+
+
+def test_what_others_put_into_the_folder_that_is_built_in_stays(place, old, monkeypatch, capsys):
+    """Also when that happens after all that is looked at before."""
+    real = prepare.encode
+
+    def encode(*arguments):
+        (place / ".out.partial" / "thesis.txt").write_text("mine")
+        raise DataError("some error")
+
+    monkeypatch.setattr(prepare, "encode", encode)
+    assert run(place / "out", old) == 1
+    assert os.listdir(place / ".out.partial") == ["thesis.txt"]
+    monkeypatch.setattr(prepare, "encode", real)
+    capsys.readouterr()
+    assert run(place / "out", old) == 1
+    one_error(capsys, "thesis.txt", "did not write")
+
+
+def test_a_folder_that_comes_after_the_first_look_is_looked_at(place, capsys):
+    ours = places.Place(place / "out")
+    (place / ".out.partial").mkdir()
+    (place / ".out.partial" / "thesis.txt").write_text("mine")
+    with pytest.raises(DataError, match="thesis.txt"):
+        ours.begin()
+    ours.close()
+    assert (place / ".out.partial" / "thesis.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("where", [".out.old", ".out.partial", "out/.partial", "out/.complete"])
+def test_an_input_in_a_folder_that_is_cleared_is_refused(place, where):
+    """Also one whose name is ours."""
+    (place / where).mkdir(parents=True)
+    model = place / where / "tokenizer.model"
+    model.write_text("mine")
+    with pytest.raises(DataError, match="needed to build in; move it away"):
+        places.Place(place / "out", [model])
+    assert model.read_text() == "mine"
+
+
+@pytest.mark.parametrize(("name", "message"), [
+    ("g\u00e4".encode(), "this locale cannot spell the name; set LC_ALL=C.UTF-8"), (b"g\xff", "the name is not UTF-8")])
+def test_a_name_that_the_locale_cannot_spell_is_not_called_damaged(place, old, name, message):
+    command = [sys.executable, str(ROOT / "data" / "prepare.py"), *OPTIONS, "--input", str(old), "--out"]
+    env = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run([*command, os.fsencode(place) + b"/" + name], env=env, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert os.listdir(place) == []
+
+
+def test_errors_and_progress_do_not_go_to_stdout_when_stderr_is_closed(place, monkeypatch, capsys):
+    done = subprocess.run(["bash", "-c", '"$@" 2>&-', "bash", sys.executable, str(ROOT / "data" / "prepare.py"),
+                           *OPTIONS, "--input", str(place / "none.txt"), "--out", str(place / "out")],
+                          stdout=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    monkeypatch.setattr(sys, "stderr", None)
+    progress = messages.Progress()
+    progress.last -= 60
+    progress.show("reading", 1)
+    assert capsys.readouterr().out == ""

@@ -96,6 +96,9 @@ PACKED = {
     "bzip2": ("a.jsonl.bz2", bz2.compress),
     "bzip2, two streams": ("a.jsonl.bz2", lambda data: bz2.compress(data[:99]) + bz2.compress(data[99:])),
     "xz": ("a.jsonl.xz", lzma.compress),
+    "xz, the older format": ("a.jsonl.xz", lambda data: lzma.compress(data, lzma.FORMAT_ALONE)),
+    "hidden": (".jsonl", lambda data: data),
+    "hidden and packed": (".jsonl.gz", gzip.compress),
     "xz, two streams and padding": ("a.jsonl.xz", lambda d: lzma.compress(d[:99]) + bytes(4) + lzma.compress(d[99:])),
 }
 
@@ -143,6 +146,13 @@ def test_damaged_compressed_files_are_one_error(tmp_path, capsys, suffix, fault)
     assert f"a.jsonl.{suffix}: " in error
 
 
+@pytest.mark.parametrize("suffix", ["zst", "gz", "bz2", "xz"])
+@pytest.mark.parametrize("size", [1, 10, 3_000])
+def test_plain_text_with_the_name_of_a_packed_file_is_told_so(tmp_path, capsys, suffix, size):
+    error = fails(tmp_path, capsys, f"a.jsonl.{suffix}", JSONL[:size])
+    assert f"or leave .{suffix} out of its name if it is plain text" in error
+
+
 def test_a_bomb_is_read_in_bounded_pieces(tmp_path):
     """100 MB of one letter in 10 kB: the blocks stay small."""
     compressor = zlib.compressobj(9, zlib.DEFLATED, 31)
@@ -167,6 +177,42 @@ def test_json_lines_with_any_line_end(tmp_path, kind):
             "blank lines": blank + blank.join(lines) + blank, "BOM": b"\xef\xbb\xbf" + JSONL}[kind]
     (tmp_path / "a.jsonl").write_bytes(data)
     assert list(textfiles.text_documents([tmp_path / "a.jsonl"])) == [json.loads(line)["text"] for line in lines]
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r", b"\r\n"])
+def test_marks_between_files_that_were_put_together(tmp_path, end):
+    mark, lines = codecs.BOM_UTF8, JSONL.splitlines()[:4]
+    (tmp_path / "a.jsonl").write_bytes(mark + lines[0] + end + mark + lines[1] + end + mark + end  # an empty file
+                                       + mark + mark + lines[2] + end + lines[3])
+    assert list(textfiles.text_documents([tmp_path / "a.jsonl"])) == [json.loads(line)["text"] for line in lines]
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])
+def test_fields_that_nobody_uses_may_hold_any_number(tmp_path, end):
+    numbers = b"[" + b"1" * 5_000 + b", -" + b"9" * 5_000 + b", 1e999, 0." + b"3" * 5_000 + b"]"
+    record = b'{"text": "one",%s "n": %s}' % (b"\r" if end == b"\n" else b"", numbers)
+    (tmp_path / "a.jsonl").write_bytes((record + end) * 3)
+    assert list(textfiles.text_documents([tmp_path / "a.jsonl"])) == ["one"] * 3
+
+
+LONG_RECORDS = {
+    "number": ('{"text": ' + "1" * 5_000 + "}", 'its "text" is of the type int'),
+    "lone number": ("1" * 5_000, "it is of the type int"),
+    "surrogate": ('{"text": "' + "x" * 100_000 + '\\ud800"}', "half a surrogate pair at character 100000"),
+    "key": ('{"' + "k" * 300_000 + '": "a"}', "its keys are 'kkk"),
+    "keys": (json.dumps({f"{n:040}": 1 for n in range(900)}), "its keys are '000"),
+    "depth": ('{"n": ' + "[" * 200_000 + "]" * 200_000 + "}", "nested too deeply"),
+    "open string": ('{"text": "' + "x" * 300_000, "Unterminated string"),
+}
+
+
+@pytest.mark.parametrize("kind", LONG_RECORDS)
+def test_an_error_does_not_carry_the_document(tmp_path, capsys, kind):
+    record, reason = LONG_RECORDS[kind]
+    error = fails(tmp_path, capsys, "a.jsonl", record)
+    assert reason in error
+    assert "mend that line or leave it out" in error
+    assert len(error.replace(str(tmp_path), "")) < 400
 
 
 @pytest.mark.parametrize("end", [b"\n", b"\r", b"\r\n"])
