@@ -962,7 +962,7 @@ def prepare(args: argparse.Namespace) -> dict:
     name, dropped = args.source, Counter()
     given = check_options(args)
     out = args.out or ROOT / "data" / (f"fineweb_{args.variant}" if name == "fineweb" else name)
-    place = Place(out)
+    place = Place(out, [*(args.input or []), *([args.tokenizer] if args.tokenizer else [])])
     try:
         fresh = not (place.out / "manifest.json").exists()
         if fresh:  # a place that cannot be written is refused before the sources are hashed

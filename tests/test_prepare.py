@@ -655,6 +655,16 @@ def test_a_signal_while_it_starts_is_one_line(tmp_path, name):
     assert err == f"error: stopped by {name} before anything was begun\n"
 
 
+def test_a_tokenizer_in_a_place_that_is_cleared_is_not_lost(tmp_path, built, capsys):
+    held = tmp_path / ".out.partial" / "tokenizer.model"
+    held.parent.mkdir()
+    held.write_bytes((built / "tokenizer.model").read_bytes())
+    source = write_jsonl(tmp_path / "input.jsonl", corpus())
+    assert run(tmp_path / "out", "--source", "text", "--input", source, "--tokenizer", held) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and held.exists()
+
+
 # ---------------------------------------------------------------- official shards
 
 

@@ -553,7 +553,7 @@ def test_what_others_keep_under_such_a_name_is_not_removed(tmp_path, capsys, whe
     elif name == "thesis.tex":
         (place / name).write_text("years of work")
     assert run(tmp_path / "out", source) == 1
-    one_error(capsys, name, "did not write")
+    one_error(capsys, name, "change --out")
     assert (place / name).exists() and source.exists() and not (tmp_path / "out" / "manifest.json").exists()
 
 
