@@ -1490,9 +1490,10 @@ class Trainer:
                 problem = e
         else:
             self.log = runlog.Log(self.folder, self.rank, append=True)
-        failed = torch.tensor(int(problem is not None), dtype=torch.int64, device=self.device)
-        if int(self.ranks.sum(failed)):
-            raise problem or Elsewhere
+        word = 0 if problem is None else 1 if isinstance(problem, AlreadyFinished) else 2
+        word = int(self.ranks.sum(torch.tensor(word, dtype=torch.int64, device=self.device)))  # rank 0's alone
+        if word:
+            raise problem or (AlreadyFinished() if word == 1 else Elsewhere())
 
     def audit(self, val: dict[str, np.ndarray]) -> None:
         """Whether the shards are of this tokenizer, before anything is trained; the scoring process asks again.
@@ -1961,7 +1962,8 @@ def run(argv: list[str]) -> int:
         trainer.finish()
         return 0
     except AlreadyFinished as e:
-        tell(str(e))
+        if place.rank == 0:
+            tell(str(e))
         return 0
     except Elsewhere:
         time.sleep(eval_bpb.LET_RANK_0_SPEAK)
