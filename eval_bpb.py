@@ -278,42 +278,47 @@ BPE, NORMAL, USER_DEFINED = 2, 1, 4
 KNOWN_RULES = {"79372c41389c2b9b": "nmt_nfkc", "1e2c7b43d3ee9755": "nmt_nfkc", "7e46d9e08af4b6a3": "nfkc"}
 
 
-def charsmap(model: bytes, spec: int) -> bytes:
-    """The precompiled rules of a tokenizer's normalizer or denormalizer; empty where text is left as it is."""
-    for number, message in protobuf_fields(model):
-        if number == spec:
-            return dict(protobuf_fields(message)).get(CHARSMAP, b"")
-    return b""
+@dataclass(frozen=True)
+class TokenizerFile:
+    """What a .model file says that sentencepiece does not tell."""
+
+    is_bpe: bool
+    pieces: dict[str, int]  # text -> kind
+    normalizer: bytes  # precompiled rules; empty where text is left as it is
+    denormalizer: bytes
+
+    def from_nowhere(self) -> list[str]:
+        """The pieces of a BPE model that no two of its pieces make. Training gives none such, an edited file may."""
+        known = {text for text, kind in self.pieces.items() if kind in (NORMAL, USER_DEFINED)}
+        return [text for text in known if self.is_bpe and len(text) > 1 and self.pieces[text] == NORMAL
+                and not any(text[:i] in known and text[i:] in known for i in range(1, len(text)))]
+
+    def why_unproven(self) -> str:
+        """Why the file does not show that its pieces are those of training; empty for a plain BPE model."""
+        if not self.is_bpe:
+            return "is no BPE model"
+        return "has user-defined pieces" if USER_DEFINED in self.pieces.values() else ""
 
 
-def pieces_from_nowhere(model: bytes) -> list[str]:
-    """The pieces of a BPE model that no two of its pieces make. Training gives none such, an edited file may."""
-    fields = list(protobuf_fields(model))
-    if not any(number == TRAINER and dict(protobuf_fields(message)).get(MODEL_TYPE) == BPE
-               for number, message in fields):
-        return []
-    kinds = {piece[TEXT].decode(): piece.get(KIND, NORMAL)
-             for number, message in fields if number == PIECES for piece in [dict(protobuf_fields(message))]}
-    known = {text for text, kind in kinds.items() if kind in (NORMAL, USER_DEFINED)}
-    return [text for text in known if len(text) > 1 and kinds[text] == NORMAL
-            and not any(text[:i] in known and text[i:] in known for i in range(1, len(text)))]
-
-
-def why_unproven(model: bytes) -> str:
-    """Why a tokenizer's file does not show that its pieces are those of training; empty for a plain BPE model."""
-    fields = list(protobuf_fields(model))
-    if not any(number == TRAINER and dict(protobuf_fields(message)).get(MODEL_TYPE) == BPE
-               for number, message in fields):
-        return "is no BPE model"
-    own = [dict(protobuf_fields(message)) for number, message in fields if number == PIECES]
-    if any(piece.get(KIND) == USER_DEFINED for piece in own):
-        return "has user-defined pieces"
-    return ""
+def read_tokenizer_file(model: bytes, where: str | Path) -> TokenizerFile:
+    """The bytes of a .model file, which sentencepiece has opened. Raises DataError where they hold something odd."""
+    try:
+        fields = [(number, dict(protobuf_fields(message))) for number, message in protobuf_fields(model)
+                  if number in (PIECES, TRAINER, NORMALIZER, DENORMALIZER)]
+        return TokenizerFile(
+            any(number == TRAINER and part.get(MODEL_TYPE) == BPE for number, part in fields),
+            {part[TEXT].decode(): part.get(KIND, NORMAL) for number, part in fields if number == PIECES},
+            *(b"".join(part.get(CHARSMAP, b"") for number, part in fields if number == spec)
+              for spec in (NORMALIZER, DENORMALIZER)))
+    except (LookupError, TypeError, ValueError, AttributeError) as e:
+        raise DataError(f"{where}: not a file that sentencepiece wrote ({e!r}); use another tokenizer") from None
 
 
 def check_provable(data: DataFolder) -> None:
     """Raises AuditError where neither a manifest nor the tokenizer itself vouches for what its pieces stand for."""
-    if data.manifest is None and (why := why_unproven(data.tokenizer.read_bytes())):
+    if data.manifest is not None:
+        return
+    if why := read_tokenizer_file(data.tokenizer.read_bytes(), data.tokenizer).why_unproven():
         raise AuditError(f"{data.tokenizer}: {why}, and no manifest.json says that it made the shards, so nobody knows "
                          "what text its pieces stand for; prepare the text with data/prepare.py --tokenizer")
 
@@ -336,12 +341,11 @@ def check_tokenizer(sp: spm.SentencePieceProcessor, where: str | Path) -> list[s
     pieces = {sp.id_to_piece(i) for i in range(size) if sp.is_byte(i)}
     if pieces not in (set(), {f"<0x{byte:02X}>" for byte in range(256)}):
         raise refuse(f"{len(pieces)} of the 256 byte pieces")
-    model = sp.serialized_model_proto()
-    if charsmap(model, DENORMALIZER):
+    file = read_tokenizer_file(sp.serialized_model_proto(), where)
+    if file.denormalizer:
         raise refuse("it changes text when it decodes (a denormalizer)")
-    if odd := pieces_from_nowhere(model):
+    if odd := file.from_nowhere():
         raise refuse(f"its piece {min(odd)!a} is not made of other pieces of it, as in a file that was edited")
-    rules = charsmap(model, NORMALIZER)
 
     counter, notes = ByteCounter(sp), []
     if not pieces:
@@ -363,7 +367,7 @@ def check_tokenizer(sp: spm.SentencePieceProcessor, where: str | Path) -> list[s
         if not any(note.startswith("normalizes") for note in notes):
             notes.append("normalizes: bytes are those of its decoded text, as the competition counts them "
                          f"({text!a} is {back!a})")
-    if rules and hashlib.sha256(rules).hexdigest()[:16] not in KNOWN_RULES:
+    if file.normalizer and hashlib.sha256(file.normalizer).hexdigest()[:16] not in KNOWN_RULES:
         notes.append("WARNING: normalizes by rules that are none of sentencepiece's nmt_nfkc and nfkc, so nobody knows "
                      "what else it changes")
     return notes

@@ -51,6 +51,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+import pack  # noqa: E402
 from data.messages import Progress, printable, say  # noqa: E402
 from data.places import Place, Stopped, file_hashes, handlers, reason_of, stop, up_to_date  # noqa: E402
 from data.textfiles import SPLIT_BYTES, TEXT_RULES, cut_place, text_documents, text_kind  # noqa: E402
@@ -1005,13 +1006,6 @@ def prepare(args: argparse.Namespace) -> dict:
     return manifest
 
 
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong with an option in one line, as every other error here."""
-
-    def error(self, message: str) -> None:
-        self.exit(2, f"error: {printable(message)}; see --help\n")
-
-
 def folder_name(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("it is empty; give the name of a folder")
@@ -1021,7 +1015,7 @@ def folder_name(text: str) -> Path:
 def parser() -> argparse.ArgumentParser:
     """The settings of the command line."""
     summary, _, usage = __doc__.partition("\n\n")
-    result = Parser(description=summary, epilog=usage, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result = pack.Parser(description=summary, epilog=usage, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = result.add_argument
     add("--source", choices=["packages", "text", "fineweb"], default="packages")
     add("--out", type=folder_name, help="output folder (default: data/<source>, data/fineweb_<variant>)")
@@ -1045,8 +1039,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
 
     def complain(text: str) -> None:
-        if sys.stderr is not None:  # closed: print would take the standard output
-            print(f"error: {printable(text)}", file=sys.stderr)
+        pack.say_error(printable(text))
 
     with handlers(stop):
         try:

@@ -203,7 +203,7 @@ def field(number: int, data: bytes) -> bytes:
 
 def nfkc_rules() -> bytes:
     model = spm.SentencePieceNormalizer(rule_name="nmt_nfkc_cf").serialized_model_proto()
-    return eval_bpb.charsmap(model, eval_bpb.NORMALIZER)
+    return eval_bpb.read_tokenizer_file(model, "").normalizer
 
 
 def test_the_fixture_of_this_file_is_sound(tmp_path):
@@ -321,6 +321,13 @@ def test_pieces_that_nothing_vouches_for_are_not_counted(folders, tmp_path, caps
     with pytest.raises(AuditError, match=said):
         eval_bpb.check_provable(open_data(data))
     assert refused(train_gpt.run(tiny_args(data, tmp_path / "runs")), *capsys.readouterr())
+
+
+@pytest.mark.parametrize("tail", [b"\x0b", b"\x0a\x80", b"\x08\x05", field(1, field(1, b"\xff"))],
+                         ids=["group", "cut", "number", "not UTF-8"])
+def test_a_tokenizer_file_with_odd_fields_is_one_error(tail):
+    with pytest.raises(DataError, match="not a file that sentencepiece wrote"):
+        eval_bpb.read_tokenizer_file(train_tokenizer() + tail, "x.model")
 
 
 @pytest.mark.parametrize("tokens", [[1], [], [1, 1, 1, 1], [1, 2, 2]])
