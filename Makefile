@@ -1,40 +1,59 @@
-# One command sets everything up and runs the main job, one sets everything up and runs the tests.
+# Everything runs in one virtual environment, .venv, which is made of requirements.lock, hashes checked.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+PIP    := $(BIN)/pip --quiet --disable-pip-version-check
+# One thread a process and one file of tests a worker, so that two workers share two cores.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: run test data lint fuzz setup clean
+.DEFAULT_GOAL := help
+.PHONY: help run test check lint types lock data fuzz setup clean
+
+help:                ## list these targets
+	@awk -F ' *:.*## ' '/^[a-z]+:.*## / { printf "make %-6s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # --resume auto: a second `make run` continues one that was stopped, and leaves one that is finished as it is.
-run: data            ## prepare the data, train a few minutes on the CPU, pack, score the file
+run: data            ## prepare the data, train three minutes on the CPU, pack, score the file
 	$(BIN)/python train_gpt.py --preset cpu --resume auto $(ARGS)
 
-test: $(VENV)/.ready-ray lint     ## everything that CI runs
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
+test: lint types     ## all that CI runs: lint, types, every test
+	$(PYTEST) tests
 
-lint: setup
+check: lint types    ## the same with the fast tests only, under a minute
+	$(PYTEST) -m fast tests
+
+lint: $(READY)       ## ruff
 	$(BIN)/ruff check .
 
-fuzz: setup          ## ten minutes of coverage-guided fuzzing of the artifact reader
-	$(BIN)/pip install --quiet --disable-pip-version-check atheris==3.0.0
-	$(BIN)/python bench/fuzz.py -max_total_time=600
+types: $(READY)      ## mypy on the three programs and tern/
+	$(BIN)/mypy
 
-data: setup
+data: $(READY)       ## prepare the packaged corpus, data/packages
 	$(BIN)/python data/prepare.py
 
-setup: $(VENV)/.ready
+fuzz: $(READY)       ## ten minutes of coverage-guided fuzzing of the artifact reader
+	$(PIP) install atheris==3.0.0
+	$(BIN)/python bench/fuzz.py -max_total_time=600
 
-# torch first: with it installed at the pinned version nothing else pulls another build.
-$(VENV)/.ready: requirements.txt
+setup: $(READY)      ## make .venv
+
+# torch last, and by its pin alone: requirements.txt says why it is not in the lock. What it needs is installed by then.
+$(READY): requirements.txt requirements.lock
+	@for pin in $$(grep '==' requirements.txt | grep -v '^torch==' | tr _ -); do \
+	    grep -q "^$$pin " requirements.lock || { echo "requirements.lock has no $$pin: run make lock"; exit 1; }; done
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(PIP) install --no-deps --require-hashes -r requirements.lock
+	$(PIP) install "$$(grep '^torch==' requirements.txt)"
 	touch $@
 
-# The tests run the ablations on a Ray cluster of two local workers as well.
-$(VENV)/.ready-ray: $(VENV)/.ready pyproject.toml
-	$(BIN)/pip install --quiet --disable-pip-version-check '.[ray]'
-	touch $@
+# Locked versions stay, but for those that requirements.txt changes; `make lock ARGS=--upgrade` renews all.
+lock:                ## make requirements.lock of requirements.txt, for all systems (by uv)
+	$(PYTHON) -m venv build/lock
+	build/lock/bin/pip install --quiet --disable-pip-version-check uv==0.13.9
+	build/lock/bin/uv pip compile requirements.txt --universal --python-version 3.11 --generate-hashes --quiet \
+	    --no-emit-package torch --custom-compile-command 'make lock' --output-file requirements.lock $(ARGS)
+	rm -rf build/lock
 
-clean:
-	rm -rf $(VENV) runs data/packages build *.egg-info
+clean:               ## remove .venv, runs/ and the packaged corpus
+	rm -rf $(VENV) runs data/packages build *.egg-info .mypy_cache .pytest_cache .ruff_cache
