@@ -3,8 +3,6 @@
     python pack.py inspect FILE [--json]                      # what each byte is spent on
     python pack.py verify FILE [--against CHECKPOINT]         # is the file sound, canonical, and this checkpoint's?
     python pack.py budget FILE [--code FILE ...] [--cap N] [--model-only]
-    python pack.py bundle RUN [RUN ...] --out DIR             # the folder that is submitted (submission.py)
-    python pack.py check DIR [--against RECORD] [--data DATA] # what a referee checks of one
 
 A file is a fixed preamble, a compressed JSON header and the streams, back to back, nothing else:
 
@@ -31,25 +29,27 @@ and every size is checked before memory is taken for it. CRC32 finds accidents, 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import lzma
 import math
 import os
 import re
-import secrets
 import stat
 import struct
 import sys
 import zlib
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import NormalDist
 
 import numpy as np
 import zstandard
 
-import entropy
+from tern import base3, checkpoints, entropy, source
+from tern.command import Parser, say_error
+from tern.files import WriteError, write_atomic
 
 MAGIC, VERSION = b"TRNY", 2
 PREAMBLE = struct.Struct("<4sBII")  # magic, version, compressed header bytes, JSON bytes; a CRC32 follows
@@ -66,20 +66,6 @@ MAX_DIMS, MAX_FORMATS, MAX_NAME, MAX_DEPTH, MAX_TENSORS = 8, 32, 256, 32, 1 << 1
 # stream. The writer obeys the same rule: it drops a candidate that compresses further than that.
 FREE_EXPANSION, MAX_EXPANSION = 4 << 20, 64
 FREE_STEPS = 4096  # and take so many steps of the adaptive model, of about a millisecond, plus one per byte
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, as all errors here are."""
-
-    def error(self, message: str):
-        say_error(f"{message}; --help lists what there is")
-        sys.exit(2)
-
-
-def say_error(e: object) -> None:
-    """One line on the standard error file, whatever names of files are in it."""
-    if sys.stderr is not None:  # closed: print would take the standard output
-        print("error: " + " ".join(str(e).splitlines()), file=sys.stderr, flush=True)
 
 
 class ArtifactError(ValueError):
@@ -120,34 +106,73 @@ class StoredTensor:
 # Symbol kinds: what a stream is made of, and how it lies in memory.
 SYMBOLS = {"ternary": "<i1", "five": "<i1", "u8": "<u1", "u16": "<u2", "u32": "<u4"}
 SYMBOLS |= {f"int{bits}": "<i1" for bits in range(2, 9)} | {f"uint{bits}": "<u1" for bits in range(4, 9)}
-FLOAT_SYMBOLS = {"fp8": "u8", "bf16": "u16", "fp16": "u16", "fp32": "u32"}  # fp8: e4m3 (arXiv 2209.05433)
-EXPONENT = {"fp8": 0x7F, "bf16": 0x7F80, "fp16": 0x7C00, "fp32": 0x7F800000}  # all ones: infinite or not a number
+SCALES = {"bf16": "u16", "fp16": "u16"} | {f"log{bits}": f"uint{bits}" for bits in range(4, 9)}  # -> symbols
 
 
-SCALES = {"bf16": "u16", "fp16": "u16"} | {f"log{bits}": f"uint{bits}" for bits in range(4, 9)}
+@dataclass(frozen=True)
+class Kind:
+    """What the packer has to know of a kind of storage format. A new one is a row in KINDS, and nothing else here."""
+
+    symbol: Callable[[dict], str]  # format -> symbol kind of its codes
+    expected: Callable[[dict, str, tuple[int, ...]], float]  # format, part of the model, shape -> bits of a code
+    has_scale: bool = False  # codes times a scale per group: the format has the keys group_size and scale
+    has_entries: bool = False  # codes are indices into the group's values: the keys group_size and entries
+    numbers: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # further keys of the format, and their ranges
+    codes: Callable[[dict], tuple[int, int]] | None = None  # the codes in use, where that is less than the symbols
+    has_zero: bool = True  # whether 0 is a code
+    exponent: int = 0  # of floats: these bits all ones are an infinity or not a number
 
 
-GROUPED = ("ternary", "binary", "five", "int")  # kinds of codes times a scale per group
+def float_kind(name: str, symbol: str, exponent: int) -> Kind:
+    return Kind(lambda f: symbol, lambda f, part, shape: BITS.get(f"{part} {name}", BITS[name]), exponent=exponent)
 
 
-def bits_of(kind: str) -> int:
+KINDS = {
+    "ternary": Kind(lambda f: "ternary", lambda f, part, shape: BITS["ternary"] * threshold_entropy(f) /
+                    threshold_entropy({}), has_scale=True),
+    # Ternary symbols without zeros, which costs the adaptive model 0.0005 bits each.
+    "binary": Kind(lambda f: "ternary", lambda f, part, shape: BITS["binary"], has_scale=True, has_zero=False),
+    "five": Kind(lambda f: "five", lambda f, part, shape: BITS["five"], has_scale=True),
+    "int": Kind(lambda f: f"int{f['bits']}", lambda f, part, shape: BITS.get(f"{part} int{f['bits']}") or
+                absmax_entropy(f, shape), has_scale=True, numbers={"bits": (2, 8)}),
+    # Indices around zero are integers of one bit more than they need.
+    "codebook": Kind(lambda f: f"int{(f['entries'] - 1).bit_length() + 1}", lambda f, part, shape:
+                     math.log2(f["entries"]), has_entries=True, numbers={"entries": (2, 64)},
+                     codes=lambda f: (-(f["entries"] // 2), (f["entries"] - 1) // 2)),
+    "fp8": float_kind("fp8", "u8", 0x7F),  # e4m3 (arXiv 2209.05433)
+    "bf16": float_kind("bf16", "u16", 0x7F80),
+    "fp16": float_kind("fp16", "u16", 0x7C00),
+    "fp32": float_kind("fp32", "u32", 0x7F800000),
+}
+SCALE_EXPONENT = {name: KINDS[name].exponent for name in ("bf16", "fp16")}  # every log scale is finite
+
+
+def bits_of(symbol: str) -> int:
     """Bits of an int or uint symbol kind."""
-    return int(kind.removeprefix("u").removeprefix("int"))
+    return int(symbol.removeprefix("u").removeprefix("int"))
 
 
-def range_of(kind: str) -> tuple[int, int]:
+def range_of(symbol: str) -> tuple[int, int]:
     """The smallest and largest symbol of a kind of one byte; codes are symmetric around zero."""
-    if kind in (levels := {"ternary": 1, "five": 2}):
-        return -levels[kind], levels[kind]
-    high = 2 ** (bits_of(kind) - kind.startswith("int")) - 1
-    return (-high if kind.startswith("int") else 0), high
+    levels = {"ternary": 1, "five": 2}
+    if symbol in levels:
+        return -levels[symbol], levels[symbol]
+    if symbol.startswith("int"):
+        high = 2 ** (bits_of(symbol) - 1) - 1
+        return -high, high
+    return 0, 2 ** bits_of(symbol) - 1
+
+
+def is_grouped(format: dict) -> bool:
+    """Whether the format has something for each group of weights, beside their codes."""
+    return KINDS[format["kind"]].has_scale or KINDS[format["kind"]].has_entries
 
 
 def scale_shape(format: dict, shape: tuple[int, ...]) -> tuple[int, int] | None:
     """[rows, groups] of a tensor's scales (of a codebook: groups * entries); None for a format without scales."""
-    if format["kind"] in FLOAT_SYMBOLS:
+    if not is_grouped(format):
         return None
-    each = format["entries"] if format["kind"] == "codebook" else 1
+    each = format["entries"] if KINDS[format["kind"]].has_entries else 1
     if format["group_size"] == 0:
         return 1, each
     return math.prod(shape[:-1]), -(-(shape[-1] if shape else 1) // format["group_size"]) * each
@@ -155,19 +180,15 @@ def scale_shape(format: dict, shape: tuple[int, ...]) -> tuple[int, int] | None:
 
 def layout(format: dict, shape: tuple[int, ...]) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Role -> (symbol kind, shape) of what a file stores of a tensor: the one place that knows. Expects valid input."""
-    kind, scales = format["kind"], scale_shape(format, shape)
-    roles = {"codes": (FLOAT_SYMBOLS.get(kind) or code_symbol(format), shape)}
-    return roles if scales is None else roles | {"scales": (SCALES[format.get("scale", "bf16")], scales)}
+    roles, scales = {"codes": (KINDS[format["kind"]].symbol(format), shape)}, scale_shape(format, shape)
+    if scales is not None:
+        roles["scales"] = SCALES[scale_dtype(format)], scales
+    return roles
 
 
-def code_symbol(format: dict) -> str:
-    """Symbol kind of a format's codes. Binary ones are ternary without zeros, which costs the model 0.0005 bits each; a
-    codebook's indices, around zero, are integers of one bit more than they need."""
-    if format["kind"] == "binary":
-        return "ternary"
-    if format["kind"] == "codebook":
-        return f"int{(format['entries'] - 1).bit_length() + 1}"
-    return f"int{format['bits']}" if format["kind"] == "int" else format["kind"]
+def scale_dtype(format: dict) -> str:
+    """Of the scales, or of a codebook's values."""
+    return format["scale"] if KINDS[format["kind"]].has_scale else "bf16"
 
 
 def is_int(value, low: int, high: int) -> bool:
@@ -176,14 +197,15 @@ def is_int(value, low: int, high: int) -> bool:
 
 def check_format(format) -> None:
     """Raises ArtifactError unless format is a dict whose keys, as far as pack.py interprets them, are valid."""
-    kind = format.get("kind") if isinstance(format, dict) else None
-    ok = kind in (*GROUPED, "codebook", *FLOAT_SYMBOLS) if isinstance(kind, str) else False
-    if ok and kind not in FLOAT_SYMBOLS:
+    name = format.get("kind") if isinstance(format, dict) else None
+    kind = KINDS.get(name) if isinstance(name, str) else None
+    ok = kind is not None
+    if ok and is_grouped(format):
         ok = is_int(format.get("group_size"), 0, MAX_NUMEL)
-    if ok and kind in GROUPED:
-        ok = format.get("scale") in tuple(SCALES) and (kind != "int" or is_int(format.get("bits"), 2, 8))
-    if ok and kind == "codebook":
-        ok = is_int(format.get("entries"), 2, 64)
+    if ok and kind.has_scale:
+        ok = format.get("scale") in tuple(SCALES)
+    if ok:
+        ok = all(is_int(format.get(key), low, high) for key, (low, high) in kind.numbers.items())
     if not ok:
         raise ArtifactError(
             f"format {str(format)[:200]!a} is not known: use kind ternary, binary, five or int (with group_size >= 0, "
@@ -229,8 +251,6 @@ def check_json(value, where: str, depth: int = 0) -> None:
 # ---------------------------------------------------------------------------------------------------------------
 
 CHUNK = 5 << 18  # symbols at a time, a multiple of 5 and of 8: keeps temporaries small beside the codes
-POWERS = np.array([1, 3, 9, 27, 81], np.uint8)
-DIGITS = (np.arange(243)[:, None] // POWERS % 3).astype(np.int8) - 1  # [byte, digit] -> code
 
 
 def flat_codes(codes, kind: str) -> np.ndarray:
@@ -257,7 +277,7 @@ def pack_base3(codes) -> bytes:
     for start in range(0, codes.size, CHUNK):
         digits = (codes[start : start + CHUNK] + 1).view(np.uint8)
         digits = np.pad(digits, (0, -digits.size % 5)).reshape(-1, 5)
-        out[start // 5 :][: len(digits)] = digits @ POWERS  # at most 242: no overflow in uint8
+        out[start // 5 :][: len(digits)] = base3.join_digits(digits)
     return out.tobytes()
 
 
@@ -270,7 +290,7 @@ def unpack_base3(data, n: int) -> np.ndarray:
         raise damaged(f"base3 padding digits in byte {packed.size - 1} are not 0")
     codes = np.empty(n, np.int8)
     for start in range(0, n, CHUNK):
-        chunk = DIGITS[packed[start // 5 : (start + CHUNK) // 5]].reshape(-1)
+        chunk = base3.CODES[packed[start // 5 : (start + CHUNK) // 5]].reshape(-1)
         codes[start : start + CHUNK] = chunk[: n - start]
     return codes
 
@@ -621,13 +641,14 @@ def check_tensor(name: str, t: StoredTensor) -> None:
 
 
 def check_codes(name: str, t: StoredTensor) -> None:
-    """Raises ArtifactError if codes in the range of their symbols are none of the format's: binary and codebook."""
-    if t.format["kind"] == "binary" and not t.codes.all():
-        raise damaged(f"tensor {name!a}: a binary code is 0")
-    if t.format["kind"] == "codebook" and t.codes.size:
-        low, high = -(t.format["entries"] // 2), (t.format["entries"] - 1) // 2
+    """Raises ArtifactError if codes in the range of their symbols are none of the format's."""
+    kind = KINDS[t.format["kind"]]
+    if not kind.has_zero and not t.codes.all():
+        raise damaged(f"tensor {name!a}: a {t.format['kind']} code is 0")
+    if kind.codes is not None and t.codes.size:
+        low, high = kind.codes(t.format)
         if t.codes.min() < low or t.codes.max() > high:
-            raise damaged(f"tensor {name!a}: a code is outside {low}..{high}, the entries of its codebook")
+            raise damaged(f"tensor {name!a}: a code is outside {low}..{high}, those of a {t.format['kind']} here")
 
 
 NORMAL = NormalDist()
@@ -657,12 +678,13 @@ def threshold_entropy(format: dict) -> float:
     return entropy_of((zeros, (1 - zeros) / 2, (1 - zeros) / 2))
 
 
-def absmax_entropy(bits: int, group: int) -> float:
-    """Bits per int code of normal weights divided by the largest magnitude of `group` of them: by that one's median."""
-    limit = 2 ** (bits - 1) - 1
+def absmax_entropy(format: dict, shape: tuple[int, ...]) -> float:
+    """Bits per int code of normal weights divided by the largest magnitude of their group: by that one's median."""
+    limit, size = 2 ** (format["bits"] - 1) - 1, format["group_size"]
+    group = min(size, shape[-1]) if size else math.prod(shape)
     step = NORMAL.inv_cdf((1 + 0.5 ** (1 / group)) / 2) / limit
     below = [0.0, *(NORMAL.cdf((code + 0.5) * step) for code in range(-limit, limit)), 1.0]
-    return entropy_of(after - before for before, after in zip(below, below[1:], strict=False))
+    return entropy_of(after - before for before, after in itertools.pairwise(below))
 
 
 def expected_bits(format: dict, part: str = "matrices", shape: tuple[int, ...] = (128,)) -> dict[str, float]:
@@ -671,18 +693,11 @@ def expected_bits(format: dict, part: str = "matrices", shape: tuple[int, ...] =
     part: matrices (of blocks; ints are those of normal weights), embedding (whose rare tokens stay near their small
     start, and whose codes take less for it), or vectors. shape: of the tensor; ints depend on how many share a scale.
     """
-    name = code_symbol(format) if format["kind"] == "int" else format["kind"]
-    known = BITS.get(f"{part} {name}", BITS.get(name))
-    if format["kind"] in FLOAT_SYMBOLS:
-        return {"codes": known}
-    if format["kind"] == "codebook":
-        return {"codes": math.log2(format["entries"]), "scales": BITS["codebook entry"]}
-    if known is None:
-        size = format["group_size"]
-        known = absmax_entropy(format["bits"], min(size, shape[-1]) if size else math.prod(shape))
-    if format["kind"] == "ternary":
-        known *= threshold_entropy(format) / threshold_entropy({})
-    return {"codes": known, "scales": BITS[f"scale {format['scale']}"]}
+    kind = KINDS[format["kind"]]
+    bits = {"codes": kind.expected(format, part, shape)}
+    if is_grouped(format):
+        bits["scales"] = BITS[f"scale {format['scale']}"] if kind.has_scale else BITS["codebook entry"]
+    return bits
 
 
 def encode_artifact(tensors: dict[str, StoredTensor], meta: dict) -> bytes:
@@ -841,30 +856,6 @@ def decode_artifact(data) -> tuple[dict[str, StoredTensor], dict]:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def write_atomic(path: str | Path, data: bytes) -> int:
-    """Write data to path, all or nothing: readers see the old file or the new one. Returns bytes written.
-
-    Raises ArtifactError and leaves no temporary file behind if that fails.
-    """
-    path = Path(os.path.realpath(path))  # a link stays a link
-    try:
-        if os.path.lexists(path) and not path.is_file():
-            raise ValueError("something that is not a file is in its place")
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-        try:
-            with open(temporary, "xb") as f:
-                f.write(data)
-                f.flush()
-                os.fsync(f.fileno())  # before the rename: a crash must not leave a new name on missing bytes
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except (OSError, ValueError) as e:
-        why = getattr(e, "strerror", None) or e
-        raise ArtifactError(f"cannot write {path}: {why}; its folder must exist, be writable and have room") from None
-    return len(data)
-
-
 def read_bytes(path: str | Path) -> bytes:
     """A whole regular file. Raises ArtifactError."""
     try:
@@ -892,7 +883,11 @@ def with_path(path: str | Path, function: Callable, data: bytes):
 
 def write_artifact(path: str | Path, tensors: dict[str, StoredTensor], meta: dict) -> int:
     """Encode and write atomically; returns the file's bytes. Raises ArtifactError and leaves what was there before."""
-    return write_atomic(path, encode_artifact(tensors, meta))
+    data = encode_artifact(tensors, meta)
+    try:
+        return write_atomic(path, data)
+    except WriteError as e:
+        raise ArtifactError(str(e)) from None
 
 
 def read_artifact(path: str | Path) -> tuple[dict[str, StoredTensor], dict]:
@@ -932,30 +927,25 @@ class Budget:
         return self.margin >= 0
 
 
-def in_bundle() -> bool:
-    """Whether this module runs from the one file of a submission (submission.py) and not from pack.py."""
-    return Path(__file__).name != "pack.py"
+def budget(model_path: str | Path, code_paths: Iterable[str | Path] | None, cap: int, count_code: bool = True
+           ) -> Budget:
+    """Sizes of the files as they are on disk. A code file named twice counts once. Raises ArtifactError.
 
-
-def code_files() -> list[Path]:
-    """The program's own files, all that training, packing and scoring need beside libraries."""
-    here = Path(__file__).resolve()
-    sources = ["train_gpt.py", "runlog.py", "formats.py", "pack.py", "eval_bpb.py", "entropy.py"]
-    names = [here.name] if in_bundle() else sources
-    return [path for path in map(here.with_name, names) if path.is_file()]
-
-
-def budget(model_path: str | Path, code_paths: Iterable[str | Path], cap: int, count_code: bool = True) -> Budget:
-    """Sizes of the files as they are on disk. A code file named twice counts once. Raises ArtifactError."""
-    code = {Path(path).resolve() for path in code_paths}
-    return Budget(len(read_bytes(model_path)), sum(len(read_bytes(path)) for path in code), cap, count_code)
+    code_paths None: the code is this program's, as a referee weighs it (source.code_bytes).
+    """
+    if code_paths is None:
+        code = source.code_bytes()
+    else:
+        code = sum(len(read_bytes(path)) for path in {Path(path).resolve() for path in code_paths})
+    return Budget(len(read_bytes(model_path)), code, cap, count_code)
 
 
 def format_label(format: dict) -> str:
-    if format["kind"] in FLOAT_SYMBOLS:
+    """A format for people: int4 g128 log7."""
+    if not is_grouped(format):
         return format["kind"]
-    number = format.get({"int": "bits", "codebook": "entries"}.get(format["kind"]), "")
-    return f"{format['kind']}{number} g{format['group_size']} {format.get('scale', 'bf16')}"
+    number = "".join(str(format[key]) for key in KINDS[format["kind"]].numbers)
+    return f"{format['kind']}{number} g{format['group_size']} {scale_dtype(format)}"
 
 
 def tensor_bytes(header: Header) -> dict[str, int]:
@@ -978,8 +968,9 @@ def describe(data: bytes) -> dict:
     shares, rows = tensor_bytes(header), []
     for name, shape, index in header.tensors:
         share, format, t = shares[name], header.formats[index], tensors[name]
-        sign = 1 << (8 * t.codes.itemsize - 1)
-        values = t.codes & (sign - 1) if format["kind"] in FLOAT_SYMBOLS else t.codes  # -0.0 is a zero
+        values = t.codes
+        if KINDS[format["kind"]].exponent:  # a float: -0.0 is a zero
+            values = t.codes & ((1 << (8 * t.codes.itemsize - 1)) - 1)
         n = t.codes.size
         rows.append({"tensor": name, "shape": list(shape), "format": format_label(format), "weights": n, "bytes": share,
                      "bits_per_weight": 8 * share / n if n else 0.0,
@@ -1016,14 +1007,17 @@ def inspect_text(d: dict) -> str:
 def check_values(name: str, t: StoredTensor) -> None:
     """Raises ArtifactError if a code is out of range, a value or scale not finite, or a live group's scale zero."""
     check_tensor(name, t)
-    floats, dtype = (t.codes, t.format["kind"]) if t.scales is None else (t.scales, t.format.get("scale", "bf16"))
-    mask = EXPONENT.get(dtype)
-    bad = np.argwhere((floats & mask) == mask) if mask else ()  # every log scale is finite
-    if len(bad):
-        what = "value" if t.scales is None else "scale"
-        raise ArtifactError(f"tensor {name!a}: {what} {bad[0].tolist()} is not finite: pack a run that did not diverge")
-    if t.format["kind"] in ("binary", "codebook") or t.scales is None or not t.codes.size:
-        return  # the first has no code for zero, the second no scale
+    kind = KINDS[t.format["kind"]]
+    floats, mask, what = t.codes, kind.exponent, "value"
+    if t.scales is not None:
+        floats, mask, what = t.scales, SCALE_EXPONENT.get(scale_dtype(t.format), 0), "scale"
+    if mask:
+        bad = np.argwhere((floats & mask) == mask)
+        if len(bad):
+            raise ArtifactError(f"tensor {name!a}: {what} {bad[0].tolist()} is not finite: pack a run that did not "
+                                "diverge")
+    if not (kind.has_scale and kind.has_zero and t.codes.size):
+        return
     rows, groups = t.scales.shape
     live = (t.codes != 0).reshape(rows, -1)
     live = np.logical_or.reduceat(live, np.arange(groups) * (t.format["group_size"] or live.shape[1]), axis=1)
@@ -1052,6 +1046,22 @@ def first_difference(ours: dict[str, StoredTensor], theirs: dict[str, StoredTens
     return None
 
 
+def stored_in_checkpoint(path: str | Path) -> dict[str, StoredTensor]:
+    """What an artifact of this checkpoint must hold. Raises CheckpointError and ArtifactError."""
+    arrays, state = checkpoints.read_checkpoint(path)
+    formats = state.get("formats")
+    if not isinstance(formats, dict):
+        raise checkpoints.CheckpointError(f"{path}: names no storage formats; it is older than 0.1.0: use the pack.py "
+                                          "of its time, or train again")
+    tensors = {}
+    for name, format in formats.items():
+        codes, scales = arrays.get(f"codes/{name}"), arrays.get(f"scales/{name}")
+        if codes is None:
+            raise checkpoints.CheckpointError(f"{path}: has no codes of {name[:80]!a}; it is damaged: train again")
+        tensors[name] = StoredTensor(tuple(codes.shape), format, codes, scales)
+    return tensors
+
+
 def verify(path: str | Path, against: str | None = None) -> list[str]:
     """What was proven about the file, a line each. Raises ArtifactError on the first thing that does not hold."""
     data = read_bytes(path)
@@ -1063,9 +1073,8 @@ def verify(path: str | Path, against: str | None = None) -> list[str]:
     lines.append("canonical: packing its tensors again gives the same bytes" if same else
                  "not canonical here: packing its tensors again gives other bytes (another zlib, liblzma or zstandard)")
     if against is not None:
-        from train_gpt import stored_from_checkpoint  # needs torch, and only the trainer knows its checkpoints
-
-        if difference := first_difference(tensors, stored_from_checkpoint(Path(against))):
+        difference = first_difference(tensors, stored_in_checkpoint(against))
+        if difference:
             raise ArtifactError(f"{path} is not {against}: {difference}; pack that checkpoint again")
         lines.append(f"same: every code and scale is that of {against}")
     return lines
@@ -1082,21 +1091,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--against", metavar="CHECKPOINT", help="a folder that the trainer wrote")
     p = commands.add_parser("budget", help="bytes of model and code against a cap; exit status 1 when over")
     p.add_argument("file")
-    p.add_argument("--code", nargs="+", metavar="FILE", help="default: the program's own files")
+    p.add_argument("--code", nargs="+", metavar="FILE", help="default: the one file that this program is submitted as")
     p.add_argument("--cap", type=int, default=DEFAULT_CAP, help="bytes (default %(default)s)")
     p.add_argument("--model-only", action="store_true", help="report the code, count only the model (the CPU track)")
-    p = commands.add_parser("bundle", help="write the folder that is submitted, from finished runs")
-    p.add_argument("runs", nargs="+", metavar="RUN", help="a finished run's folder; several are seeds of one record")
-    p.add_argument("--out", required=True, metavar="DIR", help="the new folder")
-    p.add_argument("--name", default="", help="name of the submission (default: the folder's)")
-    p.add_argument("--author", default="")
-    p.add_argument("--github-id", default="")
-    p.add_argument("--blurb", default="", help="one or two sentences on what is new")
-    p.add_argument("--claim", choices=("none", "record"), default="none", help="record: it beats the last one")
-    p = commands.add_parser("check", help="what a referee checks of such a folder; exit status 1 when a check fails")
-    p.add_argument("folder", metavar="DIR")
-    p.add_argument("--against", metavar="RECORD", help="the record to beat: its folder, or its bits per byte")
-    p.add_argument("--data", metavar="DATA", help="also score every artifact again on this data, with DIR's program")
     return parser.parse_args(argv)
 
 
@@ -1108,20 +1105,14 @@ def main(argv: list[str] | None = None) -> int:
             print(json.dumps(found, indent=1, sort_keys=True) if args.json else inspect_text(found))
         elif args.command == "verify":
             print("\n".join(verify(args.file, args.against)))
-        elif args.command in ("bundle", "check"):
-            if in_bundle():
-                raise ArtifactError(f"{args.command} is not in a submission's one file: use pack.py of the repository")
-            import submission  # what is submitted does not need it
-
-            return submission.main(args)
         else:
-            b = budget(args.file, args.code or code_files(), args.cap, not args.model_only)
+            b = budget(args.file, args.code, args.cap, not args.model_only)
             counted = "" if b.count_code else " (not counted)"
             print(f"bytes_model {b.bytes_model:,}\nbytes_code {b.bytes_code:,}{counted}\nbytes_total {b.total:,}")
             print(f"cap {b.cap:,}\nmargin {b.margin:,}\n{'FITS' if b.fits else 'OVER'}")
             return 0 if b.fits else 1
         return 0
-    except (ValueError, OSError, ImportError) as e:  # ArtifactError is a ValueError; --against imports torch
+    except (ValueError, OSError) as e:  # ArtifactError and CheckpointError are ValueErrors
         say_error(e)
         return 1
 

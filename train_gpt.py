@@ -15,17 +15,16 @@ The model trains on params that are already dequantize(quantize(latent)), unless
 puts that off; its forward is a plain dense GPT. The straight-through estimator (Bengio et al., arXiv 1308.3432) is the
 optimizer step: the gradient of the param is applied to the latent and the param is refreshed. The artifact holds the
 codes and scales of the last refresh, so the model rebuilt from the file is the model that was trained, bit for bit.
+
+Read on in this order: settings, storage formats, model, latents and optimizer, data, checkpoints, the loop, main.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import math
 import os
-import platform
-import re
 import secrets
 import shlex
 import signal
@@ -33,77 +32,32 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
-import safetensors
-import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import eval_bpb
 import pack
-import runlog
-from eval_bpb import (
-    AuditError,
-    ByteCounter,
-    DataError,
-    LaunchError,
-    Place,
-    audit_bytes,
-    audit_origin,
-    can_compile,
-    check_agreement,
-    check_provable,
-    check_scorable,
-    evaluate,
-    folder_identity,
-    join_group,
-    keep_freed_memory,
-    leave,
-    load_artifact,
-    open_data,
-    process_place,
-    read_shard,
-    sha256_file,
-    shard_tokens,
-    steady_streams,
-    tag_compiler_cache,
-    unexpected,
-    writable_compiler_cache,
-)
-from formats import (
-    SCALE_DTYPES,
-    VALUE_DTYPES,
-    Binary,
-    Codebook,
-    ConfigError,
-    ElasticTernary,
-    Five,
-    Float,
-    Format,
-    Int,
-    State,
-    Stored,
-    Ternary,
-    from_pack,
-    from_wire,
-    to_pack,
-    to_wire,
-)
+from tern import checkpoints, command, machine, metric, processes, runfolder, runlog, settings, source
+from tern.checkpoints import CheckpointError
+from tern.files import WriteError, folder_identity, sha256_file
+from tern.groups import SCALE_DTYPES, VALUE_DTYPES, decode_scales, encode_scales, join_groups, split_groups
+from tern.kernels import attend, rope_tables
+from tern.metric import evaluate
+from tern.processes import Place, RankLost, Ranks
+from tern.settings import ConfigError, need, setting
+from tern.shards import AuditError, DataError, DataFolder, open_data, read_shard, shard_tokens
+from tern.tokenizers import ByteCounter
+from tern.wire import from_wire, to_wire
 
 # ---------------------------------------------------------------------------------------------------------------
 # Settings
 # ---------------------------------------------------------------------------------------------------------------
-
-
-def setting(default, why: str, low: float = -math.inf, high: float = math.inf):
-    return field(default=default, metadata={"why": why, "low": low, "high": high})
 
 
 @dataclass(frozen=True)
@@ -149,16 +103,12 @@ class Config:
     qk_gain_init: float = setting(1.5, "initial gain of normalised queries, learned per head", -1e6, 1e6)
     tied_embed_init_std: float = setting(0.005, "initial standard deviation of the tied embedding", 1e-30)
     # storage formats
-    matrix_format: str = setting("ternary", "format of block matrices: ternary, binary, five, int2..int8, codebookK, "
-                                 "fp8, bf16, fp16 (formats.py)")
+    matrix_format: str = setting("ternary", "format of block matrices: ternary, int2..int8, fp8, bf16 or fp16")
     embed_format: str = setting("bf16", "format of the tied embedding, likewise")
     vector_format: str = setting("bf16", "format of gains, scales, mixes and skips: fp8, bf16 or fp16")
     group_size: int = setting(128, "weights per scale along the input dimension; 0: one scale per tensor", 0)
-    ternary_rule: str = setting("absmean", "how ternary codes and scales are found: absmean, lsq, rms or elastic")
+    ternary_rule: str = setting("absmean", "how ternary codes and scales are found (RULES)")
     threshold: float = setting(0.5, "a ternary code is zero up to threshold * mean|w| (0.5: BitNet b1.58)", 0)
-    codebook_decay: float = setting(0.99, "decay of a codebook's averages", 0, 0.999999)
-    commitment: float = setting(0.0, "weight of a codebook's commitment loss, sum (w - Q(w))^2", 0)
-    activation_bits: int = setting(16, "8: int8 activations and products in the blocks; not measured on a GPU")
     scale_dtype: str = setting("log7", "scales: bf16, fp16 or log4..log8 (2^bits steps over 16 octaves)")
     quantize_start: float = setting(0.0, "progress at which params begin to be quantized; 1: after training", 0, 1)
     quantize_ramp: float = setting(0.0, "share of the run over which they move from latents to stored values", 0, 1)
@@ -188,44 +138,24 @@ class Config:
     cap_counts_code: bool = setting(True, "whether the cap covers code plus model (official) or the model file alone")
 
     def __post_init__(self):
-        def need(ok: bool, name: str, rule: str):
-            if not ok:
-                raise ConfigError(f"{name}={getattr(self, name)!r}: {rule}")
-
-        for f in fields(self):
-            value, kind, low, high = getattr(self, f.name), type(f.default), f.metadata["low"], f.metadata["high"]
-            need(type(value) is kind or kind is float and type(value) is int, f.name, f"must be a {kind.__name__}")
-            if kind in (int, float):
-                high = min(high, 2**63 - 1) if kind is int else high
-                need(low <= value <= high and abs(value) < math.inf, f.name, f"must be between {low} and {high}")
-        need(self.mlp_hidden > 0 or self.mlp_mult > 0, "mlp_mult", "must be at least 1, or set mlp_hidden")
-        need(self.model_dim % self.num_heads == 0, "num_heads", f"must divide model_dim={self.model_dim}")
-        need(self.num_heads % self.num_kv_heads == 0, "num_kv_heads", f"must divide num_heads={self.num_heads}")
-        need(self.model_dim // self.num_heads % 2 == 0, "num_heads", "model_dim / num_heads must be even for RoPE")
-        need(not {"", ".", ".."} & set(self.run_id.split("/")) or not self.run_id, "run_id",
+        settings.check_types(self)
+        need(self.mlp_hidden > 0 or self.mlp_mult > 0, self, "mlp_mult", "must be at least 1, or set mlp_hidden")
+        need(self.model_dim % self.num_heads == 0, self, "num_heads", f"must divide model_dim={self.model_dim}")
+        need(self.num_heads % self.num_kv_heads == 0, self, "num_kv_heads", f"must divide num_heads={self.num_heads}")
+        need(self.model_dim // self.num_heads % 2 == 0, self, "num_heads", "model_dim / num_heads must be even for RoPE")
+        names = self.run_id.split("/")
+        need(not self.run_id or not {"", ".", ".."} & set(names), self, "run_id",
              "must be a name, or names below each other as in a/b; --out-dir says where")
-        need(self.resume in ("auto", "never"), "resume", "must be auto or never")
-        need(self.device in ("auto", "cpu", "cuda"), "device", "must be auto, cpu or cuda")
-        need(self.train_batch_tokens % self.train_seq_len == 0, "train_batch_tokens",
+        need(self.resume in ("auto", "never"), self, "resume", "must be auto or never")
+        need(self.device in ("auto", "cpu", "cuda"), self, "device", "must be auto, cpu or cuda")
+        need(self.train_batch_tokens % self.train_seq_len == 0, self, "train_batch_tokens",
              f"must be a multiple of train_seq_len={self.train_seq_len}")
-        need(self.eval_stride <= self.train_seq_len, "eval_stride", f"must be at most {self.train_seq_len=}")
-        need(sequence_lengths(self)[-1] == self.train_seq_len, "seq_ramp_start",
+        need(self.eval_stride <= self.train_seq_len, self, "eval_stride", f"must be at most {self.train_seq_len=}")
+        need(sequence_lengths(self)[-1] == self.train_seq_len, self, "seq_ramp_start",
              f"must be train_seq_len={self.train_seq_len} over a power of two")
-        need(self.iterations > 0 or self.max_wallclock_seconds > 0, "iterations", "must be positive without a cap")
+        need(self.iterations > 0 or self.max_wallclock_seconds > 0, self, "iterations", "must be positive without a cap")
         for name in ("matrix_format", "embed_format", "vector_format"):
             make_format(self, name)
-        need(self.ternary_rule in ("absmean", "lsq", "rms", "elastic"), "ternary_rule",
-             "must be absmean, lsq, rms or elastic")
-        need(self.ternary_rule != "elastic" or self.threshold == 0.5, "threshold", "the elastic rule has none")
-        need(self.activation_bits in (8, 16), "activation_bits", "must be 8 or 16")
-        per_row = self.group_size == 0 or self.group_size >= max(self.model_dim, self.hidden_dim)
-        always = self.quantize_start == self.quantize_ramp == 0  # its products take params for ternary
-        need(self.activation_bits == 16 or self.matrix_format == "ternary" and per_row and always, "activation_bits",
-             "8 needs matrix_format ternary from the start and one scale per row: group_size 0, or no less than any "
-             "input width")
-        widths = (self.model_dim, self.hidden_dim, self.model_dim // self.num_heads * self.num_kv_heads)
-        need(self.activation_bits == 16 or not any(n % 8 for n in widths), "activation_bits",
-             f"8 needs widths that are multiples of 8, not {widths}")
 
     @property
     def hidden_dim(self) -> int:
@@ -262,93 +192,197 @@ PRESETS: dict[str, dict] = {
     ),
 }
 
-# PR 367's variables for techniques that this trainer does not have: the values under which nothing is lost, and why.
-# A value outside them is an error; one inside that asks for something anyway is answered with a printed notice.
-FOREIGN_ENV = {
-    "XSA_LAST_N": (("0",), "exclusive self-attention is not in this trainer (no gain was seen: LOG.md, negatives)"),
-    "TIE_EMBEDDINGS": (("1",), "the embedding is always tied to the output head"),
-    "CONTROL_TENSOR_NAME_PATTERNS": ((), "storage formats are chosen with matrix_format, embed_format, vector_format"),
-    "TTT_ENABLED": (("0", "1"), "no test-time training: the score is of the model as stored (LOG.md, negatives)"),
-    "TTT_LR": (None, "no test-time training"),
-    "TTT_EPOCHS": (None, "no test-time training"),
-    "TTT_CHUNK_TOKENS": (None, "no test-time training"),
-    "EMBED_LR": (None, "used with untied embeddings only"),
-    "HEAD_LR": (None, "used with untied embeddings only"),
-}
-
-
-def parse_setting(name: str, text: str, kind: type, where: str):
-    try:
-        if kind is bool:
-            return {"1": True, "true": True, "on": True, "0": False, "false": False, "off": False}[text.lower()]
-        return kind(text)
-    except (ValueError, KeyError):
-        raise ConfigError(f"{where} {name}={text!r}: a {kind.__name__} is needed") from None
-
-
-def resolve_settings(argv: list[str], env: Mapping[str, str]) -> tuple[str, Config, dict[str, str], list[str]]:
-    """(preset, settings, where each came from, notices). Raises ConfigError; argparse exits on an unknown flag."""
-    kinds = {f.name: type(f.default) for f in fields(Config)}
-    p = pack.Parser(description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False)
-    p.add_argument("--plan", action="store_true", help="do not train: predict bytes, what else fits, time on H100s")
-    p.add_argument("--preset", choices=PRESETS, help="named settings (default: cpu without a GPU, pr367 with one)")
-    for f in fields(Config):
-        shown = "on" if f.default is True else "off" if f.default is False else f.default
-        text = f"{f.metadata['why']} (default: {shown})".replace("%", "%%")
-        names = dict.fromkeys(("--" + f.name.replace("_", "-"), "--" + f.name))  # both spellings
-        p.add_argument(*names, metavar=kinds[f.name].__name__.upper(), help=text)
-    args = vars(p.parse_args(argv))
-    del args["plan"]  # main's
-    preset = args.pop("preset") or env.get("PRESET") or ("pr367" if torch.cuda.is_available() else "cpu")
-    if preset not in PRESETS:
-        raise ConfigError(f"PRESET={preset!r}: choose one of {', '.join(PRESETS)}")
-    values, origin = dict(PRESETS[preset]), dict.fromkeys(PRESETS[preset], "preset")
-    given = [("environment", {n: env[n.upper()] for n in kinds if env.get(n.upper(), "") != ""})]
-    given += [("command line", {n: v for n, v in args.items() if v is not None})]
-    for where, texts in given:
-        for name, text in texts.items():
-            values[name], origin[name] = parse_setting(name, text, kinds[name], where), where
-    notices = []
-    for name, (allowed, why) in FOREIGN_ENV.items():
-        if (value := env.get(name, "")) == "":
-            continue
-        if allowed is not None and value not in allowed:
-            raise ConfigError(f"environment {name}={value!r}: {why}; unset it")
-        if allowed is None or (name, value) == ("TTT_ENABLED", "1"):
-            notices.append(f"{name}={value} has no effect here: {why}")
-    try:
-        config = Config(**values)
-    except ConfigError as e:
-        name = str(e).partition("=")[0]
-        raise ConfigError(f"{e} (from the environment, {name.upper()})" if origin.get(name) == "environment" else e
-                          ) from None
-    return preset, replace(config, run_id=config.run_id or f"{preset}_seed{config.seed}"), origin, notices
-
-
 # ---------------------------------------------------------------------------------------------------------------
-# Storage formats: which tensor has which (formats.py has them)
+# Storage formats: latent -> stored -> param. Nothing else here quantizes or dequantizes
 # ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What the file holds of a tensor: codes in its shape, and scales [.., rows, groups] or None."""
+
+    codes: Tensor
+    scales: Tensor | None
+
+
+class Format:
+    """A way to store a tensor. Stacked tensors [.., rows, cols] are treated as each of them alone.
+
+    A new one is a subclass with an entry in FORMATS, and a row in pack.KINDS.
+    """
+
+    kind: str  # of the file (docs/format.md)
+
+    @classmethod
+    def from_settings(cls, config: Config, kind: str, number: str) -> Format:
+        """The format that a setting such as int4 asks for: kind int, number 4. Raises ConfigError."""
+        raise NotImplementedError
+
+    def quantize(self, latent: Tensor) -> Stored:
+        """latent: fp32 [.., rows, cols] or [cols] -> codes of its shape, scales [.., rows, groups] or None."""
+        raise NotImplementedError
+
+    def dequantize(self, stored: Stored) -> Tensor:
+        """Param, bf16, in the codes' shape."""
+        raise NotImplementedError
+
+    def spec(self) -> dict:
+        """The format as a file and pack.py know it."""
+        return {"kind": self.kind} | asdict(self)
+
+
+class GroupFormat(Format):
+    """Codes times a scale per group."""
+
+    group_size: int
+    scale: str
+
+    def __post_init__(self):
+        if self.scale not in SCALE_DTYPES or self.group_size < 0:
+            raise ConfigError(f"{self}: scale one of {', '.join(SCALE_DTYPES)} and group_size >= 0 are needed")
+
+    def dequantize(self, stored: Stored) -> Tensor:
+        """codes * scale, computed in fp32 and rounded once."""
+        codes, _ = split_groups(stored.codes.float(), self.group_size)
+        param = codes * decode_scales(stored.scales, self.scale)[..., None]
+        return join_groups(param, stored.codes.shape).bfloat16()
+
+    def store(self, codes: Tensor, scales: Tensor, nonzero: Tensor, shape: torch.Size) -> Stored:
+        """codes [.., rows, groups, size] and exact scales [.., rows, groups] as they are stored."""
+        return Stored(join_groups(codes.to(torch.int8), shape), encode_scales(scales, nonzero, self.scale))
+
+
+def absmean(w: Tensor, sizes: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """(which weights are not 0, the scale) of grouped weights w [.., groups, size] whose true sizes are sizes
+    [groups, 1]: a code is 0 where |w| <= threshold * mean|w|, and the scale is mean|w|.
+
+    With threshold 0.5 this is RoundClip(w / mean|w|, -1, 1) of BitNet b1.58 (arXiv 2402.17764, section 2).
+    """
+    magnitude = w.abs()
+    mean = magnitude.sum(-1, keepdim=True) / sizes
+    return magnitude > threshold * mean, mean[..., 0]
+
+
+RULES: dict[str, Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]] = {"absmean": absmean}
+
+
+@dataclass(frozen=True)
+class Ternary(GroupFormat):
+    """Codes in {-1, 0, 1}, found by a rule of RULES, and one scale per group, stored as `scale`.
+
+    Codes use exact measures and only the scale is rounded, so codes(c * W) == codes(W) for c > 0. A zero group has zero
+    codes and a zero scale.
+    """
+
+    group_size: int = 128
+    rule: str = "absmean"
+    threshold: float = 0.5
+    scale: str = "bf16"
+    kind = "ternary"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.rule not in RULES or not self.threshold >= 0:
+            raise ConfigError(f"{self}: rule one of {', '.join(RULES)} and threshold >= 0 are needed")
+
+    @classmethod
+    def from_settings(cls, config: Config, kind: str, number: str) -> Format:
+        need(config.ternary_rule in RULES, config, "ternary_rule", f"must be one of {', '.join(RULES)}")
+        return cls(config.group_size, config.ternary_rule, config.threshold, config.scale_dtype)
+
+    def quantize(self, latent: Tensor) -> Stored:
+        w, sizes = split_groups(latent.float(), self.group_size)
+        live, scale = RULES[self.rule](w, sizes, self.threshold)
+        return self.store(w.sign() * live, scale, w.abs().amax(-1) > 0, latent.shape)
+
+
+@dataclass(frozen=True)
+class Int(GroupFormat):
+    """Symmetric integers of 2 to 8 bits: scale = max|w| / (2^(bits-1) - 1), code = round(w / scale)."""
+
+    bits: int = 8
+    group_size: int = 128
+    scale: str = "bf16"
+    kind = "int"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 2 <= self.bits <= 8:
+            raise ConfigError(f"{self}: 2 to 8 bits are needed")
+
+    @classmethod
+    def from_settings(cls, config: Config, kind: str, number: str) -> Format:
+        return cls(int(number or 0), config.group_size, config.scale_dtype)
+
+    def quantize(self, latent: Tensor) -> Stored:
+        """Codes are rounded against the stored scale: the one that they will be multiplied by."""
+        w, _ = split_groups(latent.float(), self.group_size)
+        limit = 2 ** (self.bits - 1) - 1
+        biggest = w.abs().amax(-1)
+        scales = encode_scales(biggest / limit, biggest > 0, self.scale)
+        values = decode_scales(scales, self.scale)[..., None]
+        divisor = torch.where(values > 0, values, 1.0)
+        codes = (w / divisor).round().clamp(-limit, limit).to(torch.int8)
+        return Stored(join_groups(codes, latent.shape), scales)
+
+
+@dataclass(frozen=True)
+class Dequantizer(GroupFormat):
+    """Any codes times a scale per group, as read from a file: how they were found does not matter any more."""
+
+    group_size: int
+    scale: str
+
+
+@dataclass(frozen=True)
+class Float(Format):
+    """Floats of 16 bits, or of 8 (e4m3, arXiv 2209.05433: 8 steps per octave, up to 448); the codes are the values."""
+
+    dtype: str = "bf16"
+
+    def __post_init__(self):
+        if self.dtype not in VALUE_DTYPES:
+            raise ConfigError(f"unknown kind {self.dtype!r}: use one of {', '.join(VALUE_DTYPES)}")
+
+    @classmethod
+    def from_settings(cls, config: Config, kind: str, number: str) -> Format:
+        return cls(kind)
+
+    def quantize(self, latent: Tensor) -> Stored:
+        if self.dtype == "fp8":  # the conversion does not saturate
+            latent = latent.clamp(-448.0, 448.0)
+        return Stored(latent.to(VALUE_DTYPES[self.dtype]), None)
+
+    def dequantize(self, stored: Stored) -> Tensor:
+        return stored.codes.bfloat16()
+
+    @property
+    def kind(self) -> str:
+        return self.dtype
+
+    def spec(self) -> dict:
+        return {"kind": self.dtype}
+
+
+# Name in the settings -> class; ablations/formats.py adds those that lost.
+FORMATS: dict[str, type[Format]] = {"ternary": Ternary, "int": Int, "fp8": Float, "bf16": Float, "fp16": Float}
 
 
 def make_format(config: Config, name: str) -> Format:
     """The format that the setting `name` (matrix_format, embed_format or vector_format) asks for."""
-    value, group, scale = getattr(config, name), config.group_size, config.scale_dtype
-    if value in VALUE_DTYPES:
-        return Float(value)
-    if scale not in SCALE_DTYPES:
-        raise ConfigError(f"scale_dtype={scale!r}: must be one of {', '.join(SCALE_DTYPES)}")
-    if name == "vector_format":
-        raise ConfigError(f"{name}={value!r}: must be fp8, bf16 or fp16")
-    if value == "ternary" and config.ternary_rule != "elastic":
-        return Ternary(group, config.ternary_rule, config.threshold, scale)
-    if value in (simple := {"ternary": ElasticTernary, "binary": Binary, "five": Five}):
-        return simple[value](group, scale)
-    if value in [f"int{bits}" for bits in range(2, 9)]:
-        return Int(int(value[3:]), group, scale)
-    if entries := re.fullmatch(r"codebook([0-9]{1,2})", value):
-        return Codebook(int(entries[1]), group, config.codebook_decay, config.commitment)
-    raise ConfigError(f"{name}={value!r}: must be ternary, binary, five, int2..int8, codebook2..codebook64, fp8, bf16 "
-                      "or fp16")
+    value = getattr(config, name)
+    need(config.scale_dtype in SCALE_DTYPES, config, "scale_dtype", f"must be one of {', '.join(SCALE_DTYPES)}")
+    kind, number = value, ""
+    if kind not in FORMATS:  # int4: a kind and its number
+        kind = value.rstrip("0123456789")
+        number = value[len(kind) :]
+    need(kind in FORMATS and len(number) < 3, config, name,
+         f"must be one of {', '.join(FORMATS)}, an int with its bits as int4")
+    need(name != "vector_format" or value in VALUE_DTYPES, config, name, "must be fp8, bf16 or fp16")
+    try:
+        return FORMATS[kind].from_settings(config, kind, number)
+    except ConfigError as e:
+        raise ConfigError(f"{name}={value!r}: {e}") from None
 
 
 def format_of(config: Config, name: str, ndim: int) -> Format:
@@ -356,6 +390,18 @@ def format_of(config: Config, name: str, ndim: int) -> Format:
     if name == "tok_emb.weight":
         return make_format(config, "embed_format")
     return make_format(config, "matrix_format" if name.endswith(".weight") and ndim == 2 else "vector_format")
+
+
+def format_of_file(spec: dict) -> Format:
+    """The format that a file names, to dequantize it. Raises ConfigError on one that is not known."""
+    kind = spec["kind"]
+    if kind in VALUE_DTYPES:
+        return Float(kind)
+    if pack.KINDS[kind].has_scale:
+        return Dequantizer(spec["group_size"], spec["scale"])
+    if kind not in FORMATS:
+        raise ConfigError(f"storage format {kind!r} is none of this trainer's: ablations/program.py may know it")
+    return FORMATS[kind](**{name: value for name, value in spec.items() if name != "kind"})
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -373,140 +419,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
 
 
-Q_TILE, HEAD_TILE = 128, 16  # queries and kv heads per tile, so that a tile's scores stay near the core (LOG.md)
-
-
-def attention_tiles(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice, slice]]:
-    """(kv heads, queries, keys) of each tile of causal attention; q [n, r, queries, dim] are the last of k's times."""
-    before = k.shape[1] - q.shape[2]
-    for head in range(0, q.shape[0], HEAD_TILE):
-        for start in reversed(range(0, q.shape[2], Q_TILE)):  # the first tile of a head sees every key
-            end = min(start + Q_TILE, q.shape[2])
-            yield slice(head, head + HEAD_TILE), slice(start, end), slice(0, before + end)
-
-
-@torch.library.custom_op("train_gpt::causal_attention", mutates_args=())
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, keep: bool) -> tuple[Tensor, list[Tensor]]:
-    """softmax(q k^T / sqrt(head_dim)) v under a causal mask, on a CPU.
-
-    q: [n, r, queries, head_dim], r query heads for each of the n key and value heads k, v: [n, time, head_dim]; the
-    queries are those of the last positions. Returns the output in q's shape and, if keep, the probabilities of each
-    tile, which the backward needs. The mathematics is that of F.scaled_dot_product_attention, which takes two to three
-    times as long on a CPU (LOG.md). A score is rounded to the dtype of q, as in any attention made of matrix products;
-    the softmax is fp32 inside.
-    """
-    r, dim = q.shape[1], q.shape[3]
-    out, probabilities = torch.empty_like(q, memory_format=torch.contiguous_format), []
-    above, q = torch.full((Q_TILE, Q_TILE), -math.inf, dtype=q.dtype).triu(1), q * dim**-0.5
-    for heads, rows, keys in attention_tiles(q, k):
-        n = rows.stop - rows.start
-        scores = torch.bmm(q[heads, :, rows].flatten(1, 2), k[heads, keys].mT)
-        scores.unflatten(1, (r, n))[..., -n:] += above[:n, :n]
-        p = torch.softmax(scores, -1)
-        out[heads, :, rows] = torch.bmm(p, v[heads, keys]).unflatten(1, (r, n))
-        probabilities += [p] if keep else []
-    return out, probabilities
-
-
-@torch.library.custom_op("train_gpt::causal_attention_backward", mutates_args=())
-def causal_attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, probabilities: list[Tensor]
-                              ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v from that of the output: the softmax's backward between four matrix products."""
-    r, scale = q.shape[1], q.shape[-1] ** -0.5
-    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
-    dk, dv = torch.empty(k.shape), torch.empty(v.shape)  # fp32: a key's gradient is a sum over tiles
-    for p, (heads, rows, keys) in zip(probabilities, attention_tiles(q, k), strict=True):
-        g, queries = grad[heads, :, rows].flatten(1, 2), q[heads, :, rows].flatten(1, 2)
-        ds = torch._softmax_backward_data(torch.bmm(g, v[heads, keys].mT), p, -1, p.dtype)
-        dq[heads, :, rows] = torch.bmm(ds, k[heads, keys]).unflatten(1, (r, -1))
-        add = Tensor.copy_ if keys.stop == k.shape[1] else Tensor.add_
-        add(dv[heads, keys], torch.bmm(p.mT, g))
-        add(dk[heads, keys], torch.bmm(ds.mT, queries))
-    return dq * scale, (dk * scale).to(k.dtype), dv.to(v.dtype)
-
-
-@causal_attention.register_fake
-def _(q, k, v, keep):
-    shapes = [(len(range(q.shape[0])[heads]), q.shape[1] * (rows.stop - rows.start), keys.stop)
-              for heads, rows, keys in attention_tiles(q, k) if keep]
-    return q.new_empty(q.shape), [q.new_empty(shape) for shape in shapes]
-
-
-@causal_attention_backward.register_fake
-def _(grad, q, k, v, probabilities):
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-causal_attention.register_autograd(
-    lambda ctx, grad, _: (*causal_attention_backward(grad, *ctx.saved_tensors[:3], list(ctx.saved_tensors[3:])), None),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:3], *output[1]))
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention of q [batch, heads, queries, head_dim], the last of the times of k, v [batch, kv_heads, time,
-    head_dim]."""
-    queries, time, gqa = q.shape[2], k.shape[2], q.shape[1] != k.shape[1]
-    if q.device.type == "cpu":
-        q = q.unflatten(1, (k.shape[1], -1)).flatten(0, 1)
-        out, _ = causal_attention(q, k.flatten(0, 1), v.flatten(0, 1), torch.is_grad_enabled())
-        return out.view(len(k), -1, *out.shape[2:])
-    if queries == time:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
-    mask = torch.ones(queries, time, dtype=torch.bool, device=q.device).tril(time - queries)
-    return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=gqa)
-
-
-@torch.library.custom_op("train_gpt::rope_tables", mutates_args=())
-def rope_tables(ids: Tensor, half: int, base: float) -> Tensor:
-    """cos and sin of RoPE's angles, fp32 [2, time, half], for ids [.., time]. An op, so that a compiled step computes
-    them once: inlined into the kernels that use them, they cost a sine for each element of every q and k."""
-    frequency = base ** -(torch.arange(half, device=ids.device, dtype=torch.float32) / half)
-    angle = torch.arange(ids.shape[-1], device=ids.device, dtype=torch.float32)[:, None] * frequency
-    return torch.stack((angle.cos(), angle.sin()))
-
-
-@rope_tables.register_fake
-def _(ids, half, base):
-    return ids.new_empty(2, ids.shape[-1], half, dtype=torch.float32)
-
-
-class Int8Product(torch.autograd.Function):
-    """x w^T with int8 operands and int32 sums, for a ternary w with one scale per row (BitNet b1.58's W1.58A8).
-
-    The codes of w are exact in int8; x [.., inputs] is rounded per token to 127 steps of its largest magnitude
-    (arXiv 2402.17764, section 2). The rounding is passed straight through: gradients are those of the 16-bit product.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, w: Tensor) -> Tensor:
-        ctx.save_for_backward(x, w)
-        tokens = x.flatten(0, -2).float()
-        rows = len(tokens)
-        tokens = F.pad(tokens, (0, 0, 0, max(32 - rows, 0)))  # CUDA's int8 product takes no fewer than 17
-        step = tokens.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127
-        sums = torch._int_mm((tokens / step).round().to(torch.int8), w.sign().to(torch.int8).mT)
-        return (sums * step * w.abs().amax(-1).float())[:rows].to(x.dtype).view(*x.shape[:-1], -1)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
-        x, w = ctx.saved_tensors
-        return grad @ w, grad.flatten(0, -2).mT @ x.flatten(0, -2)
-
-
-def product(x: Tensor, w: Tensor, activation_bits: int) -> Tensor:
-    """x [.., inputs] w^T [inputs, outputs]."""
-    return F.linear(x, w) if activation_bits == 16 else Int8Product.apply(x, w)
-
-
 class Linear(nn.Linear):
     """A block matrix [outputs, inputs]."""
 
-    def __init__(self, inputs: int, outputs: int, activation_bits: int):
+    def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs, bias=False)
-        self.activation_bits = activation_bits
-
-    def forward(self, x: Tensor) -> Tensor:
-        return product(x, self.weight, self.activation_bits)
 
 
 class Attention(nn.Module):
@@ -515,23 +432,28 @@ class Attention(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = c.num_heads, c.num_kv_heads, c.model_dim // c.num_heads
-        bits = c.activation_bits
-        self.c_q = Linear(c.model_dim, c.model_dim, bits)
-        self.c_k = Linear(c.model_dim, c.num_kv_heads * self.head_dim, bits)
-        self.c_v = Linear(c.model_dim, c.num_kv_heads * self.head_dim, bits)
-        self.proj = Linear(c.model_dim, c.model_dim, bits)
+        self.c_q = Linear(c.model_dim, c.model_dim)
+        self.c_k = Linear(c.model_dim, c.num_kv_heads * self.head_dim)
+        self.c_v = Linear(c.model_dim, c.num_kv_heads * self.head_dim)
+        self.proj = Linear(c.model_dim, c.model_dim)
         self.q_gain = nn.Parameter(torch.full((c.num_heads,), c.qk_gain_init))
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        """[batch, time, heads * head_dim] -> [batch, heads, time, head_dim]."""
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, last: int) -> Tensor:
         """The output at the last positions of x [batch, time, model_dim]: [batch, last, model_dim]."""
-        (batch, time), bits = x.shape[:2], self.c_q.activation_bits
-        x, kv = norm(x), (self.c_k.weight, self.c_v.weight)
-        # One product over the three matrices, which stay three for Muon; joining them copies weights, not activations.
-        parts = [product(x, torch.cat((self.c_q.weight, *kv)), bits)] if last == time else [
-            self.c_q(x[:, -last:]), product(x, torch.cat(kv), bits)]
-        heads = [part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in parts]
-        sizes = (self.heads, self.kv_heads, self.kv_heads)
-        q, k, v = heads[0].split(sizes, dim=1) if last == time else (heads[0], *heads[1].split(sizes[1:], dim=1))
+        batch, time = x.shape[:2]
+        x = norm(x)
+        # One product over matrices that stay apart for Muon; joining them copies weights, not activations.
+        if last == time:
+            heads = self.split_heads(F.linear(x, torch.cat((self.c_q.weight, self.c_k.weight, self.c_v.weight))))
+            q, k, v = heads.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
+        else:
+            q = self.split_heads(self.c_q(x[:, -last:]))
+            heads = self.split_heads(F.linear(x, torch.cat((self.c_k.weight, self.c_v.weight))))
+            k, v = heads.split((self.kv_heads, self.kv_heads), dim=1)
         q = rotate(norm(q), cos[-last:], sin[-last:]) * self.q_gain[:, None, None]
         k = rotate(norm(k), cos, sin)
         y = self.attend(q, k, v)
@@ -541,8 +463,8 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
-        self.fc = Linear(c.model_dim, c.hidden_dim, c.activation_bits)
-        self.proj = Linear(c.hidden_dim, c.model_dim, c.activation_bits)
+        self.fc = Linear(c.model_dim, c.hidden_dim)
+        self.proj = Linear(c.hidden_dim, c.model_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(norm(self.fc(norm(x)).relu().square()))
@@ -631,109 +553,9 @@ class GPT(nn.Module):
         return cross_entropy(self.head(self.hidden(ids)), targets, self.config.logit_softcap)
 
 
-# What a model is rebuilt from, and so what an artifact's configuration holds; the rest of a run is in its log.
-MODEL_SETTINGS = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_hidden", "train_seq_len")
-# Likewise, where they are not these values; older files name the first three in any case.
-MODEL_OPTIONS = {"mlp_mult": 3, "rope_base": 10000.0, "logit_softcap": 30.0, "activation_bits": 16, "smear": False}
-
-
-def artifact_meta(config: Config, data: eval_bpb.DataFolder | None = None) -> dict:
-    """What an artifact says of its model: configuration, sha256 of the tokenizer, identity of the data (16 digits).
-
-    Without data, as where only the size counts, the names are of nothing.
-    """
-    settings = {name: getattr(config, name) for name in MODEL_SETTINGS}
-    chosen = {name: getattr(config, name) for name, without in MODEL_OPTIONS.items()
-              if getattr(config, name) != without}
-    nothing = hashlib.sha256(b"").hexdigest()
-    tokenizer, identity = (data.tokenizer_sha256, data.identity) if data else (nothing, nothing)
-    return {"config": settings | chosen, "tokenizer": tokenizer, "data": identity[:16]}
-
-
-def model_from_stored(tensors: dict[str, pack.StoredTensor], meta: dict) -> GPT:
-    """The model of an artifact. Raises ConfigError unless its tensors are exactly those of its configuration."""
-    try:
-        settings = {name: meta["config"][name] for name in MODEL_SETTINGS}
-        options = MODEL_OPTIONS | {name: meta["config"][name] for name in MODEL_OPTIONS if name in meta["config"]}
-        bits = options["activation_bits"]
-        config = Config(**settings, **options, group_size=128 * (bits == 16), eval_stride=0,
-                        train_batch_tokens=settings["train_seq_len"])
-    except (KeyError, TypeError) as e:
-        raise ConfigError(f"the artifact's configuration is not one of this trainer: {e!r}") from None
-    if bits == 8 and any(t.format["kind"] != "ternary" or t.scales.shape[-1] != 1 for n, t in tensors.items()
-                         if n.startswith("blocks.") and n.endswith(".weight")):
-        raise ConfigError("activation_bits 8 needs ternary block matrices with one scale per row")
-    if config.num_layers > len(tensors):  # do not build what the file cannot hold
-        raise ConfigError(f"{config.num_layers} layers cannot be made of {len(tensors)} tensors")
-    with torch.device("meta"):
-        model = GPT(config)
-    shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
-    wrong = sorted(shapes.keys() ^ tensors.keys()) or [n for n in shapes if tensors[n].shape != shapes[n]]
-    if wrong:
-        raise ConfigError(f"tensor {wrong[0]} is missing, not known, or not of the shape {shapes.get(wrong[0])}")
-    params = {n: fmt.dequantize(stored) for n, t in tensors.items() for stored, fmt in [from_pack(t)]}
-    model.load_state_dict(params, strict=True, assign=True)
-    return model
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Latents and optimizer
 # ---------------------------------------------------------------------------------------------------------------
-
-
-class RankLost(RuntimeError):
-    """Another process of the run does not answer."""
-
-
-class Ranks:
-    """The processes of a run and all that they say to each other. With one process nothing is said."""
-
-    def __init__(self, rank: int = 0, world: int = 1, group: dist.ProcessGroup | None = None):
-        self.rank, self.world, self.group = rank, world, group
-        self.sent = {"gradients": 0, "codes": 0}  # bytes that this rank gave away; of a broadcast, once
-
-    @contextmanager
-    def talking(self) -> Iterator[None]:
-        """Within it a failure of the backend becomes a RankLost."""
-        try:
-            yield
-        except RuntimeError as e:  # gloo's and NCCL's errors have no type of their own
-            if self.world == 1 or isinstance(e, torch.OutOfMemoryError | torch.AcceleratorError):
-                raise
-            raise RankLost(re.sub(r"^\[[^ ]*\] |\. This is .*|\n.*", "", str(e), flags=re.S)) from e
-
-    def call(self, function: Callable, *args, **kwargs):
-        """function(*args), or None with one process."""
-        if self.world > 1:
-            with self.talking():
-                return function(*args, **kwargs)
-
-    def sum(self, x: Tensor) -> Tensor:
-        """x <- sum over all ranks, on all ranks."""
-        self.call(dist.all_reduce, x, group=self.group)
-        return x
-
-    def reduce(self, x: Tensor, owner: int) -> dist.Work | None:
-        """Begin: x <- sum over all ranks, on the owner only; elsewhere x becomes undefined."""
-        self.sent["gradients"] += x.nbytes * (owner != self.rank)
-        return self.call(dist.reduce, x, dst=owner, group=self.group, async_op=True) if x.numel() else None
-
-    def broadcast(self, x: Tensor, owner: int) -> dist.Work | None:
-        """Begin: x <- the owner's x, on all ranks."""
-        self.sent["codes"] += x.nbytes * (owner == self.rank)
-        return self.call(dist.broadcast, x, src=owner, group=self.group, async_op=True) if x.numel() else None
-
-    def wait(self, work: dist.Work | None) -> None:
-        if work is not None:
-            self.call(work.wait)
-
-    def gather(self, x: Tensor, owner: int) -> Tensor:
-        """The owner's x, of equal shape on all ranks, on rank 0; collective, as all of these."""
-        if owner and self.rank == owner:
-            self.call(dist.send, x, dst=0, group=self.group)
-        elif owner and self.rank == 0:
-            self.call(dist.recv, x, src=owner, group=self.group)
-        return x
 
 
 def owners(config: Config, world: int) -> dict[str, int]:
@@ -774,7 +596,6 @@ class Bank:
     optimizer: str  # "muon", "embed" or "scalar"
     owner: int  # rank
     latent: Tensor | None  # fp32 [n, *shape], the owner's only
-    state: State  # what the format learns beside the latent, stacked likewise; the owner's only
     grad: Tensor  # fp32 [n, *shape], a view of Latents.flat_grad
     like: Stored  # shapes and dtypes of the stored form, on the meta device
     stored: Stored | None  # the owner's only
@@ -789,39 +610,44 @@ class Latents:
     """
 
     def __init__(self, model: GPT, config: Config, ranks: Ranks | None = None):
-        self.ranks = ranks = ranks or Ranks()
-        owner, members = owners(config, ranks.world), {}
+        self.ranks = ranks or Ranks()
+        owner, members = owners(config, self.ranks.world), {}
         for name, p in model.named_parameters():
             members.setdefault((owner[name], optimizer_of(name), tuple(p.shape)), []).append((name, p))
         members = dict(sorted(members.items(), key=lambda item: item[0][0]))  # one segment per owner
         sizes = [sum(p.numel() for _, p in group) for group in members.values()]
         self.flat_grad = torch.zeros(sum(sizes) + 1, device=next(model.parameters()).device)  # and, last, the loss
-        self.banks: list[Bank] = []
-        wires, mixes = [], schedule(config, 0, 0.0).quantized < 1  # then owners send bf16 params at first
-        for (rank, kind, shape), group, grad in zip(members, members.values(), self.flat_grad[:-1].split(sizes),
-                                                    strict=True):
-            names, params = [n for n, _ in group], [p for _, p in group]
-            fmt = format_of(config, names[0], len(shape))
-            latent = torch.stack([p.detach() for p in params]).float()
-            stored, mine = fmt.quantize(latent), rank == ranks.rank
-            like = Stored(stored.codes.to("meta"), None if stored.scales is None else stored.scales.to("meta"))
-            wire = to_wire(stored, fmt) if ranks.world > 1 else self.flat_grad.new_empty(0, dtype=torch.uint8)
-            wires.append(F.pad(wire, (0, max(2 * latent.numel() * (mixes and ranks.world > 1) - len(wire), 0))))
-            self.banks.append(Bank(names, params, fmt, kind, rank, latent if mine else None,
-                                   fmt.start(latent) if mine else {}, grad.view(latent.shape), like,
-                                   stored if mine else None, wires[-1]))
-            for p in params:
-                p.data = torch.empty_like(p, dtype=torch.bfloat16)
-        self.wire = torch.cat(wires)
-        for bank, view in zip(self.banks, self.wire.split([len(w) for w in wires]), strict=True):
+        grads = self.flat_grad[:-1].split(sizes)
+        self.banks = [self.make_bank(config, rank, kind, group, grad)
+                      for ((rank, kind, _), group), grad in zip(members.items(), grads, strict=True)]
+        self.wire = torch.cat([bank.wire for bank in self.banks])
+        for bank, view in zip(self.banks, self.wire.split([len(b.wire) for b in self.banks]), strict=True):
             bank.wire = view
-        self.mine = [b for b in self.banks if b.owner == ranks.rank]
-        spans = [[b for b in self.banks if b.owner == r] for r in range(ranks.world)]
+        self.mine = [b for b in self.banks if b.owner == self.ranks.rank]
+        spans = [[b for b in self.banks if b.owner == r] for r in range(self.ranks.world)]
         self.grad_segments = self.flat_grad[:-1].split([sum(b.grad.numel() for b in span) for span in spans])
         self.wire_segments = self.wire.split([sum(len(b.wire) for b in span) for span in spans])
         self.refresh()
         covered = sorted(n for b in self.banks for n in b.names)
         assert covered == sorted(n for n, _ in model.named_parameters()), "a parameter has no format, or two"
+
+    def make_bank(self, config: Config, rank: int, kind: str, group: list[tuple[str, nn.Parameter]],
+                  grad: Tensor) -> Bank:
+        """The bank of a group of named parameters that `rank` owns, whose fp32 values become the latents."""
+        names, params = [n for n, _ in group], [p for _, p in group]
+        fmt, mine = format_of(config, names[0], params[0].ndim), rank == self.ranks.rank
+        latent = torch.stack([p.detach() for p in params]).float()
+        stored = fmt.quantize(latent)
+        like = Stored(stored.codes.to("meta"), None if stored.scales is None else stored.scales.to("meta"))
+        wire = self.flat_grad.new_empty(0, dtype=torch.uint8)
+        if self.ranks.world > 1:
+            wire = to_wire(stored.codes, stored.scales, fmt.kind == "ternary")
+            if schedule(config, 0, 0.0).quantized < 1:  # owners send bf16 params at first
+                wire = F.pad(wire, (0, max(2 * latent.numel() - len(wire), 0)))
+        for p in params:
+            p.data = torch.empty_like(p, dtype=torch.bfloat16)
+        return Bank(names, params, fmt, kind, rank, latent if mine else None, grad.view(latent.shape), like,
+                    stored if mine else None, wire)
 
     @torch.no_grad()
     def refresh(self, quantized: float = 1.0, measure: bool = False) -> tuple[float, float]:
@@ -834,7 +660,7 @@ class Latents:
         counts = torch.zeros(3, dtype=torch.int64, device=self.flat_grad.device)  # zeros, changed, all
         mixed: dict[int, Tensor] = {}  # id of a bank -> param
         for bank in self.mine:
-            stored = bank.format.quantize(bank.latent, bank.state)
+            stored = bank.format.quantize(bank.latent)
             if measure and bank.optimizer == "muon" and not isinstance(bank.format, Float):
                 counts[0] += (stored.codes == 0).sum()
                 counts[1] += (stored.codes != bank.stored.codes).sum()
@@ -843,7 +669,10 @@ class Latents:
             if quantized < 1:
                 mixed[id(bank)] = bank.latent.float().lerp(bank.format.dequantize(stored).float(), quantized).bfloat16()
             if self.ranks.world > 1:
-                wire = mixed[id(bank)].flatten().view(torch.uint8) if mixed else to_wire(stored, bank.format)
+                if mixed:
+                    wire = mixed[id(bank)].flatten().view(torch.uint8)
+                else:
+                    wire = to_wire(stored.codes, stored.scales, bank.format.kind == "ternary")
                 bank.wire[: len(wire)].copy_(wire)
         works = [self.ranks.broadcast(segment, r) for r, segment in enumerate(self.wire_segments)]
         for bank in sorted(self.banks, key=lambda b: b.owner != self.ranks.rank):  # one's own while others arrive
@@ -860,13 +689,11 @@ class Latents:
         zeros, changed, total = self.ranks.sum(counts).tolist()
         if not total:
             return math.nan, math.nan
-        # An index of zero into a codebook is no weight of zero.
-        indices = any(b.format.kind == "codebook" for b in self.banks if b.optimizer == "muon")
-        return math.nan if indices else zeros / total, changed / total
+        return zeros / total, changed / total
 
     @torch.no_grad()
     def load(self, latents: Mapping[str, Tensor]) -> None:
-        """Latents <- those of a checkpoint (name -> fp32 tensor); formats that learn start anew. Not yet refreshed.
+        """Latents <- those of a checkpoint (name -> fp32 tensor). Not yet refreshed.
 
         Raises ValueError on a tensor that is missing, of another shape, or of another model.
         """
@@ -878,11 +705,12 @@ class Latents:
                     raise ValueError(f"the latent of {name} is missing or not of the shape {tuple(bank.grad[i].shape)}")
         for bank in self.mine:
             bank.latent.copy_(torch.stack([latents[name] for name in bank.names]))
-            bank.state = bank.format.start(bank.latent)
 
     def stored(self, bank: Bank) -> Stored:
         """What the file would hold of a bank, whoever owns it; another rank's only after a refresh(1.0)."""
-        return bank.stored or from_wire(bank.wire, bank.format, bank.like)
+        if bank.stored is not None:
+            return bank.stored
+        return Stored(*from_wire(bank.wire, bank.like.codes, bank.like.scales, bank.format.kind == "ternary"))
 
     @torch.no_grad()
     def accumulate(self, loss: Tensor, micro_batches: int) -> None:
@@ -969,19 +797,14 @@ class Optimizer:
         assert len(held) == len(set(held)) == sum(len(b.names) for b in latents.mine), "not one group per parameter"
 
     @torch.no_grad()
-    def step(self, lr_scale: float, momentum: float, quantized: float = 1.0) -> None:
-        """One update of the latents from the accumulated gradients, which are cleared; params are not refreshed.
-
-        quantized: with which the params that have these gradients were refreshed.
-        """
+    def step(self, lr_scale: float, momentum: float) -> None:
+        """One update of the latents from the accumulated gradients, which are cleared; params are not refreshed."""
         latents = self.latents
         works = latents.reduce()
         if self.config.grad_clip_norm > 0:
             own = latents.grad_segments[latents.ranks.rank]
             norm = latents.ranks.sum(own.square().sum()).sqrt()
             own *= (self.config.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0)
-        for bank in latents.mine:
-            bank.format.learn(bank.latent, bank.grad, bank.state, lr_scale, quantized)
         lr = self.config.matrix_lr * lr_scale
         for bank, buffer in zip(self.muon, self.momentum, strict=True):
             buffer.mul_(momentum).add_(bank.grad)
@@ -1003,56 +826,46 @@ class Optimizer:
         state = self.adam.state[bank.latent]
         return {k: state.get(k, torch.zeros_like(bank.latent)) for k in ("exp_avg", "exp_avg_sq")}
 
-    def kept(self, bank: Bank) -> dict[str, Tensor]:
-        """The fp32 tensors of a bank that a checkpoint keeps, [n, ..]; on the meta device if another rank has them."""
-        moments = ["momentum"] if bank.optimizer == "muon" else ["exp_avg", "exp_avg_sq"]
+    def saved(self, bank: Bank) -> dict[str, Tensor]:
+        """The fp32 tensors of a bank that a checkpoint has, [n, ..]; on the meta device if another rank has them."""
         if bank.latent is not None:
-            return {"latent": bank.latent} | self.moments(bank) | bank.state
-        like = torch.empty(bank.grad.shape, device="meta")
-        return dict.fromkeys(["latent", *moments], like) | bank.format.start(like)
+            return {"latent": bank.latent} | self.moments(bank)
+        moments = ["momentum"] if bank.optimizer == "muon" else ["exp_avg", "exp_avg_sq"]
+        return dict.fromkeys(["latent", *moments], torch.empty(bank.grad.shape, device="meta"))
 
     def state(self) -> dict[str, Tensor]:
-        """By name, on rank 0, of all ranks: latent/*, momentum/*, exp_avg/*, exp_avg_sq/*, what formats learn; and
-        codes/* and scales/*, carried so that what a file must hold is never derived again on another machine."""
+        """By name, on rank 0, of all ranks: latent/*, momentum/*, exp_avg/*, exp_avg_sq/*. Collective."""
         out = {}
         for bank in self.latents.banks:
-            for what, x in self.kept(bank).items():
+            for what, x in self.saved(bank).items():
                 x = torch.empty(x.shape, device=bank.grad.device) if x.is_meta else x
                 x = self.latents.ranks.gather(x, bank.owner)
                 out |= {f"{what}/{n}": row for n, row in zip(bank.names, x, strict=True)}
-        for name, _, _, stored in self.latents.named():
-            out[f"codes/{name}"] = stored.codes
-            out |= {f"scales/{name}": stored.scales} if stored.scales is not None else {}
         return out
 
     @torch.no_grad()
-    def load_state(self, state: dict[str, Tensor], step: int, quantized: float = 1.0) -> None:
+    def load_state(self, state: Mapping[str, Tensor], step: int, quantized: float = 1.0) -> None:
         """Restore what state() gave after that many steps, each rank its own, and refresh the params.
 
         Raises KeyError or ValueError on a wrong state. The state may come from another number of ranks.
         """
-        expected = {}
-        for bank in self.latents.banks:
-            for i, n in enumerate(bank.names):
-                expected |= {f"{what}/{n}": x[i] for what, x in self.kept(bank).items()}
-                expected |= {f"codes/{n}": bank.like.codes[i]}
-                expected |= {f"scales/{n}": bank.like.scales[i]} if bank.like.scales is not None else {}
-        if wrong := sorted(expected.keys() ^ state.keys()):
+        expected = {f"{what}/{n}": x[i] for bank in self.latents.banks for what, x in self.saved(bank).items()
+                    for i, n in enumerate(bank.names)}
+        wrong = sorted(expected.keys() ^ state.keys())
+        if wrong:
             raise ValueError(f"tensor {wrong[0]} is missing or not known")
         for name, x in expected.items():
             if x.shape != state[name].shape or x.dtype != state[name].dtype:
                 raise ValueError(f"tensor {name} is {state[name].dtype} {tuple(state[name].shape)}, not {x.dtype} "
                                  f"{tuple(x.shape)}")
         for bank in self.latents.mine:
-            loaded = {what: torch.stack([state[f"{what}/{n}"] for n in bank.names]) for what in self.kept(bank)}
+            device = bank.latent.device
+            loaded = {what: torch.stack([state[f"{what}/{n}"] for n in bank.names]) for what in self.saved(bank)}
             bank.latent.copy_(loaded.pop("latent"))
-            for what, x in bank.state.items():
-                x.copy_(loaded.pop(what))
             if bank.optimizer == "muon":
                 self.moments(bank)["momentum"].copy_(loaded["momentum"])
             else:
-                device = bank.latent.device
-                moments = {k: v.to(device) for k, v in loaded.items()}
+                moments = {what: x.to(device) for what, x in loaded.items()}
                 self.adam.state[bank.latent] = moments | {"step": torch.tensor(float(step), device=device)}
         self.latents.refresh(quantized)
 
@@ -1153,185 +966,114 @@ def micro_batch_tokens(config: Config, world: int) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Checkpoints
+# Checkpoints and artifacts
 # ---------------------------------------------------------------------------------------------------------------
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message says what, where and what to do."""
-
 
 # Settings that may differ between a checkpoint and the run that resumes it: they change no formula. Another device,
 # thread count or compiler changes last bits; another data_path is fine because the data's identity is compared.
 FREE_SETTINGS = {"run_id", "out_dir", "resume", "threads", "device", "compile", "data_path", "tokenizer_path",
                  "warmup_steps", "train_log_every", "val_loss_every", "checkpoint_every", "eval_stride",
                  "eval_batch_seqs", "val_batch_size", "cap_bytes", "cap_counts_code"}
+# A Trainer's attributes that its checkpoints have.
+RUN_STATE = ("step", "elapsed", "step_seconds", "tokens_seen", "finished", "quantized")
 
 
-def check_settings(path: Path, theirs, config: Config) -> None:
+def formula(config: Config) -> dict:
+    """The settings that decide what a run computes."""
+    return {name: value for name, value in asdict(config).items() if name not in FREE_SETTINGS}
+
+
+def check_settings(path: Path, theirs: object, config: Config) -> None:
     """Raises CheckpointError unless a run that path tells of had these settings, but for those that may differ."""
-    mine, theirs = asdict(config), theirs if isinstance(theirs, dict) else {}
-    theirs = {f.name: f.default for f in fields(Config)} | theirs  # a setting that is new since does nothing there
-    differ = [n for n in mine if n not in FREE_SETTINGS and mine[n] != theirs[n]]
+    defaults = {f.name: f.default for f in fields(Config)}  # a setting that is new since does nothing there
+    theirs = defaults | (theirs if isinstance(theirs, dict) else {})
+    differ = [f"{name}={theirs[name]} (now {value})" for name, value in formula(config).items()
+              if theirs[name] != value]
     if differ:
-        raise CheckpointError(
-            f"{path}: made with other settings: "
-            + ", ".join(f"{n}={theirs[n]} (now {mine[n]})" for n in differ)
-            + "; resume with the same ones or use another --run-id"
-        )
-
-
-def save_checkpoint(path: Path, tensors: dict[str, Tensor], state: dict) -> None:
-    """One safetensors file with the JSON state in its metadata, replaced atomically."""
-    tensors = {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}
-    pack.write_atomic(path, safetensors.torch.save(tensors, {"state": json.dumps(state, sort_keys=True)}))
+        raise CheckpointError(f"{path}: made with other settings: {', '.join(differ)}; resume with the same ones or use "
+                              "another --run-id")
 
 
 def load_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     """(tensors, state) of a checkpoint file, or of the one in a run's folder. Raises CheckpointError."""
-    path = Path(path)
-    path = path / "checkpoint.safetensors" if path.is_dir() else path
-    if not os.path.lexists(path):
-        raise CheckpointError(f"{path}: no such checkpoint; give a run's folder or its checkpoint.safetensors")
-    try:
-        if path.exists() and not path.is_file():
-            raise ValueError("not a file")
-        with safetensors.safe_open(path, framework="pt") as f:
-            state = json.loads((f.metadata() or {})["state"])
-            if not isinstance(state, dict):
-                raise ValueError("its state is not a JSON object")
-            return {name: f.get_tensor(name) for name in f.keys()}, state  # noqa: SIM118 (not a dict)
-    except (OSError, safetensors.SafetensorError, KeyError, ValueError) as e:
-        raise CheckpointError(f"{path}: not a checkpoint of this trainer ({e!r}); delete it and train again") from None
+    arrays, state = checkpoints.read_checkpoint(path)
+    return {name: torch.from_numpy(x) for name, x in arrays.items()}, state
 
 
-def stored_from_checkpoint(path: str | Path) -> dict[str, pack.StoredTensor]:
-    """What an artifact of this checkpoint must hold, for pack.py verify --against: the codes and scales it carries."""
+def latents_of(path: str, data: DataFolder) -> dict[str, Tensor]:
+    """Name -> fp32 latent of a checkpoint that training starts from. Raises CheckpointError."""
     tensors, state = load_checkpoint(path)
-    try:
-        config = Config(**state["config"])
-        with torch.device("meta"):
-            formats = {n: format_of(config, n, p.ndim) for n, p in GPT(config).named_parameters()}
-        return {n: to_pack(Stored(tensors[f"codes/{n}"], tensors.get(f"scales/{n}")), f) for n, f in formats.items()}
-    except (KeyError, TypeError, ValueError, RuntimeError) as e:
-        raise CheckpointError(f"{path}: the checkpoint's settings do not fit its tensors: {e!r}") from None
+    if state.get("tokenizer") not in (None, data.tokenizer_sha256):
+        raise CheckpointError(f"init_from={path}: was trained with another tokenizer than {data.tokenizer}, so its "
+                              "embedding means other text; use data of its own")
+    return {name.removeprefix("latent/"): x for name, x in tensors.items() if name.startswith("latent/")}
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The run's folder: finished work is never overwritten, and nobody else works in it
-# ---------------------------------------------------------------------------------------------------------------
+def to_pack(stored: Stored, fmt: Format) -> pack.StoredTensor:
+    """A tensor as pack.py writes it: 16-bit floats become their bit patterns."""
+    scales = None if stored.scales is None else bit_patterns(stored.scales).reshape(-1, stored.scales.shape[-1])
+    return pack.StoredTensor(tuple(stored.codes.shape), fmt.spec(), bit_patterns(stored.codes), scales)
 
 
-class RunExists(ValueError):
-    """The run's folder holds a run that must not be touched; the message says what to do instead."""
+def bit_patterns(x: Tensor) -> np.ndarray:
+    x = x.detach().cpu().contiguous()
+    return x.view(getattr(torch, f"uint{8 * x.itemsize}")).numpy() if x.is_floating_point() else x.numpy()
 
 
-@dataclass(frozen=True)
-class Finished:
-    """What a finished run was."""
-
-    settings: dict
-    steps: int
-    score: dict  # eval_bpb's
-    model_sha256: str
+def from_patterns(array: np.ndarray, dtype: str) -> Tensor:
+    """The inverse of bit_patterns; dtype: a float's name, or anything else for integers."""
+    x = torch.from_numpy(array.copy())
+    return x.view(VALUE_DTYPES[dtype]) if dtype in VALUE_DTYPES else x
 
 
-def finished_run(folder: Path) -> Finished | None:
-    """The finished run whose model the folder holds; None where there is none.
+def param_of_file(tensor: pack.StoredTensor) -> Tensor:
+    """The param, bf16, of a tensor in a file. Raises ConfigError on a format that this trainer does not know."""
+    spec = tensor.format
+    scales = None if tensor.scales is None else from_patterns(tensor.scales, spec.get("scale", "bf16"))
+    return format_of_file(spec).dequantize(Stored(from_patterns(tensor.codes, spec["kind"]), scales))
 
-    Its log's last record says so; where a log was damaged, the score of the model and the end of the checkpoint do.
+# What a model is rebuilt from, and so what an artifact's configuration holds; the rest of a run is in its log.
+MODEL_SETTINGS = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_hidden", "train_seq_len")
+# Likewise, where they are not these values; older files name the first three in any case.
+MODEL_OPTIONS = {"mlp_mult": 3, "rope_base": 10000.0, "logit_softcap": 30.0, "smear": False}
+
+
+def artifact_meta(config: Config, data: DataFolder | None = None) -> dict:
+    """What an artifact says of its model: configuration, sha256 of the tokenizer, identity of the data (16 digits).
+
+    Without data, as where only the size counts, the names are of nothing.
     """
-    metrics, model, score = (folder / name for name in ("metrics.jsonl", "model.tern", "score.json"))
-    if not model.is_file():  # a link to a device has no end
-        return None
+    held = {name: getattr(config, name) for name in MODEL_SETTINGS}
+    held |= {name: getattr(config, name) for name, without in MODEL_OPTIONS.items()
+             if getattr(config, name) != without}
+    nothing = hashlib.sha256(b"").hexdigest()
+    tokenizer, identity = (data.tokenizer_sha256, data.identity) if data else (nothing, nothing)
+    return {"config": held, "tokenizer": tokenizer, "data": identity[:16]}
+
+
+def model_from_stored(tensors: dict[str, pack.StoredTensor], meta: dict) -> GPT:
+    """The model of an artifact. Raises ConfigError unless its tensors are exactly those of its configuration."""
     try:
-        sha256, final = sha256_file(model), last_record(metrics)
-        if final and final["artifact_sha256"] == sha256:
-            header = json.loads(metrics.read_bytes().partition(b"\n")[0])
-            return Finished(dict(header["settings"]), int(final["step"]), final["score"], sha256)
-        scored, (_, state) = json.loads(score.read_bytes()), load_checkpoint(folder)
-        if scored["artifact"]["sha256"] == sha256 and state["finished"]:
-            return Finished(dict(state["config"]), int(state["step"]), scored, sha256)
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        return None
-    return None
+        held = meta["config"]
+        chosen = {name: held[name] for name in MODEL_SETTINGS} | {n: held[n] for n in MODEL_OPTIONS if n in held}
+        activation_bits = held.get("activation_bits", 16)  # an option of files before 0.1.0
+        config = Config(**(MODEL_OPTIONS | chosen), eval_stride=0, train_batch_tokens=chosen["train_seq_len"])
+    except (KeyError, TypeError, AttributeError) as e:
+        raise ConfigError(f"the artifact's configuration is not one of this trainer: {e!r}") from None
+    if activation_bits != 16:
+        raise ConfigError("the model has int8 activations, which this trainer no longer has")
+    if config.num_layers > len(tensors):  # do not build what the file cannot hold
+        raise ConfigError(f"{config.num_layers} layers cannot be made of {len(tensors)} tensors")
+    with torch.device("meta"):
+        model = GPT(config)
+    shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
+    wrong = sorted(shapes.keys() ^ tensors.keys()) or [n for n in shapes if tensors[n].shape != shapes[n]]
+    if wrong:
+        raise ConfigError(f"tensor {wrong[0]} is missing, not known, or not of the shape {shapes.get(wrong[0])}")
+    params = {name: param_of_file(tensor) for name, tensor in tensors.items()}
+    model.load_state_dict(params, strict=True, assign=True)
+    return model
 
-
-def last_record(metrics: Path) -> dict | None:
-    """The record that ends a finished run's metrics.jsonl; None where there is none."""
-    try:
-        lines = metrics.read_bytes().strip().splitlines() if metrics.is_file() else []
-        final = json.loads(lines[-1]) if lines else None
-        return final if isinstance(final, dict) and final.get("type") == "final" else None
-    except (OSError, ValueError, RecursionError):
-        return None
-
-
-def look_at_folder(folder: Path, config: Config) -> str | None:
-    """What to say instead of running, where the run is finished and --resume auto asked for it; None: go on.
-
-    Only reads. Raises RunExists if running would overwrite a run, CheckpointError if it is one with other settings.
-    """
-    mend = f"use another --run-id, or move {folder} away"
-    for name in ("checkpoint.safetensors", "model.tern", "score.json"):
-        if (folder / name).exists() and not (folder / name).is_file():
-            raise RunExists(f"{folder / name} is not a file: {mend}")
-    finished = finished_run(folder)
-    if finished:
-        if config.resume == "never":
-            raise RunExists(f"{folder} holds a finished run ({finished.steps} steps): {mend}")
-        check_settings(folder, finished.settings, config)
-        kind = "sliding" if finished.score["sliding"] else "chunked"
-        return (f"{folder} is finished and left as it is: {finished.steps} steps, {kind} val_bpb "
-                f"{finished.score[kind]['val_bpb']:.8f}, model {finished.score['artifact']['bytes']:,} bytes, sha256 "
-                f"{finished.model_sha256[:16]}; for a new run {mend}")
-    checkpoint = folder / "checkpoint.safetensors"
-    if not checkpoint.exists():
-        held = [name for name in ("model.tern", "score.json") if os.path.lexists(folder / name)]
-        held += ["log"] if last_record(folder / "metrics.jsonl") else []
-        if held:
-            raise RunExists(f"{folder} holds the {held[0]} of an earlier run: {mend}")
-    elif config.resume == "never":
-        _, state = load_checkpoint(checkpoint)
-        raise RunExists(f"{folder} holds an unfinished run (step {state.get('step')}): continue with --resume auto, or "
-                        + mend)
-    return None
-
-
-# What a killed run may leave: halves of files that pack.write_atomic, or the scoring process, was writing.
-HALF_WRITTEN = re.compile(r"\.(model\.tern|score\.json|checkpoint\.safetensors|\.score\.json\.[0-9a-f]{8}\.tmp)"
-                          r"\.[0-9a-f]{8}\.tmp")
-
-
-def lock_folder(folder: Path):
-    """The open file whose lock keeps other runs out of the folder. Raises RunExists if another process has it.
-
-    The lock goes with the process, however that ends; the file stays.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "a+", encoding="utf-8")
-    except OSError as e:
-        raise RunExists(f"{folder}: cannot be written ({e.strerror}); choose another --out-dir or --run-id") from None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        raise RunExists(f"{folder}: another run is at work in it ({file.read().strip() or 'unknown'}); wait for it, or "
-                        "use another --run-id") from None
-    except OSError:  # a file system without locks
-        return file
-    try:  # for a reader; the lock is what counts
-        file.truncate(0)
-        print(f"process {os.getpid()} on {platform.node()}", file=file, flush=True)
-    except OSError:
-        return file
-    return file
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Bytes
-# ---------------------------------------------------------------------------------------------------------------
 
 def predicted_bytes(config: Config) -> dict[str, tuple[dict, int, float]]:
     """Part of the model's file -> (format, symbols, bytes), with pack.expected_bits for each symbol."""
@@ -1353,7 +1095,7 @@ def predicted_bytes(config: Config) -> dict[str, tuple[dict, int, float]]:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Training
+# The loop
 # ---------------------------------------------------------------------------------------------------------------
 
 
@@ -1379,10 +1121,10 @@ class Interrupted(Exception):
 
 SILENCE = timedelta(seconds=45)  # after which a rank that does not answer is lost
 
-ORIGIN_TOKENS = 200_000  # of each training shard without a manifest, that are asked whose they are
 
-# A Trainer's, kept in its checkpoints.
-RUN_STATE = ("step", "elapsed", "step_seconds", "tokens_seen", "finished", "quantized")
+def scoring_command() -> list[str]:
+    """Script and arguments of the process that scores; experiments put another one in its place."""
+    return source.command_of("eval_bpb")
 
 
 class Trainer:
@@ -1394,17 +1136,20 @@ class Trainer:
         cuda = torch.cuda.is_available() if config.device == "auto" else config.device == "cuda"
         if cuda and not torch.cuda.is_available():
             raise ConfigError("device='cuda': this machine has no CUDA device; use --device cpu")
+        if cuda and place.local_rank >= torch.cuda.device_count():
+            raise ConfigError(f"nproc_per_node={place.local_world}: this machine has {torch.cuda.device_count()} GPU(s)")
         self.device = torch.device("cuda", place.local_rank) if cuda else torch.device("cpu")
         self.ranks = Ranks(place.rank, place.world)
         self.seconds: dict[str, float] = {}  # phase -> seconds
         self.signal, self.signalled = 0, 0.0  # number of the last signal, and when it came
         self.log: runlog.Log | None = None
         self.step, self.elapsed, self.step_seconds, self.tokens_seen, self.finished = 0, 0.0, 0.0, 0, False
-        self.quantized = schedule(config, 0, 0.0).quantized
-        self.folder, self.shown = Path(config.out_dir) / config.run_id, ""
+        self.quantized = schedule(config, 0, 0.0).quantized  # how far the params are from the latents
+        self.folder = Path(config.out_dir) / config.run_id
+        self.checkpoint_path = self.folder / checkpoints.FILE
         # The program as it is now: an edit while it runs must not get into the log of what ran.
-        self.sources = {p.name: p.read_bytes() for p in pack.code_files()}
-        self.source_sha256 = {name: hashlib.sha256(code).hexdigest() for name, code in self.sources.items()}
+        self.sources = source.read_sources()
+        self.source_sha256 = {name: hashlib.sha256(text).hexdigest() for name, text in self.sources.items()}
         self.source_changed = False  # since the checkpoint that this run resumes
         self.lock = None
         self.notices: list[str] = []
@@ -1412,25 +1157,27 @@ class Trainer:
 
     # -- set up ---------------------------------------------------------------------------------------------------
 
+    def look_at_folder(self) -> str | None:
+        """What to say of a finished run that may be resumed; None: there is something to do."""
+        return runfolder.look_at_folder(self.folder, self.config.resume == "auto",
+                                        lambda path, theirs: check_settings(path, theirs, self.config))
+
     def set_up(self) -> None:
-        """Open the data, build model and optimizer, resume if asked to, and print the preflight block."""
+        """Open the data, take the run's folder, build model and optimizer, and resume if asked to."""
         began, c = time.perf_counter(), self.config
         self.micro_tokens = micro_batch_tokens(c, self.world)
-        self.checkpoint_path = self.folder / "checkpoint.safetensors"
         self.data = open_data(c.data_path, c.tokenizer_path)
         self.counter = ByteCounter(self.data.tokenizer)
         if self.counter.vocab_size != c.vocab_size:
             raise ConfigError(f"vocab_size={c.vocab_size}: the tokenizer {self.data.tokenizer} has "
                               f"{self.counter.vocab_size}; give --vocab-size {self.counter.vocab_size}")
-        with self.ranks.talking():
-            check_agreement({"data": self.data.identity, "program": self.source_sha256, "settings": {
-                name: value for name, value in asdict(c).items() if name not in FREE_SETTINGS}}, self.device)
-        val = {p.name: read_shard(p) for p in self.data.val}
-        self.claim(val)
-        loaded = None
-        if c.resume == "auto" and self.checkpoint_path.exists():
-            loaded = load_checkpoint(self.checkpoint_path)
-        self.val_tokens = np.concatenate(list(val.values()))
+        with self.ranks.naming_failures():
+            processes.check_agreement({"data": self.data.identity, "program": self.source_sha256,
+                                       "settings": formula(c)}, self.device)
+        self.val_tokens = np.concatenate([read_shard(path) for path in self.data.val])
+        self.claim_folder()
+        resumes = c.resume == "auto" and self.checkpoint_path.exists()
+        loaded = load_checkpoint(self.checkpoint_path) if resumes else None
         self.loader = TokenLoader(self.data.train, c.vocab_size)
         torch.manual_seed(c.seed)
         self.model = GPT(c).to(self.device)
@@ -1439,36 +1186,25 @@ class Trainer:
             self.ranks.call(dist.barrier)  # rank 0 has audited the validation text meanwhile
             self.ranks.group = self.ranks.call(dist.new_group, timeout=SILENCE)
         self.latents = Latents(self.model, c, self.ranks)
-        if c.init_from and not loaded:
-            start, state = load_checkpoint(c.init_from)
-            if state.get("tokenizer") not in (None, self.data.tokenizer_sha256):
-                raise CheckpointError(f"init_from={c.init_from}: was trained with another tokenizer than "
-                                      f"{self.data.tokenizer}, so its embedding means other text; use data of its own")
+        if c.init_from and not resumes:
             try:
-                self.latents.load({n.removeprefix("latent/"): x for n, x in start.items() if n.startswith("latent/")})
+                self.latents.load(latents_of(c.init_from, self.data))
             except ValueError as e:
-                raise CheckpointError(f"init_from={c.init_from}: {e}; use a checkpoint of the same model") from None
+                named = isinstance(e, CheckpointError)
+                raise e if named else CheckpointError(
+                    f"init_from={c.init_from}: {e}; use a checkpoint of the same model") from None
         if c.init_from or self.quantized < 1:
             self.latents.refresh(self.quantized)
         self.optimizer = Optimizer(self.latents, c)
         self.compiled: Callable[[Tensor, Tensor], Tensor] = self.model
         if loaded:
             self.restore(*loaded)
-        if self.world > 1:  # every rank has looked for its checkpoint, and all found the same
-            steps = torch.tensor([self.step, -self.step], device=self.device)
-            self.ranks.call(dist.all_reduce, steps, op=dist.ReduceOp.MAX)
-            if int(steps.sum()):
-                raise CheckpointError(f"{self.checkpoint_path}: the ranks do not see the same checkpoint; share the "
-                                      "folder between the machines")
+        if self.ranks.differing(self.step.to_bytes(8), self.device):  # every rank has looked for its checkpoint
+            raise CheckpointError(f"{self.checkpoint_path}: the ranks do not see the same checkpoint; share the folder "
+                                  "between the machines")
         self.seconds["load"] = time.perf_counter() - began
 
-    def close(self) -> None:
-        """Let go of the run's folder."""
-        for file in (self.log, self.lock):
-            if file is not None:
-                file.close()
-
-    def claim(self, val: dict[str, np.ndarray]) -> None:
+    def claim_folder(self) -> None:
         """Audit the data and take the run's folder, on rank 0; all ranks leave if that cannot be.
 
         Raises what rank 0 met there, on other ranks Elsewhere; AlreadyFinished if another process has just finished
@@ -1477,132 +1213,119 @@ class Trainer:
         problem: Exception | None = None
         if self.rank == 0:
             try:
-                self.audit(val)
-                self.lock = lock_folder(self.folder)
-                if said := look_at_folder(self.folder, self.config):  # again: another run may have come and gone
+                self.notices += metric.audit_before_training(self.data, self.counter)
+                self.lock = runfolder.lock_folder(self.folder)
+                said = self.look_at_folder()  # again: another run may have come and gone
+                if said:
                     raise AlreadyFinished(said)
-                for left in self.folder.iterdir():
-                    if HALF_WRITTEN.fullmatch(left.name) and left.is_file():
-                        left.unlink()
+                runfolder.remove_half_written(self.folder)
                 resumes = self.config.resume == "auto" and self.checkpoint_path.exists()
                 self.log = runlog.Log(self.folder, 0, append=resumes)
             except (ValueError, OSError, AlreadyFinished) as e:
                 problem = e
         else:
             self.log = runlog.Log(self.folder, self.rank, append=True)
-        word = 0 if problem is None else 1 if isinstance(problem, AlreadyFinished) else 2
+        word = {type(None): 0, AlreadyFinished: 1}.get(type(problem), 2)
         word = int(self.ranks.sum(torch.tensor(word, dtype=torch.int64, device=self.device)))  # rank 0's alone
+        if problem is not None:
+            raise problem
         if word:
-            raise problem or (AlreadyFinished() if word == 1 else Elsewhere())
+            raise AlreadyFinished() if word == 1 else Elsewhere()
 
-    def audit(self, val: dict[str, np.ndarray]) -> None:
-        """Whether the shards are of this tokenizer, before anything is trained; the scoring process asks again.
-
-        val: name -> tokens. Raises AuditError.
-        """
-        check_scorable(np.concatenate(list(val.values())), self.counter, self.data.path)
-        check_provable(self.data)
-        audit_bytes(val, self.counter)
-        for name, tokens in val.items():
-            audit_origin(tokens, self.counter, self.data.path / name)
-        self.notices += eval_bpb.check_tokenizer(self.counter.tokenizer, self.data.tokenizer)
-        if self.data.manifest:
-            return
-        self.notices.append(f"{self.data.path} has no manifest.json: only their text says that its shards are of this "
-                            "tokenizer")
-        known = np.zeros(self.counter.vocab_size, dtype=bool)
-        for path in self.data.train:
-            tokens = read_shard(path, ORIGIN_TOKENS)
-            audit_origin(tokens, self.counter, path)
-            known[tokens] = True
-        unseen = float(np.mean(~known[np.concatenate(list(val.values()))]))
-        if unseen > 0.01:
-            self.notices.append(f"{unseen:.1%} of the validation tokens are pieces that do not occur in the first "
-                                f"{ORIGIN_TOKENS:,} tokens of any training shard: is it the same kind of text?")
+    def close(self) -> None:
+        """Let go of the run's folder."""
+        for file in (self.log, self.lock):
+            if file is not None:
+                file.close()
 
     def preflight(self, origin: dict[str, str], notices: list[str]) -> None:
-        runlog.preflight(self, origin, [*notices, *self.notices], predicted_bytes(self.config))
-        self.phase("load")
+        """Say what is about to run."""
+        c, parts = self.config, {}
+        why = "asked for" if c.device != "auto" else "no CUDA device found" if self.device.type == "cpu" else "found"
+        for part, (spec, count, size) in predicted_bytes(c).items():
+            parts[part] = (pack.format_label(spec) if spec else "", count, size)
+        self.bytes_code = source.code_bytes(self.sources) if self.rank == 0 else 0
+        self.header = runlog.Header(
+            runlog.SCHEMA, self.preset, sys.argv[1:], asdict(c), origin, machine.describe(), self.world,
+            self.source_sha256, folder_identity(self.source_sha256), self.data.hashes, self.data.identity,
+            sum(p.numel() for p in self.model.parameters()), self.step)
+        facts = runlog.Preflight(
+            str(self.device), why, torch.get_num_threads(), c.hidden_dim, int(self.loader.ends[-1]),
+            self.val_tokens.size, parts, self.bytes_code, self.micro_tokens, self.elapsed, self.source_changed,
+            [*notices, *self.notices])
+        if not self.step or self.source_changed:
+            for text in runlog.source_lines(self.sources):
+                self.log.line(text, console=False)
+        self.log.record(self.header)
+        self.log.line(f"machine     {json.dumps(self.header.machine, sort_keys=True)}", console=False)
+        self.log.lines(runlog.preflight_lines(self.header, facts))
+        self.end_phase("load")
         self.log.strict = False  # from here on training is worth more than its log
 
-    def phase(self, name: str, note: str = "") -> None:
-        self.log.line(f"[{name}] {self.seconds[name]:.1f} s{note}")
-        self.log.record("phase", name=name, seconds=self.seconds[name])
+    def end_phase(self, name: str, note: str = "") -> None:
+        phase = runlog.Phase(name, self.seconds[name])
+        self.log.line(runlog.phase_line(phase, note))
+        self.log.record(phase)
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
     def save(self) -> None:
         """Write the checkpoint of all ranks on rank 0, after each has seen that its own part is worth keeping."""
         bad = self.latents.first_non_finite(self.order)
-        if int(self.ranks.sum(torch.tensor(bad is not None, dtype=torch.int64, device=self.device))):
+        if int(self.ranks.sum(torch.tensor(int(bad is not None), dtype=torch.int64, device=self.device))):
             raise TrainingError(f"step {self.step}: {bad or 'what another rank owns'} is not finite; the last good "
                                 "checkpoint is kept")
         if self.quantized < 1:
             self.latents.refresh()  # for the codes of every rank
-        tensors = self.optimizer.state()
+        stored = self.latents.pack(self.order)
         if self.quantized < 1:
             self.latents.refresh(self.quantized)
+        tensors = self.optimizer.state()
         if self.rank == 0:
-            rng = {"rng/cpu": torch.get_rng_state()}
+            tensors["rng/cpu"] = torch.get_rng_state()
             if self.device.type == "cuda":
-                rng["rng/cuda"] = torch.cuda.get_rng_state(self.device)
+                tensors["rng/cuda"] = torch.cuda.get_rng_state(self.device)
+            arrays = {name: x.detach().cpu().numpy() for name, x in tensors.items()}
+            # What a file must hold is in the checkpoint: derived again on another machine it could differ.
+            arrays |= {f"codes/{name}": t.codes for name, t in stored.items()}
+            arrays |= {f"scales/{name}": t.scales for name, t in stored.items() if t.scales is not None}
             state = {name: getattr(self, name) for name in RUN_STATE} | {
-                "schema": runlog.METRICS_SCHEMA, "position": self.loader.position, "config": asdict(self.config),
+                "schema": runlog.SCHEMA, "position": self.loader.position, "config": asdict(self.config),
                 "data": self.data.identity, "tokenizer": self.data.tokenizer_sha256,
-                "source": folder_identity(self.source_sha256),
+                "source": folder_identity(self.source_sha256), "formats": {n: t.format for n, t in stored.items()},
             }
             try:
-                save_checkpoint(self.checkpoint_path, tensors | rng, state)
+                checkpoints.write_checkpoint(self.checkpoint_path, arrays, state)
                 self.unsaved = ""
-            except pack.ArtifactError as e:  # a full disk, which may have room again by the next one
+            except WriteError as e:  # a full disk, which may have room again by the next one
                 self.unsaved = str(e)
                 self.log.line(f"notice      step {self.step}: {e}; training goes on, the last good checkpoint is kept")
         self.ranks.call(dist.barrier)  # among all, who wait long enough for a slow disk; and nobody leaves before it
 
     def restore(self, tensors: dict[str, Tensor], state: dict) -> None:
+        """Go on from what save() wrote. Raises CheckpointError if that was another run."""
         check_settings(self.checkpoint_path, state.get("config"), self.config)
         if state.get("data") != self.data.identity:
             raise CheckpointError(f"{self.checkpoint_path}: made from other data than {self.config.data_path}")
         self.source_changed = state.get("source") != folder_identity(self.source_sha256)
-        rng = {n: tensors.pop(n) for n in list(tensors) if n.startswith("rng/")}
+        moved = {name: x for name, x in tensors.items() if name.partition("/")[0] not in ("rng", "codes", "scales")}
         try:
-            self.optimizer.load_state(tensors, int(state["step"]), float(state["quantized"]))
-            torch.set_rng_state(rng["rng/cpu"])
-            if self.device.type == "cuda" and "rng/cuda" in rng:
-                torch.cuda.set_rng_state(rng["rng/cuda"], self.device)
+            self.optimizer.load_state(moved, int(state["step"]), float(state["quantized"]))
+            torch.set_rng_state(tensors["rng/cpu"])
+            if self.device.type == "cuda" and "rng/cuda" in tensors:
+                torch.cuda.set_rng_state(tensors["rng/cuda"], self.device)
             self.loader.position = int(state["position"])
             for name in RUN_STATE:
                 setattr(self, name, type(getattr(self, name))(state[name]))
         except (KeyError, ValueError, RuntimeError, TypeError) as e:
             raise CheckpointError(f"{self.checkpoint_path}: {e!r}; delete it and train again") from None
 
-    # -- the loop -------------------------------------------------------------------------------------------------
-
-    def micro_batches(self, plan: StepPlan) -> int:
-        """Micro-batches per rank in a step."""
-        return max(plan.batch_tokens // (self.world * self.micro_tokens), 1)
-
-    def forward_backward(self, seq_len: int, micro_batches: int) -> None:
-        """Accumulate this rank's share of a step's gradients and loss, which are means, in latents.flat_grad."""
-        for micro in range(micro_batches):
-            rows = self.micro_tokens // seq_len
-            ids, targets = self.loader.batch(rows, seq_len, micro, self.rank, self.world)
-            loss = self.compiled(ids.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True))
-            loss.backward()
-            self.latents.accumulate(loss, micro_batches * self.world)
+    # -- training -------------------------------------------------------------------------------------------------
 
     def warm_up(self) -> None:
         """Compile and prime every shape of the run. Nothing is updated, so there is nothing to undo."""
         began, c, last = time.perf_counter(), self.config, 0.0
-        if c.compile and not can_compile(self.device):
-            self.log.line("notice      no C++ compiler found, so torch.compile is off; training will be slower")
-        elif c.compile:
-            try:
-                torch._dynamo.config.recompile_limit = max(8, len(sequence_lengths(c)) + 1)  # one graph per length
-                tag_compiler_cache()
-                self.compiled = torch.compile(self.model, dynamic=False, fullgraph=True)
-            except Exception as e:
-                self.without_compiler(e)
+        self.compile_model()
         for seq_len in sequence_lengths(c):
             passes = c.warmup_steps if self.compiled is self.model else max(c.warmup_steps, 1)
             for _ in range(passes):
@@ -1612,7 +1335,7 @@ class Trainer:
                 except Exception as e:  # compilers, headers, caches and libraries each fail in their own way
                     if self.compiled is self.model:
                         raise
-                    self.without_compiler(e)
+                    self.go_on_without_compiler(e)
                     self.forward_backward(seq_len, 1)
                 self.latents.flat_grad.zero_()
                 self.synchronize()
@@ -1628,10 +1351,25 @@ class Trainer:
         if c.max_wallclock_seconds and last:
             full = last * c.train_batch_tokens / (self.world * self.micro_tokens)
             expect = f"about {min(c.max_wallclock_seconds / full, c.iterations or math.inf):,.0f}"
-        self.phase("compile", f", {expect} steps expected")
+        self.end_phase("compile", f", {expect} steps expected")
 
-    def without_compiler(self, e: Exception) -> None:
-        """Go on with the eager model where compiling it failed, on a CPU. Raises e if it was not the compiler's."""
+    def compile_model(self) -> None:
+        """Have forward and backward compiled at their first call, if that is asked for and there is a compiler."""
+        if not self.config.compile:
+            return
+        if not machine.can_compile(self.device):
+            self.log.line("notice      no C++ compiler found, so torch.compile is off; training will be slower")
+            return
+        try:
+            lengths = len(sequence_lengths(self.config))
+            torch._dynamo.config.recompile_limit = max(8, lengths + 1)  # one graph per length
+            machine.tag_compiler_cache()
+            self.compiled = torch.compile(self.model, dynamic=False, fullgraph=True)
+        except Exception as e:
+            self.go_on_without_compiler(e)
+
+    def go_on_without_compiler(self, e: Exception) -> None:
+        """Use the eager model where compiling it failed, on a CPU. Raises e if it was not the compiler's."""
         if isinstance(e, RankLost | torch.OutOfMemoryError | MemoryError):
             raise e
         why = (" ".join(str(e).split()) or repr(e))[:200]
@@ -1640,83 +1378,124 @@ class Trainer:
         self.log.line(f"notice      torch.compile failed ({why}), so it is off; training will be slower (--compile 0 "
                       "leaves it out)")
         self.compiled = self.model
-        for bank in self.latents.banks:
-            for p in bank.params:
-                p.grad = None
+        for p in self.model.parameters():
+            p.grad = None
         self.latents.flat_grad.zero_()
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def control(self, progress: float, stop: bool) -> tuple[float, bool, int]:
-        """Rank 0's word on progress and stopping, and any rank's signal, the same on every rank."""
-        if self.world == 1:
-            return progress, stop, self.signal
-        word = [progress, stop, self.signal] if self.rank == 0 else [0.0, 0.0, self.signal]
-        word = torch.tensor(word, dtype=torch.float64, device=self.device)
-        self.ranks.call(dist.all_reduce, word, op=dist.ReduceOp.MAX, group=self.ranks.group)
-        progress, stop, signum = word.tolist()
-        return progress, bool(stop), int(signum)
-
     def train(self) -> None:
         """Train to the wallclock cap or the number of iterations, whichever comes first."""
-        c, log, cap = self.config, self.log, self.config.max_wallclock_seconds
+        c = self.config
         self.synchronize()
-        self.first_step, began = self.step, time.perf_counter() - self.elapsed
-        while not self.finished:
-            self.elapsed = time.perf_counter() - began
-            progress = max(self.step / c.iterations if c.iterations else 0.0, self.elapsed / cap if cap else 0.0)
-            over = bool(cap) and self.elapsed + self.step_seconds > cap  # the next step would end after the cap
-            stop = over or bool(c.iterations) and self.step >= c.iterations
-            progress, self.finished, signum = self.control(min(progress, 1.0), stop)
+        first_step, self.began = self.step, time.perf_counter() - self.elapsed
+        while True:
+            progress, self.finished, signum = self.progress_and_signal()
             if self.finished:
                 break
             if signum:
-                self.save()
-                if self.unsaved:
-                    raise TrainingError(f"stopped by signal {signum} after step {self.step}, and {self.unsaved}")
-                raise Interrupted(signum, f"stopped by signal {signum} after step {self.step}, checkpoint in "
-                                  f"{self.checkpoint_path}: the same command with --resume auto continues")
+                self.stop_for(signum)
             plan = schedule(c, self.step, progress)
-            micro_batches = self.micro_batches(plan)
+            micro_batches = max(plan.batch_tokens // (self.world * self.micro_tokens), 1)
             self.forward_backward(plan.seq_len, micro_batches)
             loss, finite = self.latents.total_loss()  # waits for the device, so the clock below is true
             if not finite:
                 raise self.diverged(loss, plan.seq_len)
-            self.optimizer.step(plan.lr_scale, plan.momentum, self.quantized)
+            self.optimizer.step(plan.lr_scale, plan.momentum)
             self.step += 1
-            logged = c.train_log_every > 0 and (self.step <= 10 or self.step % c.train_log_every == 0)
             self.quantized = plan.quantized
+            logged = c.train_log_every > 0 and (self.step <= 10 or self.step % c.train_log_every == 0)
             zero_frac, churn = self.latents.refresh(self.quantized, measure=logged)
-            tokens = micro_batches * self.world * self.micro_tokens
-            self.loader.position += tokens
-            self.tokens_seen += tokens
-            now = time.perf_counter() - began
-            self.step_seconds, self.elapsed = now - self.elapsed, now
-            runlog.step(self, plan, loss, tokens, zero_frac, churn, logged, progress)
+            self.count_step(micro_batches * self.world * self.micro_tokens)
+            self.after_step(plan)
+            self.report_step(plan, progress, loss, zero_frac, churn, logged)
             if c.val_loss_every > 0 and self.step % c.val_loss_every == 0:
-                score = self.validate(max(c.val_batch_size // (self.world * c.train_seq_len), 1))
-                log.line(f"step:{self.step}/{c.iterations} val_loss:{score.val_loss:.4f} val_bpb:{score.val_bpb:.4f} "
-                         f"train_time:{1000 * now:.0f}ms step_avg:{1000 * now / self.step:.2f}ms")
-                log.record("val", step=self.step, elapsed=now, **asdict(score))
-            if c.checkpoint_every and self.step % c.checkpoint_every == 0:
-                self.elapsed = time.perf_counter() - began  # the validation is inside the clock
+                self.validate_in_training()
+            if c.checkpoint_every > 0 and self.step % c.checkpoint_every == 0:
+                self.elapsed = time.perf_counter() - self.began  # the validation is inside the clock
                 self.save()
         self.seconds["train"] = self.elapsed
-        if cap and self.step < c.iterations:
-            log.line(f"stopping_early: wallclock_cap train_time:{1000 * self.elapsed:.0f}ms "
-                     f"step:{self.step}/{c.iterations}")
+        if c.max_wallclock_seconds and self.step < c.iterations:
+            self.log.line(f"stopping_early: wallclock_cap train_time:{1000 * self.elapsed:.0f}ms "
+                          f"step:{self.step}/{c.iterations}")
         self.settle()
         self.check_replicas()
-        steps = max(self.step - self.first_step, 1)
-        held = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in self.state_tensors()}
-        table = torch.zeros(self.world, 3, dtype=torch.int64, device=self.device)
-        table[self.rank] = torch.tensor([sum(held.values()), *(v // steps for v in self.ranks.sent.values())])
-        runlog.memory(self, *self.ranks.sum(table).T.tolist())
+        self.report_memory(max(self.step - first_step, 1))
         self.save()
         self.check_compiled()  # after saving: what was trained is not lost with the packing
-        self.phase("train", f", {self.step:,} steps, {self.tokens_seen:,} tokens")
+        self.end_phase("train", runlog.trained_note(self.step, self.tokens_seen))
+
+    def progress_and_signal(self) -> tuple[float, bool, int]:
+        """(progress in [0, 1], whether training is over, a signal's number or 0): rank 0's word, any rank's signal."""
+        c, cap = self.config, self.config.max_wallclock_seconds
+        self.elapsed = time.perf_counter() - self.began
+        by_count = self.step / c.iterations if c.iterations else 0.0
+        by_clock = self.elapsed / cap if cap else 0.0
+        over = cap > 0 and self.elapsed + self.step_seconds > cap  # the next step would end after the cap
+        counted = c.iterations > 0 and self.step >= c.iterations
+        progress, stop = min(max(by_count, by_clock), 1.0), over or counted
+        if self.world == 1:
+            return progress, stop, self.signal
+        mine = [progress, float(stop), self.signal] if self.rank == 0 else [0.0, 0.0, self.signal]
+        word = torch.tensor(mine, dtype=torch.float64, device=self.device)
+        self.ranks.call(dist.all_reduce, word, op=dist.ReduceOp.MAX, group=self.ranks.group)
+        progress, over, signum = word.tolist()
+        return progress, bool(over), int(signum)
+
+    def stop_for(self, signum: int) -> None:
+        """Save, and raise Interrupted."""
+        self.save()
+        if self.unsaved:
+            raise TrainingError(f"stopped by signal {signum} after step {self.step}, and {self.unsaved}")
+        raise Interrupted(signum, f"stopped by signal {signum} after step {self.step}, checkpoint in "
+                          f"{self.checkpoint_path}: the same command with --resume auto continues")
+
+    def forward_backward(self, seq_len: int, micro_batches: int) -> None:
+        """Accumulate this rank's share of a step's gradients and loss, which are means, in latents.flat_grad."""
+        for micro in range(micro_batches):
+            rows = self.micro_tokens // seq_len
+            ids, targets = self.loader.batch(rows, seq_len, micro, self.rank, self.world)
+            loss = self.compiled(ids.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True))
+            loss.backward()
+            self.latents.accumulate(loss, micro_batches * self.world)
+
+    def count_step(self, tokens: int) -> None:
+        """Take the step's tokens and time into account."""
+        self.step_tokens = tokens
+        self.loader.position += tokens
+        self.tokens_seen += tokens
+        now = time.perf_counter() - self.began
+        self.step_seconds, self.elapsed = now - self.elapsed, now
+
+    def after_step(self, plan: StepPlan) -> None:
+        """Nothing: the hook for techniques that act on latents once the params are refreshed (ablations/patches.py)."""
+
+    def report_step(self, plan: StepPlan, progress: float, loss: float, zero_frac: float, churn: float,
+                    logged: bool) -> None:
+        """The bar, and every now and then the log line and the record of a step."""
+        known = logged and not math.isnan(churn)
+        step = runlog.Step(self.step, loss, self.elapsed, self.step_seconds, self.step_tokens, self.tokens_seen,
+                           zero_frac if known else None, churn if known else None, plan.lr_scale, plan.momentum,
+                           plan.seq_len)
+        if logged:
+            self.log.line(runlog.step_line(step, self.header.settings), console=not self.log.on_terminal())
+            self.log.record(step)
+        self.log.bar(runlog.progress_bar(step, progress, self.header.settings))
+
+    def validate_in_training(self) -> None:
+        c = self.config
+        score = self.validate(max(c.val_batch_size // (self.world * c.train_seq_len), 1))
+        found = runlog.Validation(self.step, self.elapsed, **asdict(score))
+        self.log.line(runlog.validation_line(found, self.header.settings))
+        self.log.record(found)
+
+    def validate(self, batch_seqs: int) -> metric.Score:
+        """Chunked score of the model in memory."""
+        seq_len = self.config.train_seq_len
+        with self.ranks.naming_failures():
+            return evaluate(self.model, self.val_tokens, self.counter, seq_len, seq_len, batch_seqs)
 
     def settle(self) -> None:
         """After the last step: what is packed is quantized all the way, whatever the schedule was."""
@@ -1724,16 +1503,20 @@ class Trainer:
             self.quantized = 1.0
             self.latents.refresh()
 
+    # -- checks of what was trained -------------------------------------------------------------------------------
+
     @torch.no_grad()
     def diverged(self, loss: float, seq_len: int) -> TrainingError:
         """The error of a step whose loss or gradient is not finite: it names the first bad tensor, and what is left."""
         bad: list[str] = []
 
         def look(name: str) -> Callable:
-            return lambda _module, _inputs, output: None if torch.isfinite(output).all() else bad.append(
-                f"the output of {name or 'the model'}")
+            def hook(_module, _inputs, output: Tensor) -> None:
+                if not torch.isfinite(output).all():
+                    bad.append(f"the output of {name or 'the model'}")
+            return hook
 
-        hooks = [m.register_forward_hook(look(n)) for n, m in self.model.named_modules()]
+        hooks = [m.register_forward_hook(look(name)) for name, m in self.model.named_modules()]
         weights = self.latents.first_non_finite(self.order) or ""  # of this rank
         if not weights.startswith("the weights"):  # a bad activation makes all gradients bad: look for it, eagerly
             ids, targets = self.loader.batch(1, seq_len, 0, self.rank, self.world)
@@ -1741,10 +1524,13 @@ class Trainer:
         for hook in hooks:
             hook.remove()
         first = (bad or [weights or "the sum of the gradients, or another rank's,"])[0]
-        kept = f"the last good checkpoint is {self.checkpoint_path}" if self.checkpoint_path.exists() else (
-            "no checkpoint was written yet")
-        return TrainingError(f"step {self.step + 1}: {first} is not finite (loss {loss}); {kept}; lower the learning "
-                             "rates or check the data")
+        return TrainingError(f"step {self.step + 1}: {first} is not finite (loss {loss}); {self.what_is_left()}; lower "
+                             "the learning rates or check the data")
+
+    def what_is_left(self) -> str:
+        if self.checkpoint_path.exists():
+            return f"the last good checkpoint is {self.checkpoint_path}"
+        return "no checkpoint was written yet"
 
     def check_compiled(self) -> None:
         """What was trained is the compiled model, what is scored the eager one: both must be the same function."""
@@ -1758,23 +1544,6 @@ class Trainer:
             raise TrainingError(f"the compiled model's loss on a batch is {compiled:.5f}, the eager one's {eager:.5f}: "
                                 "torch.compile changed the model; train with --compile 0 and report it")
 
-    def lost(self, e: RankLost) -> int:
-        """Say once, from whichever rank comes first, that a rank was lost; the exit status."""
-        kept = f"continue from {self.checkpoint_path} with --resume auto" if self.checkpoint_path.exists() else (
-            "no checkpoint was written yet: start again")
-        text = f"error: a process of this run was lost at step {self.step + 1}, so all stop ({e}); {kept}"
-        if self.log is not None:
-            self.log.line(text, console=False)
-        store = dist.distributed_c10d._get_default_store()
-        try:
-            store.set_timeout(timedelta(seconds=5))
-            first = store.add("lost", 1) == 1
-        except RuntimeError:  # the store went with the lost process
-            first = True
-        if first:
-            print(text, file=sys.stderr, flush=True)
-        return 1
-
     def check_replicas(self) -> None:
         """Every rank must hold the same model: compare sha256 of all params."""
         digest = hashlib.sha256()
@@ -1783,27 +1552,31 @@ class Trainer:
         self.replica_sha256 = digest.hexdigest()
         if self.world == 1:
             return
-        mine = torch.tensor(list(digest.digest()), dtype=torch.int64, device=self.device)
-        every = [torch.empty_like(mine) for _ in range(self.world)]
-        self.ranks.call(dist.all_gather, every, mine, group=self.ranks.group)
-        differ = [r for r, other in enumerate(every) if not torch.equal(other, every[0])]
+        differ = self.ranks.differing(digest.digest(), self.device)
         if differ:
             raise TrainingError(f"replicas differ: ranks {differ} do not hold the same bits as rank 0")
         self.log.line(f"replicas    {self.world} ranks hold identical params ({self.replica_sha256[:16]})")
+
+    def report_memory(self, steps: int) -> None:
+        """Bytes of state on each rank, and what the optimizer sent in a step. Collective."""
+        held = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in self.state_tensors()}
+        table = torch.zeros(self.world, 3, dtype=torch.int64, device=self.device)
+        table[self.rank] = torch.tensor([sum(held.values()), *(v // steps for v in self.ranks.sent.values())])
+        state, gradients, codes = self.ranks.sum(table).T.tolist()
+        ternary = [b for b in self.latents.banks if b.format.kind == "ternary"]
+        each = sum(len(b.wire) for b in ternary) / max(sum(b.grad.numel() for b in ternary), 1)
+        memory = runlog.Memory(state, gradients, codes, each)
+        self.log.lines(runlog.memory_lines(memory))
+        self.log.record(memory)
 
     def state_tensors(self) -> Iterator[Tensor]:
         """All that this rank keeps between steps."""
         yield from (p.data for p in self.model.parameters())
         yield from (self.latents.flat_grad, self.latents.wire)
         for bank in self.latents.mine:
-            yield from (*self.optimizer.kept(bank).values(), bank.stored.codes)
-            yield from [bank.stored.scales] if bank.stored.scales is not None else []
-
-    def validate(self, batch_seqs: int):
-        """Chunked score of the model in memory."""
-        c = self.config
-        with self.ranks.talking():
-            return evaluate(self.model, self.val_tokens, self.counter, c.train_seq_len, c.train_seq_len, batch_seqs)
+            yield from (*self.optimizer.saved(bank).values(), bank.stored.codes)
+            if bank.stored.scales is not None:
+                yield bank.stored.scales
 
     # -- pack and score -------------------------------------------------------------------------------------------
 
@@ -1822,52 +1595,56 @@ class Trainer:
         memory_seconds = time.perf_counter() - began
 
         began = time.perf_counter()
-        pack.write_artifact(artifact, self.latents.pack(self.order), artifact_meta(c, self.data))
+        bytes_model = pack.write_artifact(artifact, self.latents.pack(self.order), artifact_meta(c, self.data))
         self.seconds["pack"] = time.perf_counter() - began
-        size = pack.budget(artifact, pack.code_files(), c.cap_bytes, c.cap_counts_code)
-        runlog.size(self, size)
-        self.phase("pack")
+        self.log.lines(runlog.size_lines(bytes_model, self.bytes_code))
+        self.end_phase("pack")
 
         began = time.perf_counter()
         same = self.same_logits(artifact)
         scored = self.score_in_fresh_process(artifact)
         self.seconds["score"] = memory_seconds + time.perf_counter() - began
-        self.phase("score")
+        self.end_phase("score")
         gap = scored["chunked"]["val_bpb"] - memory.val_bpb
-        runlog.result(self, memory, scored, gap, same, size, artifact)
+        size = pack.Budget(bytes_model, self.bytes_code, c.cap_bytes, c.cap_counts_code)
+        final = runlog.Final(self.step, self.tokens_seen, asdict(memory), scored, gap, same, self.seconds, bytes_model,
+                             self.bytes_code, size.total, c.cap_bytes, size.fits, sha256_file(artifact),
+                             self.replica_sha256)
+        self.log.lines(runlog.score_lines(final, self.header.settings))
+        self.log.line(f"{'=' * 20} result {'=' * 20}")
+        self.log.lines(runlog.result_lines(final, self.header.settings, str(artifact)))
+        self.log.record(final)
         if not same or gap != 0.0:
             raise AuditError("the file does not hold the model that was trained")
-        for fault in filter(None, (self.unsaved, self.log.failed)):
-            raise TrainingError(f"{fault}; {artifact} and its score are there and whole")
+        for fault in (self.unsaved, self.log.failed):
+            if fault:
+                raise TrainingError(f"{fault}; {artifact} and its score are there and whole")
 
     @torch.inference_mode()
     def same_logits(self, artifact: Path) -> bool:
         """Whether the model in memory and the one loaded from the file give the same bits on a validation batch."""
         ids = torch.from_numpy(self.val_tokens[: 4 * self.config.train_seq_len].astype(np.int64))
         ids = ids[: len(ids) // 4 * 4].view(4, -1) if len(ids) >= 4 else ids[None]
-        loaded = load_artifact(artifact, self.device)
+        loaded = model_from_stored(*pack.read_artifact(artifact)).to(self.device).eval()
         a, b = (m.head(m.hidden(ids.to(self.device))) for m in (self.model, loaded))
         return torch.equal(a, b)
 
     def score_in_fresh_process(self, artifact: Path) -> dict:
         """Run eval_bpb on the file, on as many processes as trained it here, and return its JSON."""
         c, out = self.config, self.folder / f".score.json.{secrets.token_hex(4)}.tmp"
-        local = self.place.local_world
-        launch = [sys.executable] if local == 1 else [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={local}"]
-        command = [*launch, *eval_bpb.command(), str(artifact), "--data", c.data_path, "--stride", str(c.eval_stride),
-                   "--batch-seqs", str(c.eval_batch_seqs)]
-        command += ["--tokenizer-path", c.tokenizer_path] if c.tokenizer_path else []
-        hidden = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK"}
-        env = {k: v for k, v in os.environ.items() if k not in hidden and not k.startswith("TORCHELASTIC_")}
-        env |= {"OMP_NUM_THREADS": str(torch.get_num_threads()), eval_bpb.FOLLOWED: str(os.getpid())}
-        env |= {} if self.device.type == "cuda" else {"CUDA_VISIBLE_DEVICES": ""}
-        done = subprocess.run([*command, "--json", str(out)], env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        words = [*processes.launcher(self.place.local_world), *scoring_command(), str(artifact), "--data", c.data_path,
+                 "--stride", str(c.eval_stride), "--batch-seqs", str(c.eval_batch_seqs)]
+        if c.tokenizer_path:
+            words += ["--tokenizer-path", c.tokenizer_path]
+        env = processes.environment_alone(os.environ)
+        env |= {"OMP_NUM_THREADS": str(torch.get_num_threads()), command.FOLLOWED: str(os.getpid())}
+        if self.device.type != "cuda":
+            env["CUDA_VISIBLE_DEVICES"] = ""
+        done = subprocess.run([*words, "--json", str(out)], env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                               stderr=subprocess.STDOUT, encoding="utf-8", errors="replace")
-        for line in done.stdout.rstrip().splitlines():
-            self.log.line(f"| {line}")
+        self.log.lines(f"| {line}" for line in done.stdout.rstrip().splitlines())
         if done.returncode or not out.exists():
-            raise AuditError(f"scoring failed (status {done.returncode}); see above, or run: {shlex.join(command)}")
+            raise AuditError(f"scoring failed (status {done.returncode}); see above, or run: {shlex.join(words)}")
         scored = json.loads(out.read_text(encoding="utf-8"))
         shards = {name: sha for name, sha in self.data.hashes.items() if name in scored["data"]["sha256"]}
         if scored["artifact"]["sha256"] != sha256_file(artifact) or scored["data"]["sha256"] != shards:
@@ -1877,17 +1654,98 @@ class Trainer:
         return scored
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# Main
+# ---------------------------------------------------------------------------------------------------------------
+
+# PR 367's variables for techniques that this trainer does not have: the values under which nothing is lost, and why.
+# A value outside them is an error; one inside that asks for something anyway is answered with a printed notice.
+FOREIGN_ENV = {
+    "XSA_LAST_N": (("0",), "exclusive self-attention is not in this trainer (no gain was seen: LOG.md, negatives)"),
+    "TIE_EMBEDDINGS": (("1",), "the embedding is always tied to the output head"),
+    "CONTROL_TENSOR_NAME_PATTERNS": ((), "storage formats are chosen with matrix_format, embed_format, vector_format"),
+    "TTT_ENABLED": (("0", "1"), "no test-time training: the score is of the model as stored (LOG.md, negatives)"),
+    "TTT_LR": (None, "no test-time training"),
+    "TTT_EPOCHS": (None, "no test-time training"),
+    "TTT_CHUNK_TOKENS": (None, "no test-time training"),
+    "EMBED_LR": (None, "used with untied embeddings only"),
+    "HEAD_LR": (None, "used with untied embeddings only"),
+}
+
+def resolve_settings(argv: list[str], env: Mapping[str, str]) -> tuple[str, Config, dict[str, str], list[str]]:
+    """(preset, settings, where each came from, notices). Raises ConfigError; argparse exits on an unknown flag."""
+    default = "pr367" if torch.cuda.is_available() else "cpu"
+    description = (__doc__ or "").split("\n\n")[0]
+    preset, config, origin = settings.resolve(Config, PRESETS, default, description, argv, env)
+    config = replace(config, run_id=config.run_id or f"{preset}_seed{config.seed}")
+    return preset, config, origin, settings.check_foreign(FOREIGN_ENV, env)
+
+
 def main(argv: list[str] | None = None) -> int:
-    steady_streams()
-    return leave(run(sys.argv[1:] if argv is None else argv))
+    command.steady_streams()
+    return processes.end_process(run(sys.argv[1:] if argv is None else argv))
 
 
-def tell(text: str) -> None:
-    """To the terminal, if there is one."""
+def run(argv: list[str]) -> int:
+    """Train, pack and score as the settings say; the exit status."""
+    trainer, place = None, Place()
     try:
-        print(text, flush=True)
-    except OSError:
+        preset, config, origin, notices = resolve_settings(argv, os.environ)
+        place = processes.process_place(os.environ)
+        moved_cache = machine.writable_compiler_cache()
+        if moved_cache:
+            notices.append(moved_cache)
+        torch.set_num_threads(config.threads or max(1, machine.cores() // place.local_world))
+        trainer = Trainer(preset, config, place)
+        said = trainer.look_at_folder()
+        if said:
+            raise AlreadyFinished(said)
+        prepare_device(trainer.device)
+        if place.world > 1:
+            processes.join_group(place, "nccl" if trainer.device.type == "cuda" else "gloo")
+        caught = catch_signals(trainer)
+        trainer.set_up()
+        trainer.preflight(origin, notices)
+        trainer.warm_up()
+        trainer.train()
+        for signum in caught:
+            signal.signal(signum, stop_scoring)
+        trainer.finish()
+        return 0
+    except Exception as e:
+        return report_end(e, trainer, place)
+    except KeyboardInterrupt as e:
+        return report_end(e, trainer, place)
+    finally:
+        if trainer is not None:
+            trainer.close()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def prepare_device(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
         return
+    machine.keep_freed_memory()
+    torch.use_deterministic_algorithms(True)  # the same seed must give the same bytes; on a CPU this costs nothing
+    torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+def catch_signals(trainer: Trainer) -> list[signal.Signals]:
+    """Have a signal end the run after its step; returns the signals. A second one, later, ends it at once."""
+    def on_signal(signum: int, _frame) -> None:
+        if trainer.signal and time.monotonic() - trainer.signalled > 2:  # launchers repeat a signal within moments
+            signal.signal(signum, signal.SIG_DFL)
+            os.kill(os.getpid(), signum)
+        trainer.signal, trainer.signalled = signum, time.monotonic()
+
+    stopping = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nohup ignores it; else a closed terminal ends the run
+        stopping.append(signal.SIGHUP)
+    for signum in stopping:
+        signal.signal(signum, on_signal)
+    return stopping
 
 
 def stop_scoring(signum: int, _frame) -> None:
@@ -1896,104 +1754,58 @@ def stop_scoring(signum: int, _frame) -> None:
                       "and scores")
 
 
-def run(argv: list[str]) -> int:
-    """Train, pack and score as the settings say; the exit status."""
-    trainer, place = None, Place()
+FORESEEN = (DataError, AuditError, CheckpointError, TrainingError, runfolder.RunExists, pack.ArtifactError, OSError)
 
-    def fail(e: object, status: int) -> int:
-        """One message: rank 0's; of another machine's ranks the first one's, if its error is its own."""
-        if trainer is not None and trainer.log is not None:
-            trainer.log.strict = False
-            trainer.log.clear_bar()
-            trainer.log.line(f"error: {e}", console=False)
-        shared = status == 2 or isinstance(e, TrainingError | RunExists)  # all ranks raise it together
-        if place.rank == 0 or not shared and place.local_rank == 0:
-            pack.say_error(f"{f'rank {place.rank}: ' if place.rank else ''}{e}")
-        else:
-            time.sleep(eval_bpb.LET_RANK_0_SPEAK)
-        return status
 
-    try:
-        preset, config, origin, notices = resolve_settings(argv, os.environ)
-        if "--plan" in argv:
-            if pack.in_bundle():
-                raise ConfigError("--plan: the planner is not in a bundle; use the repository's train_gpt.py")
-            import plan  # the planner knows the trainer, not the other way round
+def report_end(e: BaseException, trainer: Trainer | None, place: Place) -> int:
+    """One message of how a run ended that did not get to its end; the exit status.
 
-            print(plan.report(preset, config))
-            return 0
-        place = process_place(os.environ)
-        notices += filter(None, [writable_compiler_cache()])
-        torch.set_num_threads(config.threads or max(1, runlog.cores() // place.local_world))
-        trainer = Trainer(preset, config, place)
-        if said := look_at_folder(trainer.folder, config):
-            if place.rank == 0:
-                tell(said)
-            return 0
-        if trainer.device.type == "cuda":
-            if place.local_rank >= torch.cuda.device_count():
-                raise ConfigError(f"nproc_per_node={place.local_world}: this machine has {torch.cuda.device_count()} "
-                                  "GPU(s)")
-            torch.cuda.set_device(trainer.device)
-        else:
-            keep_freed_memory()
-            # The same seed must give the same bytes; on a CPU this costs nothing.
-            torch.use_deterministic_algorithms(True)
-            torch.utils.deterministic.fill_uninitialized_memory = False
-        if place.world > 1:
-            join_group(place, "nccl" if trainer.device.type == "cuda" else "gloo")
-
-        def on_signal(signum: int, _frame) -> None:
-            if trainer.signal and time.monotonic() - trainer.signalled > 2:  # launchers repeat a signal within moments
-                signal.signal(signum, signal.SIG_DFL)
-                os.kill(os.getpid(), signum)
-            trainer.signal, trainer.signalled = signum, time.monotonic()
-
-        stopping = [signal.SIGINT, signal.SIGTERM]
-        if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nohup ignores it; else a closed terminal ends the run
-            stopping.append(signal.SIGHUP)
-        previous = {s: signal.signal(s, on_signal) for s in stopping}
-        trainer.set_up()
-        trainer.preflight(origin, notices)
-        trainer.warm_up()
-        trainer.train()
-        for signum in previous:
-            signal.signal(signum, stop_scoring)
-        trainer.finish()
-        return 0
-    except AlreadyFinished as e:
+    It is rank 0's; of another machine's ranks the first one's, if its error is its own.
+    """
+    status, text, shared = 1, str(e), isinstance(e, ConfigError | TrainingError | runfolder.RunExists)
+    if isinstance(e, AlreadyFinished):
         if place.rank == 0:
-            tell(str(e))
+            command.tell(text)
         return 0
-    except Elsewhere:
-        time.sleep(eval_bpb.LET_RANK_0_SPEAK)
+    if isinstance(e, Elsewhere):
+        time.sleep(processes.LET_RANK_0_SPEAK)
         return 1
-    except Interrupted as e:
+    if isinstance(e, Interrupted):
         trainer.log.strict = False
-        trainer.log.line(str(e))
+        trainer.log.line(text)
         return 128 + e.signum
-    except LaunchError as e:
-        pack.say_error(e)  # every process that meets one: it may be the only one
+    if isinstance(e, processes.LaunchError):
+        command.say_error(e)  # every process that meets one: it may be the only one
         return 2
-    except ConfigError as e:
-        return fail(e, 2)
-    except RankLost as e:
-        return trainer.lost(e)
-    except (DataError, AuditError, CheckpointError, TrainingError, RunExists, pack.ArtifactError, OSError) as e:
-        return fail(e, 1)
-    except KeyboardInterrupt:
-        kept = trainer is not None and (trainer.folder / "checkpoint.safetensors").exists()
-        return fail(f"stopped; {'--resume auto goes on from the checkpoint' if kept else 'nothing was trained'}", 130)
-    except Exception as e:
-        return fail(unexpected(e), 1)
-    finally:
-        if trainer is not None:
-            trainer.close()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if isinstance(e, RankLost):
+        left = "no checkpoint was written yet: start again"
+        if trainer.checkpoint_path.exists():
+            left = f"continue from {trainer.checkpoint_path} with --resume auto"
+        text = f"a process of this run was lost at step {trainer.step + 1}, so all stop ({e}); {left}"
+        trainer.log.line(f"error: {text}", console=False)
+        if processes.first_to_speak():
+            command.say_error(text)
+        return 1
+    if isinstance(e, ConfigError):
+        status = 2
+    elif isinstance(e, KeyboardInterrupt):
+        status, text = 130, "stopped; nothing was trained"
+        if trainer is not None and trainer.checkpoint_path.exists():
+            text = "stopped; --resume auto goes on from the checkpoint"
+    elif not isinstance(e, FORESEEN):
+        text = command.describe_unexpected(e)
+    if trainer is not None and trainer.log is not None:
+        trainer.log.strict = False
+        trainer.log.clear_bar()
+        trainer.log.line(f"error: {text}", console=False)
+    if place.rank == 0:
+        command.say_error(text)
+    elif place.local_rank == 0 and not shared:
+        command.say_error(f"rank {place.rank}: {text}")
+    else:
+        time.sleep(processes.LET_RANK_0_SPEAK)
+    return status
 
 
 if __name__ == "__main__":
-    # One module under both names: eval_bpb imports train_gpt, and the operators above must not be registered twice.
-    sys.modules["train_gpt"] = sys.modules["__main__"]
     sys.exit(main())

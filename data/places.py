@@ -15,7 +15,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from data.messages import say
-from eval_bpb import DataError, folder_identity, sha256_file
+from tern.files import folder_identity, sha256_file
+from tern.shards import DataError
 
 LOST_AND_FOUND = "lost+found"  # stands in the root of a file system
 INNER_PARTIAL, INNER_COMPLETE = ".partial", ".complete"

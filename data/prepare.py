@@ -47,29 +47,25 @@ import numpy as np  # noqa: E402
 import sentencepiece  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
-# `python data/prepare.py` puts data/ on the module path, not the repository root that holds data/ and eval_bpb.py.
+# `python data/prepare.py` puts data/ on the module path, not the repository root that holds data/ and tern/.
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-import pack  # noqa: E402
 from data.messages import Progress, printable, say  # noqa: E402
 from data.places import Place, Stopped, file_hashes, handlers, reason_of, stop, up_to_date  # noqa: E402
 from data.textfiles import SPLIT_BYTES, TEXT_RULES, cut_place, text_documents, text_kind  # noqa: E402
-from eval_bpb import (  # noqa: E402
+from tern.command import Parser, describe_unexpected, say_error, steady_streams  # noqa: E402
+from tern.files import folder_identity, sha256_file  # noqa: E402
+from tern.metric import audit_origin  # noqa: E402
+from tern.shards import (  # noqa: E402
     SHARD_HEADER_INTS,
     SHARD_MAGIC,
     SHARD_VERSION,
     AuditError,
-    ByteCounter,
     DataError,
-    audit_origin,
-    folder_identity,
-    open_tokenizer,
     read_shard,
-    sha256_file,
-    steady_streams,
-    unexpected,
 )
+from tern.tokenizers import ByteCounter, open_tokenizer  # noqa: E402
 
 FORMAT = 1
 BOS = 1
@@ -1015,7 +1011,7 @@ def folder_name(text: str) -> Path:
 def parser() -> argparse.ArgumentParser:
     """The settings of the command line."""
     summary, _, usage = __doc__.partition("\n\n")
-    result = pack.Parser(description=summary, epilog=usage, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result = Parser(description=summary, epilog=usage, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = result.add_argument
     add("--source", choices=["packages", "text", "fineweb"], default="packages")
     add("--out", type=folder_name, help="output folder (default: data/<source>, data/fineweb_<variant>)")
@@ -1039,7 +1035,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
 
     def complain(text: str) -> None:
-        pack.say_error(printable(text))
+        say_error(printable(text))
 
     with handlers(stop):
         try:
@@ -1062,7 +1058,7 @@ def main(argv: list[str] | None = None) -> int:
             complain(str(error))
             return 1
         except Exception as error:
-            complain(unexpected(error))
+            complain(describe_unexpected(error))
             return 1
     return 0
 

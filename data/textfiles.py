@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from eval_bpb import DataError
+from tern.shards import DataError
 
 SPLIT_BYTES = 65_536  # text: cut longer documents at a blank line past this size
 LINE_BYTES = 2 * SPLIT_BYTES  # text: cut longer lines

@@ -31,10 +31,6 @@ from torch import Tensor
 import pack
 
 
-class ConfigError(ValueError):
-    """A setting that cannot be used; the message names it, its value and what to do."""
-
-
 @dataclass(frozen=True)
 class Stored:
     """What the file holds of a tensor: codes in its shape, and scales [.., rows, groups] or None."""

@@ -1,0 +1,106 @@
+"""Kernels: causal attention on a CPU as tiles of matrix products, and the tables of RoPE."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Q_TILE, HEAD_TILE = 128, 16  # queries and kv heads per tile, so that a tile's scores stay near the core (LOG.md)
+
+
+def attention_tiles(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice, slice]]:
+    """(kv heads, queries, keys) of each tile of causal attention; q [n, r, queries, dim] are the last of k's times."""
+    before = k.shape[1] - q.shape[2]
+    for head in range(0, q.shape[0], HEAD_TILE):
+        for start in reversed(range(0, q.shape[2], Q_TILE)):  # the first tile of a head sees every key
+            end = min(start + Q_TILE, q.shape[2])
+            yield slice(head, head + HEAD_TILE), slice(start, end), slice(0, before + end)
+
+
+@torch.library.custom_op("tern::causal_attention", mutates_args=())
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, keep: bool) -> tuple[Tensor, list[Tensor]]:
+    """softmax(q k^T / sqrt(head_dim)) v under a causal mask, on a CPU.
+
+    q: [n, r, queries, head_dim], r query heads for each of the n key and value heads k, v: [n, time, head_dim]; the
+    queries are those of the last positions. Returns the output in q's shape and, if keep, the probabilities of each
+    tile, which the backward needs. The mathematics is that of F.scaled_dot_product_attention, which takes two to three
+    times as long on a CPU (LOG.md). A score is rounded to the dtype of q, as in any attention made of matrix products;
+    the softmax is fp32 inside.
+    """
+    r, dim = q.shape[1], q.shape[3]
+    out, probabilities = torch.empty_like(q, memory_format=torch.contiguous_format), []
+    above, q = torch.full((Q_TILE, Q_TILE), -math.inf, dtype=q.dtype).triu(1), q * dim**-0.5
+    for heads, rows, keys in attention_tiles(q, k):
+        n = rows.stop - rows.start
+        scores = torch.bmm(q[heads, :, rows].flatten(1, 2), k[heads, keys].mT)
+        scores.unflatten(1, (r, n))[..., -n:] += above[:n, :n]
+        p = torch.softmax(scores, -1)
+        out[heads, :, rows] = torch.bmm(p, v[heads, keys]).unflatten(1, (r, n))
+        probabilities += [p] if keep else []
+    return out, probabilities
+
+
+@torch.library.custom_op("tern::causal_attention_backward", mutates_args=())
+def causal_attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, probabilities: list[Tensor]
+                              ) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v from that of the output: the softmax's backward between four matrix products."""
+    r, scale = q.shape[1], q.shape[-1] ** -0.5
+    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+    dk, dv = torch.empty(k.shape), torch.empty(v.shape)  # fp32: a key's gradient is a sum over tiles
+    for p, (heads, rows, keys) in zip(probabilities, attention_tiles(q, k), strict=True):
+        g, queries = grad[heads, :, rows].flatten(1, 2), q[heads, :, rows].flatten(1, 2)
+        ds = torch._softmax_backward_data(torch.bmm(g, v[heads, keys].mT), p, -1, p.dtype)
+        dq[heads, :, rows] = torch.bmm(ds, k[heads, keys]).unflatten(1, (r, -1))
+        add = Tensor.copy_ if keys.stop == k.shape[1] else Tensor.add_
+        add(dv[heads, keys], torch.bmm(p.mT, g))
+        add(dk[heads, keys], torch.bmm(ds.mT, queries))
+    return dq * scale, (dk * scale).to(k.dtype), dv.to(v.dtype)
+
+
+@causal_attention.register_fake
+def _(q, k, v, keep):
+    shapes = [(len(range(q.shape[0])[heads]), q.shape[1] * (rows.stop - rows.start), keys.stop)
+              for heads, rows, keys in attention_tiles(q, k) if keep]
+    return q.new_empty(q.shape), [q.new_empty(shape) for shape in shapes]
+
+
+@causal_attention_backward.register_fake
+def _(grad, q, k, v, probabilities):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+causal_attention.register_autograd(
+    lambda ctx, grad, _: (*causal_attention_backward(grad, *ctx.saved_tensors[:3], list(ctx.saved_tensors[3:])), None),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:3], *output[1]))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention of q [batch, heads, queries, head_dim], the last of the times of k, v [batch, kv_heads, time,
+    head_dim]."""
+    queries, time, gqa = q.shape[2], k.shape[2], q.shape[1] != k.shape[1]
+    if q.device.type == "cpu":
+        q = q.unflatten(1, (k.shape[1], -1)).flatten(0, 1)
+        out, _ = causal_attention(q, k.flatten(0, 1), v.flatten(0, 1), torch.is_grad_enabled())
+        return out.view(len(k), -1, *out.shape[2:])
+    if queries == time:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
+    mask = torch.ones(queries, time, dtype=torch.bool, device=q.device).tril(time - queries)
+    return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=gqa)
+
+
+@torch.library.custom_op("tern::rope_tables", mutates_args=())
+def rope_tables(ids: Tensor, half: int, base: float) -> Tensor:
+    """cos and sin of RoPE's angles, fp32 [2, time, half], for ids [.., time]. An op, so that a compiled step computes
+    them once: inlined into the kernels that use them, they cost a sine for each element of every q and k."""
+    frequency = base ** -(torch.arange(half, device=ids.device, dtype=torch.float32) / half)
+    angle = torch.arange(ids.shape[-1], device=ids.device, dtype=torch.float32)[:, None] * frequency
+    return torch.stack((angle.cos(), angle.sin()))
+
+
+@rope_tables.register_fake
+def _(ids, half, base):
+    return ids.new_empty(2, ids.shape[-1], half, dtype=torch.float32)

@@ -1,0 +1,90 @@
+"""The machine: its cores, its compiler and where that keeps what it made, its memory."""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import getpass
+import os
+import platform
+import re
+import shutil
+import tempfile
+
+import numpy as np
+import torch
+
+from tern import source
+from tern.files import folder_identity, sha256_file
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def describe() -> dict:
+    """Versions and hardware, as a run's header has them."""
+    gpu = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+        "platform": f"{platform.system()} {platform.machine()}", "cpu": torch.backends.cpu.get_cpu_capability(),
+        "cores": cores(), "gpu": gpu,
+    }
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile finds a compiler: of C++ for a CPU, of C for a GPU."""
+    return any(map(shutil.which, ("g++", "clang++") if device.type == "cpu" else ("cc", "gcc", "clang")))
+
+
+OWN_CACHES: list[str] = []  # made by this process, which removes them
+
+
+def remove_caches() -> None:
+    while OWN_CACHES:
+        shutil.rmtree(OWN_CACHES.pop(), ignore_errors=True)
+
+
+def writable_compiler_cache() -> str:
+    """Give torch's compiler a cache folder that it can write, in the environment; a notice if not the usual one.
+
+    torch makes the folder when parts of it are imported, compiled or not. Raises OSError where nothing can be written.
+    """
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a user id that the machine has no name for
+        user = ""
+    folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")
+    if not folder and user:
+        folder = os.path.join(tempfile.gettempdir(), "torchinductor_" + re.sub(r'[\\/:*?"<>|]', "_", user))
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return ""
+    except OSError as e:
+        own = tempfile.mkdtemp(prefix="torchinductor_")
+        OWN_CACHES.append(own)
+        atexit.register(remove_caches)
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = own
+        return (f"the compiler's cache {folder or 'of a user without a name'} cannot be written ({e.strerror}): another"
+                " one is used and thrown away; TORCHINDUCTOR_CACHE_DIR names a folder to keep")
+
+
+def tag_compiler_cache() -> None:
+    """Make the compiler's cache ask for this very program: it does not look into operators (tern/kernels.py)."""
+    hashes = {name: sha256_file(source.root() / name) for name in source.code_files()}
+    torch.compiler.config.cache_key_tag = folder_identity(hashes)
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to reuse freed memory instead of returning it to the kernel, which then zeroes every page again.
+
+    PyTorch's CPU allocator is malloc; the activations of a step are megabytes each. LOG.md has the measured effect.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):
+        return  # not glibc
+    for name, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD (malloc.h)
+        mallopt(name, value)

@@ -1,0 +1,98 @@
+"""Settings of a program: one frozen dataclass, filled from defaults < preset < environment < command line."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import field, fields
+
+from tern.command import Parser
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used; the message names it, its value and what to do."""
+
+
+def setting(default, why: str, low: float = -math.inf, high: float = math.inf):
+    """A field of the dataclass: its default, which also says its type, the reason for it, and the range of a number."""
+    return field(default=default, metadata={"why": why, "low": low, "high": high})
+
+
+def need(ok: bool, config, name: str, rule: str) -> None:
+    """Raises ConfigError, which names the setting, its value and the rule, unless ok."""
+    if not ok:
+        raise ConfigError(f"{name}={getattr(config, name)!r}: {rule}")
+
+
+def check_types(config) -> None:
+    """Raises ConfigError unless every setting has the type of its default and, if a number, lies in its range."""
+    for f in fields(config):
+        value, kind, low, high = getattr(config, f.name), type(f.default), f.metadata["low"], f.metadata["high"]
+        whole_for_float = kind is float and type(value) is int
+        need(type(value) is kind or whole_for_float, config, f.name, f"must be a {kind.__name__}")
+        if kind is int:
+            high = min(high, 2**63 - 1)
+        if kind in (int, float):
+            finite = abs(value) < math.inf
+            need(low <= value <= high and finite, config, f.name, f"must be between {low} and {high}")
+
+
+def parse(name: str, text: str, kind: type, where: str):
+    """The value of a setting's text. Raises ConfigError, which says where the text is from."""
+    try:
+        if kind is bool:
+            return {"1": True, "true": True, "on": True, "0": False, "false": False, "off": False}[text.lower()]
+        return kind(text)
+    except (ValueError, KeyError):
+        raise ConfigError(f"{where} {name}={text!r}: a {kind.__name__} is needed") from None
+
+
+def resolve(config_class, presets: Mapping[str, dict], default_preset: str, description: str, argv: list[str],
+            env: Mapping[str, str]) -> tuple[str, object, dict[str, str]]:
+    """(preset, settings, where each that is no default came from).
+
+    The environment has upper-case names. Raises ConfigError; argparse exits on an unknown flag.
+    """
+    kinds = {f.name: type(f.default) for f in fields(config_class)}
+    p = Parser(description=description, allow_abbrev=False)
+    p.add_argument("--preset", choices=presets, help=f"named settings (default here: {default_preset})")
+    for f in fields(config_class):
+        shown = {True: "on", False: "off"}[f.default] if isinstance(f.default, bool) else f.default
+        text = f"{f.metadata['why']} (default: {shown})".replace("%", "%%")
+        names = dict.fromkeys(("--" + f.name.replace("_", "-"), "--" + f.name))  # both spellings
+        p.add_argument(*names, metavar=kinds[f.name].__name__.upper(), help=text)
+    args = vars(p.parse_args(argv))
+    preset = args.pop("preset") or env.get("PRESET") or default_preset
+    if preset not in presets:
+        raise ConfigError(f"PRESET={preset!r}: choose one of {', '.join(presets)}")
+    values, origin = dict(presets[preset]), dict.fromkeys(presets[preset], "preset")
+    in_env = {name: env[name.upper()] for name in kinds if env.get(name.upper(), "") != ""}
+    in_argv = {name: text for name, text in args.items() if text is not None}
+    for where, texts in (("environment", in_env), ("command line", in_argv)):
+        for name, text in texts.items():
+            values[name], origin[name] = parse(name, text, kinds[name], where), where
+    try:
+        return preset, config_class(**values), origin
+    except ConfigError as e:
+        name = str(e).partition("=")[0]
+        if origin.get(name) == "environment":
+            raise ConfigError(f"{e} (from the environment, {name.upper()})") from None
+        raise
+
+
+def check_foreign(foreign: Mapping[str, tuple[tuple[str, ...] | None, str]], env: Mapping[str, str]) -> list[str]:
+    """Notices about variables of other programs that have no effect here.
+
+    foreign: name -> (values under which nothing is lost, or None for any; why it is not here). Raises ConfigError on a
+    value that asks for something else. The first of the values asks for nothing, so it needs no notice.
+    """
+    notices = []
+    for name, (allowed, why) in foreign.items():
+        value = env.get(name, "")
+        if value == "":
+            continue
+        if allowed is not None and value not in allowed:
+            raise ConfigError(f"environment {name}={value!r}: {why}; unset it")
+        if allowed is None or value != allowed[0]:
+            notices.append(f"{name}={value} has no effect here: {why}")
+    return notices
