@@ -8,9 +8,10 @@ from __future__ import annotations
 import ast
 import base64
 import functools
+import hashlib
 import json
 import lzma
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 PROGRAMS = ("train_gpt.py", "eval_bpb.py", "pack.py")
@@ -107,6 +108,31 @@ def parse(source: bytes, where: str) -> ast.Module:
         raise SourceError(f"{where}: not a Python module ({e})") from None
 
 
+def needed_by(programs: Iterable[str], read: Callable[[str], bytes | None]) -> tuple[str, ...]:
+    """The programs and the files that they import, and what these import, also inside functions; sorted.
+
+    read: file name -> its bytes, or None where there is none: what is not among the files is a library's. Raises
+    SourceError.
+    """
+    texts: dict[str, bytes | None] = {}
+    pending = list(programs)
+    while pending:
+        file = pending.pop()
+        texts[file] = read(file)
+        if texts[file] is None:
+            continue
+        for name in imported(texts[file], file):
+            path = name.replace(".", "/")
+            pending += [other for other in (f"{path}.py", f"{path}/__init__.py") if other not in texts]
+    return tuple(sorted(file for file, text in texts.items() if text is not None))
+
+
+def read_file(name: str) -> bytes | None:
+    """The bytes of a file below root(); None where there is none."""
+    path = root() / name
+    return path.read_bytes() if path.is_file() else None
+
+
 @functools.cache
 def code_files() -> tuple[str, ...]:
     """The files, relative to root(), that training, packing and scoring need beside libraries; sorted.
@@ -115,16 +141,7 @@ def code_files() -> tuple[str, ...]:
     """
     if in_bundle():
         return (Path(__file__).name,)
-    found, pending = set(), [name for name in PROGRAMS if (root() / name).is_file()]
-    while pending:
-        file = pending.pop()
-        found.add(file)
-        for name in imported((root() / file).read_bytes(), file):
-            path = name.replace(".", "/")
-            for needed in (f"{path}.py", f"{path}/__init__.py"):
-                if needed not in found and (root() / needed).is_file():
-                    pending.append(needed)
-    return tuple(sorted(found))
+    return needed_by(PROGRAMS, read_file)
 
 
 def read_sources() -> dict[str, bytes]:
@@ -172,12 +189,17 @@ def strip_modules(sources: Mapping[str, bytes]) -> dict[str, str]:
     return {module_name(name): strip(sources[name], name) for name in in_order(sources)}
 
 
-def one_file(sources: Mapping[str, bytes]) -> bytes:
-    """The one file that the sources (file name -> bytes) compress to. The same bytes for the same sources, on one
-    version of Python and liblzma. Raises SourceError."""
+def compress(sources: Mapping[str, bytes]) -> bytes:
+    """The sources (file name -> bytes) as the one file holds them, in base 85. The same bytes for the same sources, on
+    one version of Python and liblzma. Raises SourceError."""
     text = json.dumps(strip_modules(sources), ensure_ascii=False).encode()
     data = lzma.compress(text, format=lzma.FORMAT_XZ, check=lzma.CHECK_CRC32, filters=FILTERS)
-    return HEAD.encode() + base64.b85encode(data) + TAIL.encode()
+    return base64.b85encode(data)
+
+
+def one_file(sources: Mapping[str, bytes]) -> bytes:
+    """The one file that the sources (file name -> bytes) compress to. Raises SourceError."""
+    return HEAD.encode() + compress(sources) + TAIL.encode()
 
 
 def code_bytes(sources: Mapping[str, bytes] | None = None) -> int:
@@ -188,21 +210,24 @@ def code_bytes(sources: Mapping[str, bytes] | None = None) -> int:
     return len(one_file(sources))
 
 
-def unpack(program: bytes, forms: Iterable[tuple[str, str]] = ((HEAD, TAIL),)) -> bytes:
-    """The JSON of module name -> text in a submission's one file, without running any of it.
+def take_apart(program: bytes) -> tuple[str, bytes]:
+    """(sha256 of all that is around the sources, the sources in base 85) of a one file. Raises SourceError."""
+    mark = HEAD.splitlines()[-1].encode()
+    begin = program.find(mark) + len(mark)
+    end = program.find(b'"', begin)
+    if begin < len(mark) or end < 0:
+        raise SourceError("train_gpt.py: holds no sources, as the one that records/bundle.py writes does")
+    return hashlib.sha256(program[:begin] + program[end:]).hexdigest(), program[begin:end]
 
-    forms: what it may hold before and after its sources. Raises SourceError.
-    """
-    for head, tail in forms:
-        if program.startswith(head.encode()) and program.endswith(tail.encode()):
-            packed = program[len(head.encode()) : len(program) - len(tail.encode())]
-            break
-    else:
-        raise SourceError("train_gpt.py: before or after its sources it is not what records/bundle.py writes")
+
+FRAME = take_apart((HEAD + TAIL).encode())[0]  # of what one_file makes
+
+
+def unpack(packed: bytes) -> bytes:
+    """The JSON of module name -> text, without running any of it, of what compress() gave. Raises SourceError."""
     try:
-        data = base64.b85decode(packed)
         decoder = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=1 << 26)
-        text = decoder.decompress(data, MAX_SOURCES)
+        text = decoder.decompress(base64.b85decode(packed), MAX_SOURCES)
         if not decoder.eof or decoder.unused_data:
             raise ValueError(f"not one stream of at most {MAX_SOURCES:,} bytes")
         return text
