@@ -22,17 +22,12 @@ Read on in this order: settings, storage formats, model, latents and optimizer, 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
-import secrets
-import shlex
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -43,15 +38,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pack
-from tern import checkpoints, command, machine, metric, processes, runfolder, runlog, settings, source
+from tern import checkpoints, command, machine, metric, processes, runlog, settings, source
 from tern.checkpoints import CheckpointError
-from tern.files import WriteError, folder_identity, sha256_file
-from tern.groups import SCALE_DTYPES, VALUE_DTYPES, decode_scales, encode_scales, join_groups, split_groups
+from tern.files import WriteError, folder_identity
+from tern.finite import first_bad, first_bad_output
+from tern.groups import (
+    SCALE_DTYPES,
+    VALUE_DTYPES,
+    bit_patterns,
+    decode_scales,
+    encode_scales,
+    from_patterns,
+    join_groups,
+    split_groups,
+)
 from tern.kernels import attend, rope_tables
 from tern.metric import evaluate
-from tern.processes import Place, RankLost, Ranks
+from tern.processes import Elsewhere, Place, RankLost, Ranks
+from tern.runfolder import AlreadyFinished, RunExists, RunFolder
+from tern.scoring import score_in_fresh_process
 from tern.settings import ConfigError, need, setting
-from tern.shards import AuditError, DataError, DataFolder, open_data, read_shard, shard_tokens
+from tern.shards import AuditError, DataError, DataFolder, TokenStream, open_data, read_shard
+from tern.signals import Interrupted, Signals
 from tern.tokenizers import ByteCounter
 from tern.wire import from_wire, to_wire
 
@@ -65,20 +73,20 @@ class Config:
     """Every setting. The names are PR 367's environment variables in lower case, then ours."""
 
     # run
-    run_id: str = setting("", "name of the run's folder; empty: <preset>_seed<seed>")
-    out_dir: str = setting("runs", "where the run's folder is made")
-    resume: str = setting("never", "auto: continue from the run folder's checkpoint if there is one; never")
+    run_id: str = setting("", "name of the run's folder; empty: <preset>_seed<seed>", free=True)
+    out_dir: str = setting("runs", "where the run's folder is made", free=True)
+    resume: str = setting("never", "auto: continue from the run folder's checkpoint if there is one; never", free=True)
     seed: int = setting(1337, "initialisation; the order of the data is fixed", 0, 2**63 - 1)
-    device: str = setting("auto", "auto (cuda if there is one), cpu or cuda")
-    threads: int = setting(0, "CPU threads per process; 0: cores / processes", 0, 1024)
-    compile: bool = setting(True, "torch.compile of forward and backward; off saves the compile time of short runs")
+    device: str = setting("auto", "auto (cuda if there is one), cpu or cuda", free=True)
+    threads: int = setting(0, "CPU threads per process; 0: cores / processes", 0, 1024, free=True)
+    compile: bool = setting(True, "torch.compile; off saves the compile time of short runs", free=True)
     # data
-    data_path: str = setting("data/packages", "folder of *_train_*.bin and *_val_*.bin shards")
-    tokenizer_path: str = setting("", "SentencePiece model; empty: the one in data_path")
+    data_path: str = setting("data/packages", "folder of *_train_*.bin and *_val_*.bin shards", free=True)
+    tokenizer_path: str = setting("", "SentencePiece model; empty: the one in data_path", free=True)
     # length of training
     iterations: int = setting(20000, "steps at most", 0)
     max_wallclock_seconds: float = setting(600.0, "training seconds at most, without compile warmup; 0: no cap", 0)
-    warmup_steps: int = setting(2, "compile priming passes, outside the clock; they change no state", 0)
+    warmup_steps: int = setting(2, "compile priming passes, outside the clock; they change no state", 0, free=True)
     lr_warmup_steps: int = setting(50, "steps of linear learning-rate warmup", 0)
     warmdown_iters: int = setting(0, "steps of linear warmdown to zero, estimated from the clock; 0: warmdown_frac", 0)
     warmdown_frac: float = setting(0.5, "share of the run that warms down, where warmdown_iters is 0", 0, 1)
@@ -127,22 +135,22 @@ class Config:
     adam_eps: float = setting(1e-8, "AdamW", 1e-30)
     grad_clip_norm: float = setting(0.0, "clip the global gradient norm; 0: off", 0)
     # logging, validation, checkpoints
-    train_log_every: int = setting(50, "steps between log lines; the first ten are logged as well", 0)
-    val_loss_every: int = setting(0, "steps between validations inside the clock; 0: only at the end", 0)
-    val_batch_size: int = setting(16384, "tokens per validation batch over all processes", 1)
-    checkpoint_every: int = setting(500, "steps between checkpoints; 0: only at the end and on a signal", 0)
+    train_log_every: int = setting(50, "steps between log lines; the first ten are logged as well", 0, free=True)
+    val_loss_every: int = setting(0, "steps between validations inside the clock; 0: only at the end", 0, free=True)
+    val_batch_size: int = setting(16384, "tokens per validation batch over all processes", 1, free=True)
+    checkpoint_every: int = setting(500, "steps between checkpoints; 0: only at the end and on a signal", 0, free=True)
     # score
-    eval_stride: int = setting(64, "stride of the sliding-window score; 0: chunked score only", 0)
-    eval_batch_seqs: int = setting(32, "windows per batch of the scoring process", 1)
-    cap_bytes: int = setting(16_000_000, "byte cap of the track", 1)
-    cap_counts_code: bool = setting(True, "whether the cap covers code plus model (official) or the model file alone")
+    eval_stride: int = setting(64, "stride of the sliding-window score; 0: chunked score only", 0, free=True)
+    eval_batch_seqs: int = setting(32, "windows per batch of the scoring process", 1, free=True)
+    cap_bytes: int = setting(16_000_000, "byte cap of the track", 1, free=True)
+    cap_counts_code: bool = setting(True, "whether the cap covers the code too (official), or the model alone", free=True)
 
     def __post_init__(self):
         settings.check_types(self)
         need(self.mlp_hidden > 0 or self.mlp_mult > 0, self, "mlp_mult", "must be at least 1, or set mlp_hidden")
         need(self.model_dim % self.num_heads == 0, self, "num_heads", f"must divide model_dim={self.model_dim}")
         need(self.num_heads % self.num_kv_heads == 0, self, "num_kv_heads", f"must divide num_heads={self.num_heads}")
-        need(self.model_dim // self.num_heads % 2 == 0, self, "num_heads", "model_dim / num_heads must be even for RoPE")
+        need(self.model_dim // self.num_heads % 2 == 0, self, "num_heads", "model_dim / it must be even for RoPE")
         names = self.run_id.split("/")
         need(not self.run_id or not {"", ".", ".."} & set(names), self, "run_id",
              "must be a name, or names below each other as in a/b; --out-dir says where")
@@ -153,7 +161,7 @@ class Config:
         need(self.eval_stride <= self.train_seq_len, self, "eval_stride", f"must be at most {self.train_seq_len=}")
         need(sequence_lengths(self)[-1] == self.train_seq_len, self, "seq_ramp_start",
              f"must be train_seq_len={self.train_seq_len} over a power of two")
-        need(self.iterations > 0 or self.max_wallclock_seconds > 0, self, "iterations", "must be positive without a cap")
+        need(self.iterations > 0 or self.max_wallclock_seconds > 0, self, "iterations", "must be positive, or a cap")
         for name in ("matrix_format", "embed_format", "vector_format"):
             make_format(self, name)
 
@@ -559,25 +567,18 @@ class GPT(nn.Module):
 
 
 def owners(config: Config, world: int) -> dict[str, int]:
-    """Parameter name -> the rank that updates it: each in turn, the costliest first, to the rank with the least work.
+    """Parameter name -> the rank that updates it, the work shared out evenly.
 
     Cost in flops: the products of Newton-Schulz, and 100 for each element that is read and written.
     """
     with torch.device("meta"):
         shapes = {name: tuple(p.shape) for name, p in GPT(config).named_parameters()}
-
-    def cost(name: str) -> int:
-        numel, products = math.prod(shapes[name]), 0
+    costs = {name: 100 * math.prod(shape) for name, shape in shapes.items()}
+    for name, shape in shapes.items():
         if optimizer_of(name) == "muon":
-            small, large = sorted(shapes[name])
-            products = config.muon_backend_steps * (4 * small * small * large + 2 * small**3)
-        return products + 100 * numel
-
-    load, owner = [0] * world, {}
-    for name in sorted(shapes, key=cost, reverse=True):  # a stable sort: the same on every rank
-        owner[name] = load.index(min(load))
-        load[owner[name]] += cost(name)
-    return {name: owner[name] for name in shapes}
+            small, large = sorted(shape)
+            costs[name] += config.muon_backend_steps * (4 * small * small * large + 2 * small**3)
+    return processes.share_out(costs, world)
 
 
 def optimizer_of(name: str) -> str:
@@ -692,17 +693,17 @@ class Latents:
         return zeros / total, changed / total
 
     @torch.no_grad()
-    def load(self, latents: Mapping[str, Tensor]) -> None:
-        """Latents <- those of a checkpoint (name -> fp32 tensor). Not yet refreshed.
+    def load(self, latents: Mapping[str, Tensor], where: str) -> None:
+        """Latents <- those of a checkpoint (name -> fp32 tensor); not yet refreshed. where: what names it in an error.
 
-        Raises ValueError on a tensor that is missing, of another shape, or of another model.
+        Raises CheckpointError on a tensor that is missing, of another shape, or of another model.
         """
-        if foreign := latents.keys() - {name for bank in self.banks for name in bank.names}:
-            raise ValueError(f"this model has no {sorted(foreign)[0]}")
-        for bank in self.banks:
-            for i, name in enumerate(bank.names):
-                if name not in latents or latents[name].shape != bank.grad[i].shape:
-                    raise ValueError(f"the latent of {name} is missing or not of the shape {tuple(bank.grad[i].shape)}")
+        ours = {name: x.shape for bank in self.banks for name, x in zip(bank.names, bank.grad, strict=True)}
+        wrong = [name for name in sorted(ours.keys() | latents.keys())
+                 if name not in ours or name not in latents or latents[name].shape != ours[name]]
+        if wrong:
+            raise CheckpointError(f"{where}: {wrong[0]} is missing there, or of another shape, or this model has none; "
+                                  "use a checkpoint of the same model")
         for bank in self.mine:
             bank.latent.copy_(torch.stack([latents[name] for name in bank.names]))
 
@@ -746,15 +747,20 @@ class Latents:
 
     def first_non_finite(self, order: list[str]) -> str | None:
         """The first latent, else the first gradient, in the model's order, that is not finite; None if all are."""
+        if all(bool(torch.isfinite(x.sum())) for x in (self.flat_grad, *(b.latent for b in self.mine))):
+            return None
         latents = {n: x for b in self.mine for n, x in zip(b.names, b.latent, strict=True)}
         grads = {n: x for b in self.banks for n, x in zip(b.names, b.grad, strict=True)}
-        if bool(torch.isfinite(self.flat_grad.sum())) and all(bool(torch.isfinite(b.latent.sum())) for b in self.mine):
-            return None
         for what, tensors in (("weights", latents), ("gradient", grads)):
-            for name in order:
-                if name in tensors and not bool(torch.isfinite(tensors[name]).all()):
-                    return f"the {what} of {name}"
+            name = first_bad((name, tensors[name]) for name in order if name in tensors)
+            if name is not None:
+                return f"the {what} of {name}"
         return None
+
+    def wire_bytes_per_ternary_weight(self) -> float:
+        """Bytes, scales too, that an owner sends for each; 0 with one process."""
+        ternary = [b for b in self.banks if b.format.kind == "ternary"]
+        return sum(len(b.wire) for b in ternary) / max(sum(b.grad.numel() for b in ternary), 1)
 
     def pack(self, order: list[str]) -> dict[str, pack.StoredTensor]:
         """Every parameter as pack.py writes it, in the model's order."""
@@ -843,6 +849,14 @@ class Optimizer:
                 out |= {f"{what}/{n}": row for n, row in zip(bank.names, x, strict=True)}
         return out
 
+    def bytes_held(self) -> int:
+        """Of what this rank keeps between steps, beside the params."""
+        held = [self.latents.flat_grad, self.latents.wire]
+        for bank in self.latents.mine:
+            scales = [bank.stored.scales] if bank.stored.scales is not None else []
+            held += [*self.saved(bank).values(), bank.stored.codes, *scales]
+        return sum(x.nbytes for x in held)
+
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor], step: int, quantized: float = 1.0) -> None:
         """Restore what state() gave after that many steps, each rank its own, and refresh the params.
@@ -883,34 +897,12 @@ class TokenLoader:
     """
 
     def __init__(self, shards: tuple[Path, ...], vocab_size: int):
-        self.shards, self.vocab_size, self.position = shards, vocab_size, 0
-        self.ends = np.cumsum([shard_tokens(p) for p in shards])
-        self.open_shard, self.tokens = -1, np.zeros(0, dtype=np.uint16)
-        if self.ends[-1] < 2:
-            raise DataError(f"{shards[0].parent}: the training shards hold no text; prepare the folder again")
-        self.read(0, 1)
-
-    def read(self, start: int, count: int) -> np.ndarray:
-        """count tokens from position start of the endless stream, int64 [count]."""
-        out, filled = np.empty(count, dtype=np.int64), 0
-        while filled < count:
-            at = (start + filled) % int(self.ends[-1])
-            shard = int(np.searchsorted(self.ends, at, side="right"))
-            if shard != self.open_shard:
-                self.open_shard, self.tokens = shard, read_shard(self.shards[shard])
-                if self.tokens.size and int(self.tokens.max()) >= self.vocab_size:
-                    raise DataError(f"{self.shards[shard]}: token {self.tokens.max()} with vocab_size="
-                                    f"{self.vocab_size}; the shard is of another tokenizer")
-            offset = at - (int(self.ends[shard - 1]) if shard else 0)
-            piece = self.tokens[offset : offset + count - filled]
-            out[filled : filled + piece.size] = piece
-            filled += piece.size
-        return out
+        self.stream, self.position = TokenStream(shards, vocab_size), 0
 
     def batch(self, rows: int, seq_len: int, micro: int, rank: int, world: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets [rows, seq_len] of this rank's micro-batch, int64; the position does not move."""
         start = self.position + (micro * world + rank) * rows * seq_len
-        span = torch.from_numpy(self.read(start, rows * seq_len + 1))
+        span = torch.from_numpy(self.stream.read(start, rows * seq_len + 1))
         return span[:-1].view(rows, seq_len), span[1:].view(rows, seq_len)
 
 
@@ -969,29 +961,15 @@ def micro_batch_tokens(config: Config, world: int) -> int:
 # Checkpoints and artifacts
 # ---------------------------------------------------------------------------------------------------------------
 
-# Settings that may differ between a checkpoint and the run that resumes it: they change no formula. Another device,
-# thread count or compiler changes last bits; another data_path is fine because the data's identity is compared.
-FREE_SETTINGS = {"run_id", "out_dir", "resume", "threads", "device", "compile", "data_path", "tokenizer_path",
-                 "warmup_steps", "train_log_every", "val_loss_every", "checkpoint_every", "eval_stride",
-                 "eval_batch_seqs", "val_batch_size", "cap_bytes", "cap_counts_code"}
-# A Trainer's attributes that its checkpoints have.
-RUN_STATE = ("step", "elapsed", "step_seconds", "tokens_seen", "finished", "quantized")
-
-
-def formula(config: Config) -> dict:
-    """The settings that decide what a run computes."""
-    return {name: value for name, value in asdict(config).items() if name not in FREE_SETTINGS}
+RUN_STATE = ("step", "elapsed", "step_seconds", "tokens_seen", "finished", "quantized")  # a Trainer's, in checkpoints
 
 
 def check_settings(path: Path, theirs: object, config: Config) -> None:
-    """Raises CheckpointError unless a run that path tells of had these settings, but for those that may differ."""
-    defaults = {f.name: f.default for f in fields(Config)}  # a setting that is new since does nothing there
-    theirs = defaults | (theirs if isinstance(theirs, dict) else {})
-    differ = [f"{name}={theirs[name]} (now {value})" for name, value in formula(config).items()
-              if theirs[name] != value]
+    """Raises CheckpointError unless a run that path tells of had these settings, but for those that are free."""
+    differ = settings.differences(theirs, config)
     if differ:
-        raise CheckpointError(f"{path}: made with other settings: {', '.join(differ)}; resume with the same ones or use "
-                              "another --run-id")
+        raise CheckpointError(f"{path}: made with other settings: {', '.join(differ)}; resume with the same ones or "
+                              "use another --run-id")
 
 
 def load_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict]:
@@ -1000,7 +978,7 @@ def load_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     return {name: torch.from_numpy(x) for name, x in arrays.items()}, state
 
 
-def latents_of(path: str, data: DataFolder) -> dict[str, Tensor]:
+def load_latents(path: str, data: DataFolder) -> dict[str, Tensor]:
     """Name -> fp32 latent of a checkpoint that training starts from. Raises CheckpointError."""
     tensors, state = load_checkpoint(path)
     if state.get("tokenizer") not in (None, data.tokenizer_sha256):
@@ -1010,20 +988,9 @@ def latents_of(path: str, data: DataFolder) -> dict[str, Tensor]:
 
 
 def to_pack(stored: Stored, fmt: Format) -> pack.StoredTensor:
-    """A tensor as pack.py writes it: 16-bit floats become their bit patterns."""
+    """A tensor as pack.py writes it."""
     scales = None if stored.scales is None else bit_patterns(stored.scales).reshape(-1, stored.scales.shape[-1])
     return pack.StoredTensor(tuple(stored.codes.shape), fmt.spec(), bit_patterns(stored.codes), scales)
-
-
-def bit_patterns(x: Tensor) -> np.ndarray:
-    x = x.detach().cpu().contiguous()
-    return x.view(getattr(torch, f"uint{8 * x.itemsize}")).numpy() if x.is_floating_point() else x.numpy()
-
-
-def from_patterns(array: np.ndarray, dtype: str) -> Tensor:
-    """The inverse of bit_patterns; dtype: a float's name, or anything else for integers."""
-    x = torch.from_numpy(array.copy())
-    return x.view(VALUE_DTYPES[dtype]) if dtype in VALUE_DTYPES else x
 
 
 def param_of_file(tensor: pack.StoredTensor) -> Tensor:
@@ -1031,6 +998,7 @@ def param_of_file(tensor: pack.StoredTensor) -> Tensor:
     spec = tensor.format
     scales = None if tensor.scales is None else from_patterns(tensor.scales, spec.get("scale", "bf16"))
     return format_of_file(spec).dequantize(Stored(from_patterns(tensor.codes, spec["kind"]), scales))
+
 
 # What a model is rebuilt from, and so what an artifact's configuration holds; the rest of a run is in its log.
 MODEL_SETTINGS = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_hidden", "train_seq_len")
@@ -1074,24 +1042,15 @@ def model_from_stored(tensors: dict[str, pack.StoredTensor], meta: dict) -> GPT:
     model.load_state_dict(params, strict=True, assign=True)
     return model
 
-
 def predicted_bytes(config: Config) -> dict[str, tuple[dict, int, float]]:
     """Part of the model's file -> (format, symbols, bytes), with pack.expected_bits for each symbol."""
-    parts: dict[str, tuple[dict, int, float]] = {}
     with torch.device("meta"):
         shapes = {name: tuple(p.shape) for name, p in GPT(config).named_parameters()}
+    rows = []
     for name, shape in shapes.items():
-        spec = format_of(config, name, len(shape)).spec()
         part = "embedding" if name == "tok_emb.weight" else "matrices" if name.endswith(".weight") else "vectors"
-        for role, (_, role_shape) in pack.layout(spec, shape).items():
-            _, count, size = parts.get(f"{part} {role}", (spec, 0, 0.0))
-            n = math.prod(role_shape)
-            bits = pack.expected_bits(spec, part, shape)[role]
-            parts[f"{part} {role}"] = spec, count + n, size + n * bits / 8
-    formats = [spec for i, (spec, *_) in enumerate(parts.values()) if spec not in [p[0] for p in parts.values()][:i]]
-    rows = [(n, shape, formats.index(format_of(config, n, len(shape)).spec())) for n, shape in shapes.items()]
-    header = pack.encode_header(formats, artifact_meta(config), [["model", 10**5, 2**31]] * len(parts), rows)
-    return parts | {"header": ({}, 0, float(len(header)))}
+        rows.append((name, part, shape, format_of(config, name, len(shape)).spec()))
+    return pack.predicted_bytes(rows, artifact_meta(config))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1101,22 +1060,6 @@ def predicted_bytes(config: Config) -> dict[str, tuple[dict, int, float]]:
 
 class TrainingError(RuntimeError):
     """Training that cannot go on; the message says what happened, at which step, and what is left."""
-
-
-class AlreadyFinished(Exception):
-    """Another process has finished this run; the message says so."""
-
-
-class Elsewhere(Exception):
-    """Rank 0 has met an error, and says it."""
-
-
-class Interrupted(Exception):
-    """SIGINT or SIGTERM: the step was finished and a checkpoint written."""
-
-    def __init__(self, signum: int, message: str):
-        super().__init__(message)
-        self.signum = signum
 
 
 SILENCE = timedelta(seconds=45)  # after which a rank that does not answer is lost
@@ -1137,30 +1080,23 @@ class Trainer:
         if cuda and not torch.cuda.is_available():
             raise ConfigError("device='cuda': this machine has no CUDA device; use --device cpu")
         if cuda and place.local_rank >= torch.cuda.device_count():
-            raise ConfigError(f"nproc_per_node={place.local_world}: this machine has {torch.cuda.device_count()} GPU(s)")
+            raise ConfigError(f"nproc_per_node={place.local_world}: this machine has {torch.cuda.device_count()} "
+                              "GPU(s)")
         self.device = torch.device("cuda", place.local_rank) if cuda else torch.device("cpu")
         self.ranks = Ranks(place.rank, place.world)
+        self.folder = RunFolder(Path(config.out_dir) / config.run_id, config.resume == "auto",
+                                lambda path, theirs: check_settings(path, theirs, config))
+        self.signals = Signals()
         self.seconds: dict[str, float] = {}  # phase -> seconds
-        self.signal, self.signalled = 0, 0.0  # number of the last signal, and when it came
-        self.log: runlog.Log | None = None
         self.step, self.elapsed, self.step_seconds, self.tokens_seen, self.finished = 0, 0.0, 0.0, 0, False
         self.quantized = schedule(config, 0, 0.0).quantized  # how far the params are from the latents
-        self.folder = Path(config.out_dir) / config.run_id
-        self.checkpoint_path = self.folder / checkpoints.FILE
         # The program as it is now: an edit while it runs must not get into the log of what ran.
         self.sources = source.read_sources()
         self.source_sha256 = {name: hashlib.sha256(text).hexdigest() for name, text in self.sources.items()}
         self.source_changed = False  # since the checkpoint that this run resumes
-        self.lock = None
         self.notices: list[str] = []
-        self.unsaved = ""  # why the last checkpoint could not be written; empty if it was
 
     # -- set up ---------------------------------------------------------------------------------------------------
-
-    def look_at_folder(self) -> str | None:
-        """What to say of a finished run that may be resumed; None: there is something to do."""
-        return runfolder.look_at_folder(self.folder, self.config.resume == "auto",
-                                        lambda path, theirs: check_settings(path, theirs, self.config))
 
     def set_up(self) -> None:
         """Open the data, take the run's folder, build model and optimizer, and resume if asked to."""
@@ -1173,11 +1109,10 @@ class Trainer:
                               f"{self.counter.vocab_size}; give --vocab-size {self.counter.vocab_size}")
         with self.ranks.naming_failures():
             processes.check_agreement({"data": self.data.identity, "program": self.source_sha256,
-                                       "settings": formula(c)}, self.device)
+                                       "settings": settings.formula(c)}, self.device)
         self.val_tokens = np.concatenate([read_shard(path) for path in self.data.val])
-        self.claim_folder()
-        resumes = c.resume == "auto" and self.checkpoint_path.exists()
-        loaded = load_checkpoint(self.checkpoint_path) if resumes else None
+        self.take_folder()
+        loaded = load_checkpoint(self.folder.checkpoint) if self.folder.resumes else None
         self.loader = TokenLoader(self.data.train, c.vocab_size)
         torch.manual_seed(c.seed)
         self.model = GPT(c).to(self.device)
@@ -1186,25 +1121,20 @@ class Trainer:
             self.ranks.call(dist.barrier)  # rank 0 has audited the validation text meanwhile
             self.ranks.group = self.ranks.call(dist.new_group, timeout=SILENCE)
         self.latents = Latents(self.model, c, self.ranks)
-        if c.init_from and not resumes:
-            try:
-                self.latents.load(latents_of(c.init_from, self.data))
-            except ValueError as e:
-                named = isinstance(e, CheckpointError)
-                raise e if named else CheckpointError(
-                    f"init_from={c.init_from}: {e}; use a checkpoint of the same model") from None
+        if c.init_from and not loaded:
+            self.latents.load(load_latents(c.init_from, self.data), f"init_from={c.init_from}")
         if c.init_from or self.quantized < 1:
             self.latents.refresh(self.quantized)
         self.optimizer = Optimizer(self.latents, c)
         self.compiled: Callable[[Tensor, Tensor], Tensor] = self.model
         if loaded:
             self.restore(*loaded)
-        if self.ranks.differing(self.step.to_bytes(8), self.device):  # every rank has looked for its checkpoint
-            raise CheckpointError(f"{self.checkpoint_path}: the ranks do not see the same checkpoint; share the folder "
-                                  "between the machines")
+        if self.world > 1 and self.ranks.differing(self.step.to_bytes(8), self.device):
+            raise CheckpointError(f"{self.folder.checkpoint}: the ranks do not see the same checkpoint; share the "
+                                  "folder between the machines")
         self.seconds["load"] = time.perf_counter() - began
 
-    def claim_folder(self) -> None:
+    def take_folder(self) -> None:
         """Audit the data and take the run's folder, on rank 0; all ranks leave if that cannot be.
 
         Raises what rank 0 met there, on other ranks Elsewhere; AlreadyFinished if another process has just finished
@@ -1214,51 +1144,34 @@ class Trainer:
         if self.rank == 0:
             try:
                 self.notices += metric.audit_before_training(self.data, self.counter)
-                self.lock = runfolder.lock_folder(self.folder)
-                said = self.look_at_folder()  # again: another run may have come and gone
-                if said:
-                    raise AlreadyFinished(said)
-                runfolder.remove_half_written(self.folder)
-                resumes = self.config.resume == "auto" and self.checkpoint_path.exists()
-                self.log = runlog.Log(self.folder, 0, append=resumes)
+                self.folder.take()
             except (ValueError, OSError, AlreadyFinished) as e:
                 problem = e
         else:
-            self.log = runlog.Log(self.folder, self.rank, append=True)
+            self.folder.log = runlog.Log(self.folder.path, self.rank, append=True)
         word = {type(None): 0, AlreadyFinished: 1}.get(type(problem), 2)
         word = int(self.ranks.sum(torch.tensor(word, dtype=torch.int64, device=self.device)))  # rank 0's alone
         if problem is not None:
             raise problem
         if word:
             raise AlreadyFinished() if word == 1 else Elsewhere()
-
-    def close(self) -> None:
-        """Let go of the run's folder."""
-        for file in (self.log, self.lock):
-            if file is not None:
-                file.close()
+        self.log = self.folder.log
 
     def preflight(self, origin: dict[str, str], notices: list[str]) -> None:
         """Say what is about to run."""
-        c, parts = self.config, {}
+        c = self.config
         why = "asked for" if c.device != "auto" else "no CUDA device found" if self.device.type == "cpu" else "found"
-        for part, (spec, count, size) in predicted_bytes(c).items():
-            parts[part] = (pack.format_label(spec) if spec else "", count, size)
         self.bytes_code = source.code_bytes(self.sources) if self.rank == 0 else 0
         self.header = runlog.Header(
             runlog.SCHEMA, self.preset, sys.argv[1:], asdict(c), origin, machine.describe(), self.world,
             self.source_sha256, folder_identity(self.source_sha256), self.data.hashes, self.data.identity,
             sum(p.numel() for p in self.model.parameters()), self.step)
         facts = runlog.Preflight(
-            str(self.device), why, torch.get_num_threads(), c.hidden_dim, int(self.loader.ends[-1]),
-            self.val_tokens.size, parts, self.bytes_code, self.micro_tokens, self.elapsed, self.source_changed,
-            [*notices, *self.notices])
-        if not self.step or self.source_changed:
-            for text in runlog.source_lines(self.sources):
-                self.log.line(text, console=False)
-        self.log.record(self.header)
-        self.log.line(f"machine     {json.dumps(self.header.machine, sort_keys=True)}", console=False)
-        self.log.lines(runlog.preflight_lines(self.header, facts))
+            str(self.device), why, torch.get_num_threads(), c.hidden_dim, len(self.loader.stream),
+            self.val_tokens.size, {part: (pack.format_label(spec) if spec else "", count, size)
+                                   for part, (spec, count, size) in predicted_bytes(c).items()},
+            self.bytes_code, self.micro_tokens, self.elapsed, self.source_changed, [*notices, *self.notices])
+        self.log.preflight(self.header, facts, self.sources)
         self.end_phase("load")
         self.log.strict = False  # from here on training is worth more than its log
 
@@ -1289,24 +1202,19 @@ class Trainer:
             # What a file must hold is in the checkpoint: derived again on another machine it could differ.
             arrays |= {f"codes/{name}": t.codes for name, t in stored.items()}
             arrays |= {f"scales/{name}": t.scales for name, t in stored.items() if t.scales is not None}
-            state = {name: getattr(self, name) for name in RUN_STATE} | {
+            self.folder.save(arrays, {name: getattr(self, name) for name in RUN_STATE} | {
                 "schema": runlog.SCHEMA, "position": self.loader.position, "config": asdict(self.config),
                 "data": self.data.identity, "tokenizer": self.data.tokenizer_sha256,
                 "source": folder_identity(self.source_sha256), "formats": {n: t.format for n, t in stored.items()},
-            }
-            try:
-                checkpoints.write_checkpoint(self.checkpoint_path, arrays, state)
-                self.unsaved = ""
-            except WriteError as e:  # a full disk, which may have room again by the next one
-                self.unsaved = str(e)
-                self.log.line(f"notice      step {self.step}: {e}; training goes on, the last good checkpoint is kept")
+            })
         self.ranks.call(dist.barrier)  # among all, who wait long enough for a slow disk; and nobody leaves before it
 
     def restore(self, tensors: dict[str, Tensor], state: dict) -> None:
         """Go on from what save() wrote. Raises CheckpointError if that was another run."""
-        check_settings(self.checkpoint_path, state.get("config"), self.config)
+        path = self.folder.checkpoint
+        check_settings(path, state.get("config"), self.config)
         if state.get("data") != self.data.identity:
-            raise CheckpointError(f"{self.checkpoint_path}: made from other data than {self.config.data_path}")
+            raise CheckpointError(f"{path}: made from other data than {self.config.data_path}")
         self.source_changed = state.get("source") != folder_identity(self.source_sha256)
         moved = {name: x for name, x in tensors.items() if name.partition("/")[0] not in ("rng", "codes", "scales")}
         try:
@@ -1318,14 +1226,15 @@ class Trainer:
             for name in RUN_STATE:
                 setattr(self, name, type(getattr(self, name))(state[name]))
         except (KeyError, ValueError, RuntimeError, TypeError) as e:
-            raise CheckpointError(f"{self.checkpoint_path}: {e!r}; delete it and train again") from None
+            raise CheckpointError(f"{path}: {e!r}; delete it and train again") from None
 
     # -- training -------------------------------------------------------------------------------------------------
 
     def warm_up(self) -> None:
         """Compile and prime every shape of the run. Nothing is updated, so there is nothing to undo."""
         began, c, last = time.perf_counter(), self.config, 0.0
-        self.compile_model()
+        if c.compile:
+            self.compile_model()
         for seq_len in sequence_lengths(c):
             passes = c.warmup_steps if self.compiled is self.model else max(c.warmup_steps, 1)
             for _ in range(passes):
@@ -1338,7 +1247,7 @@ class Trainer:
                     self.go_on_without_compiler(e)
                     self.forward_backward(seq_len, 1)
                 self.latents.flat_grad.zero_()
-                self.synchronize()
+                machine.synchronize(self.device)
                 last = time.perf_counter() - start
         if self.world > 1:  # wait for the slowest compiler, then open the connections
             self.ranks.call(dist.barrier)
@@ -1354,16 +1263,12 @@ class Trainer:
         self.end_phase("compile", f", {expect} steps expected")
 
     def compile_model(self) -> None:
-        """Have forward and backward compiled at their first call, if that is asked for and there is a compiler."""
-        if not self.config.compile:
-            return
+        """Have forward and backward compiled at their first call, if there is a compiler."""
         if not machine.can_compile(self.device):
             self.log.line("notice      no C++ compiler found, so torch.compile is off; training will be slower")
             return
         try:
-            lengths = len(sequence_lengths(self.config))
-            torch._dynamo.config.recompile_limit = max(8, lengths + 1)  # one graph per length
-            machine.tag_compiler_cache()
+            machine.prepare_compiler(len(sequence_lengths(self.config)))  # one graph per length
             self.compiled = torch.compile(self.model, dynamic=False, fullgraph=True)
         except Exception as e:
             self.go_on_without_compiler(e)
@@ -1378,18 +1283,13 @@ class Trainer:
         self.log.line(f"notice      torch.compile failed ({why}), so it is off; training will be slower (--compile 0 "
                       "leaves it out)")
         self.compiled = self.model
-        for p in self.model.parameters():
-            p.grad = None
+        self.model.zero_grad(set_to_none=True)
         self.latents.flat_grad.zero_()
-
-    def synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
 
     def train(self) -> None:
         """Train to the wallclock cap or the number of iterations, whichever comes first."""
         c = self.config
-        self.synchronize()
+        machine.synchronize(self.device)
         first_step, self.began = self.step, time.perf_counter() - self.elapsed
         while True:
             progress, self.finished, signum = self.progress_and_signal()
@@ -1433,12 +1333,11 @@ class Trainer:
         self.elapsed = time.perf_counter() - self.began
         by_count = self.step / c.iterations if c.iterations else 0.0
         by_clock = self.elapsed / cap if cap else 0.0
-        over = cap > 0 and self.elapsed + self.step_seconds > cap  # the next step would end after the cap
-        counted = c.iterations > 0 and self.step >= c.iterations
-        progress, stop = min(max(by_count, by_clock), 1.0), over or counted
+        too_late = cap > 0 and self.elapsed + self.step_seconds > cap  # the next step would end after the cap
+        progress, over = min(max(by_count, by_clock), 1.0), too_late or by_count >= 1
         if self.world == 1:
-            return progress, stop, self.signal
-        mine = [progress, float(stop), self.signal] if self.rank == 0 else [0.0, 0.0, self.signal]
+            return progress, over, self.signals.last
+        mine = [progress, float(over), self.signals.last] if self.rank == 0 else [0.0, 0.0, self.signals.last]
         word = torch.tensor(mine, dtype=torch.float64, device=self.device)
         self.ranks.call(dist.all_reduce, word, op=dist.ReduceOp.MAX, group=self.ranks.group)
         progress, over, signum = word.tolist()
@@ -1447,10 +1346,10 @@ class Trainer:
     def stop_for(self, signum: int) -> None:
         """Save, and raise Interrupted."""
         self.save()
-        if self.unsaved:
-            raise TrainingError(f"stopped by signal {signum} after step {self.step}, and {self.unsaved}")
+        if self.folder.unsaved:
+            raise TrainingError(f"stopped by signal {signum} after step {self.step}, and {self.folder.unsaved}")
         raise Interrupted(signum, f"stopped by signal {signum} after step {self.step}, checkpoint in "
-                          f"{self.checkpoint_path}: the same command with --resume auto continues")
+                          f"{self.folder.checkpoint}: the same command with --resume auto continues")
 
     def forward_backward(self, seq_len: int, micro_batches: int) -> None:
         """Accumulate this rank's share of a step's gradients and loss, which are means, in latents.flat_grad."""
@@ -1475,10 +1374,8 @@ class Trainer:
     def report_step(self, plan: StepPlan, progress: float, loss: float, zero_frac: float, churn: float,
                     logged: bool) -> None:
         """The bar, and every now and then the log line and the record of a step."""
-        known = logged and not math.isnan(churn)
         step = runlog.Step(self.step, loss, self.elapsed, self.step_seconds, self.step_tokens, self.tokens_seen,
-                           zero_frac if known else None, churn if known else None, plan.lr_scale, plan.momentum,
-                           plan.seq_len)
+                           zero_frac, churn, plan.lr_scale, plan.momentum, plan.seq_len)
         if logged:
             self.log.line(runlog.step_line(step, self.header.settings), console=not self.log.on_terminal())
             self.log.record(step)
@@ -1505,32 +1402,17 @@ class Trainer:
 
     # -- checks of what was trained -------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def diverged(self, loss: float, seq_len: int) -> TrainingError:
         """The error of a step whose loss or gradient is not finite: it names the first bad tensor, and what is left."""
-        bad: list[str] = []
-
-        def look(name: str) -> Callable:
-            def hook(_module, _inputs, output: Tensor) -> None:
-                if not torch.isfinite(output).all():
-                    bad.append(f"the output of {name or 'the model'}")
-            return hook
-
-        hooks = [m.register_forward_hook(look(name)) for name, m in self.model.named_modules()]
-        weights = self.latents.first_non_finite(self.order) or ""  # of this rank
-        if not weights.startswith("the weights"):  # a bad activation makes all gradients bad: look for it, eagerly
+        first = self.latents.first_non_finite(self.order)  # of this rank
+        if first is None or not first.startswith("the weights"):  # a bad activation makes all gradients bad
             ids, targets = self.loader.batch(1, seq_len, 0, self.rank, self.world)
-            self.model(ids.to(self.device), targets.to(self.device))
-        for hook in hooks:
-            hook.remove()
-        first = (bad or [weights or "the sum of the gradients, or another rank's,"])[0]
-        return TrainingError(f"step {self.step + 1}: {first} is not finite (loss {loss}); {self.what_is_left()}; lower "
-                             "the learning rates or check the data")
-
-    def what_is_left(self) -> str:
-        if self.checkpoint_path.exists():
-            return f"the last good checkpoint is {self.checkpoint_path}"
-        return "no checkpoint was written yet"
+            module = first_bad_output(self.model, ids.to(self.device), targets.to(self.device))
+            if module is not None:
+                first = f"the output of {module or 'the model'}"
+        first = first or "the sum of the gradients, or another rank's,"
+        return TrainingError(f"step {self.step + 1}: {first} is not finite (loss {loss}); "
+                             f"{self.folder.what_is_left()}; lower the learning rates or check the data")
 
     def check_compiled(self) -> None:
         """What was trained is the compiled model, what is scored the eager one: both must be the same function."""
@@ -1559,24 +1441,13 @@ class Trainer:
 
     def report_memory(self, steps: int) -> None:
         """Bytes of state on each rank, and what the optimizer sent in a step. Collective."""
-        held = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in self.state_tensors()}
+        held = sum(p.nbytes for p in self.model.parameters()) + self.optimizer.bytes_held()
         table = torch.zeros(self.world, 3, dtype=torch.int64, device=self.device)
-        table[self.rank] = torch.tensor([sum(held.values()), *(v // steps for v in self.ranks.sent.values())])
+        table[self.rank] = torch.tensor([held, *(sent // steps for sent in self.ranks.sent.values())])
         state, gradients, codes = self.ranks.sum(table).T.tolist()
-        ternary = [b for b in self.latents.banks if b.format.kind == "ternary"]
-        each = sum(len(b.wire) for b in ternary) / max(sum(b.grad.numel() for b in ternary), 1)
-        memory = runlog.Memory(state, gradients, codes, each)
+        memory = runlog.Memory(state, gradients, codes, self.latents.wire_bytes_per_ternary_weight())
         self.log.lines(runlog.memory_lines(memory))
         self.log.record(memory)
-
-    def state_tensors(self) -> Iterator[Tensor]:
-        """All that this rank keeps between steps."""
-        yield from (p.data for p in self.model.parameters())
-        yield from (self.latents.flat_grad, self.latents.wire)
-        for bank in self.latents.mine:
-            yield from (*self.optimizer.saved(bank).values(), bank.stored.codes)
-            if bank.stored.scales is not None:
-                yield bank.stored.scales
 
     # -- pack and score -------------------------------------------------------------------------------------------
 
@@ -1585,7 +1456,7 @@ class Trainer:
 
         Raises AuditError if the file is not the model, TrainingError if something beside it could not be written.
         """
-        c, artifact = self.config, self.folder / "model.tern"
+        c, artifact, said = self.config, self.folder.artifact, self.header.settings
         began = time.perf_counter()
         memory = self.validate(c.eval_batch_seqs)
         if dist.is_initialized():  # the others have nothing left to do; the scoring processes form their own group
@@ -1602,23 +1473,22 @@ class Trainer:
 
         began = time.perf_counter()
         same = self.same_logits(artifact)
-        scored = self.score_in_fresh_process(artifact)
+        scored = self.score_file(artifact)
         self.seconds["score"] = memory_seconds + time.perf_counter() - began
         self.end_phase("score")
         gap = scored["chunked"]["val_bpb"] - memory.val_bpb
         size = pack.Budget(bytes_model, self.bytes_code, c.cap_bytes, c.cap_counts_code)
         final = runlog.Final(self.step, self.tokens_seen, asdict(memory), scored, gap, same, self.seconds, bytes_model,
-                             self.bytes_code, size.total, c.cap_bytes, size.fits, sha256_file(artifact),
+                             self.bytes_code, size.total, c.cap_bytes, size.fits, scored["artifact"]["sha256"],
                              self.replica_sha256)
-        self.log.lines(runlog.score_lines(final, self.header.settings))
-        self.log.line(f"{'=' * 20} result {'=' * 20}")
-        self.log.lines(runlog.result_lines(final, self.header.settings, str(artifact)))
+        self.log.lines([*runlog.score_lines(final, said), f"{'=' * 20} result {'=' * 20}",
+                        *runlog.result_lines(final, said, str(artifact))])
         self.log.record(final)
         if not same or gap != 0.0:
             raise AuditError("the file does not hold the model that was trained")
-        for fault in (self.unsaved, self.log.failed):
-            if fault:
-                raise TrainingError(f"{fault}; {artifact} and its score are there and whole")
+        unwritten = self.folder.unsaved or self.log.failed
+        if unwritten:
+            raise TrainingError(f"{unwritten}; {artifact} and its score are there and whole")
 
     @torch.inference_mode()
     def same_logits(self, artifact: Path) -> bool:
@@ -1629,29 +1499,17 @@ class Trainer:
         a, b = (m.head(m.hidden(ids.to(self.device))) for m in (self.model, loaded))
         return torch.equal(a, b)
 
-    def score_in_fresh_process(self, artifact: Path) -> dict:
+    def score_file(self, artifact: Path) -> dict:
         """Run eval_bpb on the file, on as many processes as trained it here, and return its JSON."""
-        c, out = self.config, self.folder / f".score.json.{secrets.token_hex(4)}.tmp"
-        words = [*processes.launcher(self.place.local_world), *scoring_command(), str(artifact), "--data", c.data_path,
-                 "--stride", str(c.eval_stride), "--batch-seqs", str(c.eval_batch_seqs)]
+        c = self.config
+        options = ["--data", c.data_path, "--stride", str(c.eval_stride), "--batch-seqs", str(c.eval_batch_seqs)]
         if c.tokenizer_path:
-            words += ["--tokenizer-path", c.tokenizer_path]
-        env = processes.environment_alone(os.environ)
-        env |= {"OMP_NUM_THREADS": str(torch.get_num_threads()), command.FOLLOWED: str(os.getpid())}
+            options += ["--tokenizer-path", c.tokenizer_path]
+        env = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
         if self.device.type != "cuda":
             env["CUDA_VISIBLE_DEVICES"] = ""
-        done = subprocess.run([*words, "--json", str(out)], env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                              stderr=subprocess.STDOUT, encoding="utf-8", errors="replace")
-        self.log.lines(f"| {line}" for line in done.stdout.rstrip().splitlines())
-        if done.returncode or not out.exists():
-            raise AuditError(f"scoring failed (status {done.returncode}); see above, or run: {shlex.join(words)}")
-        scored = json.loads(out.read_text(encoding="utf-8"))
-        shards = {name: sha for name, sha in self.data.hashes.items() if name in scored["data"]["sha256"]}
-        if scored["artifact"]["sha256"] != sha256_file(artifact) or scored["data"]["sha256"] != shards:
-            raise AuditError(f"{out}: the scored artifact or data are not those of this run; do not change files while "
-                             "it scores")
-        out.replace(self.folder / "score.json")
-        return scored
+        return score_in_fresh_process(scoring_command(), artifact, options, self.place.local_world, env,
+                                      self.data.hashes, self.log.line)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1671,6 +1529,7 @@ FOREIGN_ENV = {
     "EMBED_LR": (None, "used with untied embeddings only"),
     "HEAD_LR": (None, "used with untied embeddings only"),
 }
+
 
 def resolve_settings(argv: list[str], env: Mapping[str, str]) -> tuple[str, Config, dict[str, str], list[str]]:
     """(preset, settings, where each came from, notices). Raises ConfigError; argparse exits on an unknown flag."""
@@ -1692,115 +1551,74 @@ def run(argv: list[str]) -> int:
     try:
         preset, config, origin, notices = resolve_settings(argv, os.environ)
         place = processes.process_place(os.environ)
-        moved_cache = machine.writable_compiler_cache()
-        if moved_cache:
-            notices.append(moved_cache)
+        notices += machine.writable_compiler_cache()
         torch.set_num_threads(config.threads or max(1, machine.cores() // place.local_world))
         trainer = Trainer(preset, config, place)
-        said = trainer.look_at_folder()
-        if said:
-            raise AlreadyFinished(said)
-        prepare_device(trainer.device)
+        trainer.folder.look()
+        machine.prepare_device(trainer.device)
+        machine.compute_deterministically(trainer.device)
         if place.world > 1:
             processes.join_group(place, "nccl" if trainer.device.type == "cuda" else "gloo")
-        caught = catch_signals(trainer)
+        trainer.signals.note()
         trainer.set_up()
         trainer.preflight(origin, notices)
         trainer.warm_up()
         trainer.train()
-        for signum in caught:
-            signal.signal(signum, stop_scoring)
+        trainer.signals.interrupt("after training: the same command with --resume auto packs and scores")
         trainer.finish()
         return 0
-    except Exception as e:
-        return report_end(e, trainer, place)
-    except KeyboardInterrupt as e:
-        return report_end(e, trainer, place)
+    except (Exception, KeyboardInterrupt) as e:
+        return report_end(e, place, trainer)
     finally:
         if trainer is not None:
-            trainer.close()
+            trainer.folder.close()
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def prepare_device(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        return
-    machine.keep_freed_memory()
-    torch.use_deterministic_algorithms(True)  # the same seed must give the same bytes; on a CPU this costs nothing
-    torch.utils.deterministic.fill_uninitialized_memory = False
-
-
-def catch_signals(trainer: Trainer) -> list[signal.Signals]:
-    """Have a signal end the run after its step; returns the signals. A second one, later, ends it at once."""
-    def on_signal(signum: int, _frame) -> None:
-        if trainer.signal and time.monotonic() - trainer.signalled > 2:  # launchers repeat a signal within moments
-            signal.signal(signum, signal.SIG_DFL)
-            os.kill(os.getpid(), signum)
-        trainer.signal, trainer.signalled = signum, time.monotonic()
-
-    stopping = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nohup ignores it; else a closed terminal ends the run
-        stopping.append(signal.SIGHUP)
-    for signum in stopping:
-        signal.signal(signum, on_signal)
-    return stopping
-
-
-def stop_scoring(signum: int, _frame) -> None:
-    """A signal while the file is packed and scored: the scoring process goes too, and resuming does that again."""
-    raise Interrupted(signum, f"stopped by signal {signum} after training: the same command with --resume auto packs "
-                      "and scores")
-
-
-FORESEEN = (DataError, AuditError, CheckpointError, TrainingError, runfolder.RunExists, pack.ArtifactError, OSError)
-
-
-def report_end(e: BaseException, trainer: Trainer | None, place: Place) -> int:
-    """One message of how a run ended that did not get to its end; the exit status.
-
-    It is rank 0's; of another machine's ranks the first one's, if its error is its own.
-    """
-    status, text, shared = 1, str(e), isinstance(e, ConfigError | TrainingError | runfolder.RunExists)
-    if isinstance(e, AlreadyFinished):
-        if place.rank == 0:
-            command.tell(text)
-        return 0
-    if isinstance(e, Elsewhere):
-        time.sleep(processes.LET_RANK_0_SPEAK)
-        return 1
-    if isinstance(e, Interrupted):
-        trainer.log.strict = False
-        trainer.log.line(text)
-        return 128 + e.signum
-    if isinstance(e, processes.LaunchError):
-        command.say_error(e)  # every process that meets one: it may be the only one
-        return 2
-    if isinstance(e, RankLost):
-        left = "no checkpoint was written yet: start again"
-        if trainer.checkpoint_path.exists():
-            left = f"continue from {trainer.checkpoint_path} with --resume auto"
-        text = f"a process of this run was lost at step {trainer.step + 1}, so all stop ({e}); {left}"
-        trainer.log.line(f"error: {text}", console=False)
-        if processes.first_to_speak():
-            command.say_error(text)
-        return 1
-    if isinstance(e, ConfigError):
-        status = 2
-    elif isinstance(e, KeyboardInterrupt):
-        status, text = 130, "stopped; nothing was trained"
-        if trainer is not None and trainer.checkpoint_path.exists():
-            text = "stopped; --resume auto goes on from the checkpoint"
-    elif not isinstance(e, FORESEEN):
-        text = command.describe_unexpected(e)
-    if trainer is not None and trainer.log is not None:
-        trainer.log.strict = False
-        trainer.log.clear_bar()
-        trainer.log.line(f"error: {text}", console=False)
+def report_end(e: BaseException, place: Place, trainer: Trainer | None) -> int:
+    """Say once, over all processes, how a run ended that did not get to its end; the exit status."""
+    log = trainer.folder.log if trainer is not None else None
+    if log is not None:
+        log.strict = False
+    match e:
+        case AlreadyFinished():
+            if place.rank == 0:
+                command.tell(str(e))
+            return 0
+        case Interrupted():
+            log.line(str(e))
+            return 128 + e.signum
+        case Elsewhere():
+            time.sleep(processes.LET_RANK_0_SPEAK)
+            return 1
+        case processes.LaunchError():
+            command.say_error(e)  # every process that meets one: it may be the only one
+            return 2
+        case RankLost():
+            text = (f"a process of this run was lost at step {trainer.step + 1}, so all stop ({e}); "
+                    f"{trainer.folder.what_is_left()}")
+            log.line(f"error: {text}", console=False)
+            if processes.first_to_speak():
+                command.say_error(text)
+            return 1
+        case ConfigError():
+            status, text, all_met_it = 2, str(e), True
+        case TrainingError() | RunExists():
+            status, text, all_met_it = 1, str(e), True
+        case KeyboardInterrupt():
+            left = trainer.folder.what_is_left() if trainer is not None else "nothing was trained"
+            status, text, all_met_it = 130, f"stopped; {left}", True
+        case AuditError() | CheckpointError() | DataError() | WriteError() | pack.ArtifactError() | OSError():
+            status, text, all_met_it = 1, str(e), False
+        case _:
+            status, text, all_met_it = 1, command.describe_unexpected(e), False
+    if log is not None:
+        log.clear_bar()
+        log.line(f"error: {text}", console=False)
     if place.rank == 0:
         command.say_error(text)
-    elif place.local_rank == 0 and not shared:
+    elif place.local_rank == 0 and not all_met_it:  # another machine's own trouble
         command.say_error(f"rank {place.rank}: {text}")
     else:
         time.sleep(processes.LET_RANK_0_SPEAK)
