@@ -313,9 +313,8 @@ def run(args: argparse.Namespace) -> int:
         if os.environ.get(command.FOLLOWED, "").isdecimal():
             command.follow(int(os.environ[command.FOLLOWED]))
         place = processes.process_place(os.environ)
-        moved_cache = machine.writable_compiler_cache()
-        if moved_cache and place.rank == 0:
-            print(f"notice      {moved_cache}", file=sys.stderr)
+        for notice in machine.writable_compiler_cache() if place.rank == 0 else []:
+            print(f"notice      {notice}", file=sys.stderr)
         if args.json:
             check_json_target(args.json)
         device = torch.device("cuda", place.local_rank) if torch.cuda.is_available() else torch.device("cpu")

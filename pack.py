@@ -700,6 +700,26 @@ def expected_bits(format: dict, part: str = "matrices", shape: tuple[int, ...] =
     return bits
 
 
+def predicted_bytes(rows: Iterable[tuple[str, str, tuple[int, ...], dict]], meta: dict
+                    ) -> dict[str, tuple[dict, int, float]]:
+    """Part of a model's file -> (format, symbols, bytes), with expected_bits for each symbol.
+
+    rows: of each tensor its name, part ("matrices", "embedding" or "vectors"), shape and format.
+    """
+    parts: dict[str, tuple[dict, int, float]] = {}
+    table, formats = [], []
+    for name, part, shape, format in rows:
+        for role, (_, role_shape) in layout(format, shape).items():
+            _, count, size = parts.get(f"{part} {role}", (format, 0, 0.0))
+            n, bits = math.prod(role_shape), expected_bits(format, part, shape)[role]
+            parts[f"{part} {role}"] = format, count + n, size + n * bits / 8
+        if format not in formats:
+            formats.append(format)
+        table.append((name, shape, formats.index(format)))
+    header = encode_header(formats, meta, [["model", 10**5, 2**31]] * len(parts), table)
+    return parts | {"header": ({}, 0, float(len(header)))}
+
+
 def encode_artifact(tensors: dict[str, StoredTensor], meta: dict) -> bytes:
     """The file's bytes, the same for the same input. Raises ArtifactError on input that could not be read back."""
     formats, rows = {}, []  # formats: canonical JSON -> (index, format), in order of first use

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -68,3 +69,15 @@ def encode_scales(scales: Tensor, nonzero: Tensor, dtype: str) -> Tensor:
 def decode_scales(stored: Tensor, dtype: str) -> Tensor:
     """The fp32 values of stored scales."""
     return LOG_TABLES[dtype].to(stored.device)[stored.long()] if dtype in LOG_TABLES else stored.float()
+
+
+def bit_patterns(x: Tensor) -> np.ndarray:
+    """A tensor as pack.py has it: floats of 16 bits or less become their bit patterns."""
+    x = x.detach().cpu().contiguous()
+    return x.view(getattr(torch, f"uint{8 * x.itemsize}")).numpy() if x.is_floating_point() else x.numpy()
+
+
+def from_patterns(array: np.ndarray, dtype: str) -> Tensor:
+    """The inverse of bit_patterns; dtype: a float's name, or anything else for integers."""
+    x = torch.from_numpy(array.copy())
+    return x.view(VALUE_DTYPES[dtype]) if dtype in VALUE_DTYPES else x

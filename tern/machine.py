@@ -33,6 +33,27 @@ def describe() -> dict:
     }
 
 
+def prepare_device(device: torch.device) -> None:
+    """Make the device the one in use; on a CPU, keep its memory."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
+
+
+def compute_deterministically(device: torch.device) -> None:
+    """The same seed must give the same bytes; on a CPU this costs nothing."""
+    if device.type == "cpu":
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for what the device has been asked to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
 def can_compile(device: torch.device) -> bool:
     """Whether torch.compile finds a compiler: of C++ for a CPU, of C for a GPU."""
     return any(map(shutil.which, ("g++", "clang++") if device.type == "cpu" else ("cc", "gcc", "clang")))
@@ -46,7 +67,7 @@ def remove_caches() -> None:
         shutil.rmtree(OWN_CACHES.pop(), ignore_errors=True)
 
 
-def writable_compiler_cache() -> str:
+def writable_compiler_cache() -> list[str]:
     """Give torch's compiler a cache folder that it can write, in the environment; a notice if not the usual one.
 
     torch makes the folder when parts of it are imported, compiled or not. Raises OSError where nothing can be written.
@@ -61,14 +82,20 @@ def writable_compiler_cache() -> str:
     try:
         os.makedirs(folder, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
-            return ""
+            return []
     except OSError as e:
         own = tempfile.mkdtemp(prefix="torchinductor_")
         OWN_CACHES.append(own)
         atexit.register(remove_caches)
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = own
-        return (f"the compiler's cache {folder or 'of a user without a name'} cannot be written ({e.strerror}): another"
-                " one is used and thrown away; TORCHINDUCTOR_CACHE_DIR names a folder to keep")
+        return [f"the compiler's cache {folder or 'of a user without a name'} cannot be written ({e.strerror}): another"
+                " one is used and thrown away; TORCHINDUCTOR_CACHE_DIR names a folder to keep"]
+
+
+def prepare_compiler(graphs: int) -> None:
+    """Let torch.compile make so many graphs of one function, each for its shapes."""
+    torch._dynamo.config.recompile_limit = max(8, graphs + 1)
+    tag_compiler_cache()
 
 
 def tag_compiler_cache() -> None:

@@ -168,8 +168,24 @@ def end_process(status: int) -> int:
     return status
 
 
+class Elsewhere(Exception):
+    """Rank 0 has met an error, and says it."""
+
+
 class RankLost(RuntimeError):
     """Another process of the run does not answer."""
+
+
+def share_out(costs: Mapping[str, int], world: int) -> dict[str, int]:
+    """Name -> the rank that does this work: each in turn, the costliest first, goes to the rank with the least so far.
+
+    The same on every rank.
+    """
+    load, owner = [0] * world, {}
+    for name in sorted(costs, key=lambda name: costs[name], reverse=True):  # a stable sort
+        owner[name] = load.index(min(load))
+        load[owner[name]] += costs[name]
+    return {name: owner[name] for name in costs}
 
 
 class Ranks:
@@ -196,11 +212,11 @@ class Ranks:
                 return function(*args, **kwargs)
 
     def differing(self, digest: bytes, device: torch.device) -> list[int]:
-        """Ranks whose digest is not rank 0's; collective."""
+        """Ranks whose digest is not rank 0's; collective, and patient with a rank that comes late."""
         mine = torch.tensor(list(digest), dtype=torch.int64, device=device)
-        every = [torch.empty_like(mine) for _ in range(self.world)]
-        self.call(dist.all_gather, every, mine, group=self.group)
-        return [rank for rank, theirs in enumerate(every) if self.world > 1 and not torch.equal(theirs, every[0])]
+        every = [mine.clone() for _ in range(self.world)]
+        self.call(dist.all_gather, every, mine)
+        return [rank for rank, theirs in enumerate(every) if not torch.equal(theirs, every[0])]
 
     def sum(self, x: Tensor) -> Tensor:
         """x <- sum over all ranks, on all ranks."""

@@ -7,16 +7,23 @@ import json
 import os
 import platform
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from tern import checkpoints
-from tern.files import sha256_file
+from tern.files import WriteError, sha256_file
+from tern.runlog import Log
 
 
 class RunExists(ValueError):
     """The run's folder holds a run that must not be touched; the message says what to do instead."""
+
+
+class AlreadyFinished(Exception):
+    """The run is finished, and left as it is; the message says what it is."""
 
 
 @dataclass(frozen=True)
@@ -128,3 +135,55 @@ def remove_half_written(folder: Path) -> None:
     for left in folder.iterdir():
         if HALF_WRITTEN.fullmatch(left.name) and left.is_file():
             left.unlink()
+
+
+class RunFolder:
+    """A run's folder as the run has it: what lies there, the lock on it, its log.
+
+    resume: whether a run in it may be continued. check_settings: as look_at_folder takes it.
+    """
+
+    def __init__(self, path: Path, resume: bool, check_settings: Callable[[Path, dict], None]):
+        self.path, self.resume, self.check_settings = path, resume, check_settings
+        self.checkpoint, self.artifact = path / checkpoints.FILE, path / "model.tern"
+        self.log: Log | None = None
+        self.lock = None
+        self.unsaved = ""  # why the last checkpoint could not be written; empty if it was
+
+    @property
+    def resumes(self) -> bool:
+        """Whether there is something to continue from."""
+        return self.resume and self.checkpoint.exists()
+
+    def look(self) -> None:
+        """Raises AlreadyFinished if nothing is left to do, RunExists if running would overwrite a run."""
+        said = look_at_folder(self.path, self.resume, self.check_settings)
+        if said:
+            raise AlreadyFinished(said)
+
+    def take(self) -> None:
+        """Lock the folder, clear away what a killed run left, and open the log. Raises as look does."""
+        self.lock = lock_folder(self.path)
+        self.look()  # again: another run may have come and gone
+        remove_half_written(self.path)
+        self.log = Log(self.path, 0, append=self.resumes)
+
+    def save(self, arrays: Mapping[str, np.ndarray], state: dict) -> None:
+        """Write the checkpoint. A disk that is full is noted, not raised: it may have room again by the next one."""
+        try:
+            checkpoints.write_checkpoint(self.checkpoint, arrays, state)
+            self.unsaved = ""
+        except WriteError as e:
+            self.unsaved = str(e)
+            self.log.line(f"notice      step {state['step']}: {e}; training goes on, the last good checkpoint is kept")
+
+    def what_is_left(self) -> str:
+        """For a run that cannot go on."""
+        if self.checkpoint.exists():
+            return f"the last good checkpoint is {self.checkpoint}: --resume auto continues from it"
+        return "no checkpoint was written yet"
+
+    def close(self) -> None:
+        for file in (self.log, self.lock):
+            if file is not None:
+                file.close()

@@ -61,7 +61,7 @@ class Step:
     step_seconds: float
     tokens: int
     tokens_seen: int
-    zero_frac: float | None  # None where the matrices have no codes
+    zero_frac: float | None  # None or NaN where the matrices have no codes
     churn: float | None  # share of the codes that this step changed
     lr_scale: float
     momentum: float
@@ -170,7 +170,20 @@ class Log:
     def record(self, record: Record) -> None:
         if not self.quiet:
             kind = next(name for name, of in RECORDS.items() if isinstance(record, of))
-            self.write("metrics.jsonl", json.dumps({"type": kind} | asdict(record), sort_keys=True))
+            values = {"type": kind} | asdict(record)
+            for name, value in values.items():
+                if isinstance(value, float) and math.isnan(value):  # JSON has no NaN
+                    values[name] = None
+            self.write("metrics.jsonl", json.dumps(values, sort_keys=True))
+
+    def preflight(self, header: Header, facts: Preflight, sources: Mapping[str, bytes]) -> None:
+        """What is about to run, in full in the files."""
+        if not header.resumed_at or facts.source_changed:
+            for name, text in sources.items():  # a log reproduces its run
+                self.line(source_line(name, text), console=False)
+        self.record(header)
+        self.line(f"machine     {json.dumps(header.machine, sort_keys=True)}", console=False)
+        self.lines(preflight_lines(header, facts))
 
     def show(self, text: str) -> None:
         """To the terminal, as long as there is one: a pipe may be closed by its reader, a file system be full."""
@@ -275,9 +288,9 @@ def preflight_lines(h: Header, p: Preflight) -> list[str]:
     return lines
 
 
-def source_lines(sources: Mapping[str, bytes]) -> list[str]:
-    """The program in its log, a file each: a log reproduces its run."""
-    return [f"{'=' * 40} {name}\n{text.decode(errors='replace')}" for name, text in sources.items()]
+def source_line(name: str, text: bytes) -> str:
+    """A file of the program in its log."""
+    return f"{'=' * 40} {name}\n{text.decode(errors='replace')}"
 
 
 def not_counted(settings: Mapping) -> str:
@@ -308,7 +321,8 @@ def step_line(s: Step, settings: Mapping) -> str:
 
 def progress_bar(s: Step, progress: float, settings: Mapping) -> str:
     """The step on a terminal; progress in [0, 1]."""
-    codes = "" if s.zero_frac is None or s.churn is None else f"zero_frac {s.zero_frac:.3f}  churn {s.churn:.4f}"
+    known = s.zero_frac is not None and s.churn is not None and not math.isnan(s.churn)
+    codes = f"zero_frac {s.zero_frac:.3f}  churn {s.churn:.4f}" if known else ""
     return (f"[{'#' * int(24 * progress):<24}] step {s.step}  loss {s.loss:.4f}  {1000 * s.step_seconds:.0f} ms/step  "
             f"{s.tokens / s.step_seconds:,.0f} tok/s  {codes}  "
             f"{clock(seconds_left(s.step, s.elapsed, settings))} left")

@@ -13,9 +13,12 @@ class ConfigError(ValueError):
     """A setting that cannot be used; the message names it, its value and what to do."""
 
 
-def setting(default, why: str, low: float = -math.inf, high: float = math.inf):
-    """A field of the dataclass: its default, which also says its type, the reason for it, and the range of a number."""
-    return field(default=default, metadata={"why": why, "low": low, "high": high})
+def setting(default, why: str, low: float = -math.inf, high: float = math.inf, free: bool = False):
+    """A field of the dataclass: its default, which also says its type, the reason for it, and the range of a number.
+
+    free: it changes no formula, so a run may be resumed with another value.
+    """
+    return field(default=default, metadata={"why": why, "low": low, "high": high, "free": free})
 
 
 def need(ok: bool, config, name: str, rule: str) -> None:
@@ -35,6 +38,18 @@ def check_types(config) -> None:
         if kind in (int, float):
             finite = abs(value) < math.inf
             need(low <= value <= high and finite, config, f.name, f"must be between {low} and {high}")
+
+
+def formula(config) -> dict:
+    """The settings that decide what a run computes."""
+    return {f.name: getattr(config, f.name) for f in fields(config) if not f.metadata["free"]}
+
+
+def differences(theirs: object, config) -> list[str]:
+    """Where other settings, a JSON object's, would compute something else; a setting that they lack has its default,
+    as one that came later did nothing then."""
+    known = {f.name: f.default for f in fields(config)} | (theirs if isinstance(theirs, dict) else {})
+    return [f"{name}={known[name]} (now {value})" for name, value in formula(config).items() if known[name] != value]
 
 
 def parse(name: str, text: str, kind: type, where: str):

@@ -51,6 +51,39 @@ def read_shard(path: str | Path, most: int | None = None) -> np.ndarray:
                        offset=4 * SHARD_HEADER_INTS)
 
 
+class TokenStream:
+    """The tokens of shards, one after the other and then again from the first, endlessly."""
+
+    def __init__(self, shards: tuple[Path, ...], vocab_size: int):
+        self.shards, self.vocab_size = shards, vocab_size
+        self.ends = np.cumsum([shard_tokens(p) for p in shards])
+        self.open_shard, self.tokens = -1, np.zeros(0, dtype=np.uint16)
+        if self.ends[-1] < 2:
+            raise DataError(f"{shards[0].parent}: the training shards hold no text; prepare the folder again")
+        self.read(0, 1)
+
+    def __len__(self) -> int:
+        """Tokens of all shards, once."""
+        return int(self.ends[-1])
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """count tokens from position start, int64 [count]. Raises DataError on a token of another tokenizer."""
+        out, filled = np.empty(count, dtype=np.int64), 0
+        while filled < count:
+            at = (start + filled) % len(self)
+            shard = int(np.searchsorted(self.ends, at, side="right"))
+            if shard != self.open_shard:
+                self.open_shard, self.tokens = shard, read_shard(self.shards[shard])
+                if self.tokens.size and int(self.tokens.max()) >= self.vocab_size:
+                    raise DataError(f"{self.shards[shard]}: token {self.tokens.max()} with vocab_size="
+                                    f"{self.vocab_size}; the shard is of another tokenizer")
+            offset = at - (int(self.ends[shard - 1]) if shard else 0)
+            piece = self.tokens[offset : offset + count - filled]
+            out[filled : filled + piece.size] = piece
+            filled += piece.size
+        return out
+
+
 @dataclass(frozen=True)
 class DataFolder:
     """A folder of shards and its tokenizer, with the sha256 of every file."""
