@@ -74,7 +74,7 @@ def command_of(program: str) -> list[str]:
 
 def root() -> Path:
     """The folder of the programs."""
-    return Path(__file__).resolve().parents[1]
+    return Path(__file__).resolve().parents[0 if in_bundle() else 1]
 
 
 def module_name(file: str) -> str:
