@@ -49,6 +49,7 @@ import zstandard
 
 from tern import base3, checkpoints, entropy, source
 from tern.command import Parser, say_error
+from tern.errors import Foreseen
 from tern.files import WriteError, write_atomic
 
 MAGIC, VERSION = b"TRNY", 2
@@ -68,7 +69,7 @@ FREE_EXPANSION, MAX_EXPANSION = 4 << 20, 64
 FREE_STEPS = 4096  # and take so many steps of the adaptive model, of about a millisecond, plus one per byte
 
 
-class ArtifactError(ValueError):
+class ArtifactError(Foreseen):
     """An artifact that cannot be read or written. The message says what is wrong, where, and what to do."""
 
 
@@ -107,6 +108,19 @@ class StoredTensor:
 SYMBOLS = {"ternary": "<i1", "five": "<i1", "u8": "<u1", "u16": "<u2", "u32": "<u4"}
 SYMBOLS |= {f"int{bits}": "<i1" for bits in range(2, 9)} | {f"uint{bits}": "<u1" for bits in range(4, 9)}
 SCALES = {"bf16": "u16", "fp16": "u16"} | {f"log{bits}": f"uint{bits}" for bits in range(4, 9)}  # -> symbols
+
+
+# Bits that a symbol of a trained model takes here (LOG.md, "bits of trained models" and "equal_bytes"; fp32 is not
+# compressed). What `expected_bits` and so every plan assumes.
+BITS: dict[str, float] = {
+    "ternary": 1.577, "binary": 1.0, "five": 2.18, "codebook entry": 7.2,
+    "embedding int2": 0.7, "embedding int3": 1.8, "embedding int4": 2.80, "embedding int5": 3.8,
+    "embedding int6": 4.7, "embedding int7": 5.7, "embedding int8": 6.8,
+    "fp8": 5.4, "bf16": 10.9, "fp16": 13.9, "fp32": 32.0,  # of either sign
+    "vectors fp8": 4.7, "vectors bf16": 8.6, "vectors fp16": 11.6,  # near one, like gains
+    "scale log4": 0.2, "scale log5": 1.1, "scale log6": 1.95, "scale log7": 2.9, "scale log8": 3.8,
+    "scale bf16": 6.8, "scale fp16": 9.1,
+}
 
 
 @dataclass(frozen=True)
@@ -653,19 +667,6 @@ def check_codes(name: str, t: StoredTensor) -> None:
 
 NORMAL = NormalDist()
 
-# Bits that a symbol of a trained model takes here (LOG.md, "bits of trained models" and "equal_bytes"; fp32 is not
-# compressed). What `expected_bits` and so every plan assumes.
-BITS = {
-    "ternary": 1.577, "binary": 1.0, "five": 2.18, "codebook entry": 7.2,
-    "embedding int2": 0.7, "embedding int3": 1.8, "embedding int4": 2.80, "embedding int5": 3.8,
-    "embedding int6": 4.7, "embedding int7": 5.7, "embedding int8": 6.8,
-    "fp8": 5.4, "bf16": 10.9, "fp16": 13.9, "fp32": 32.0,  # of either sign
-    "vectors fp8": 4.7, "vectors bf16": 8.6, "vectors fp16": 11.6,  # near one, like gains
-    "scale log4": 0.2, "scale log5": 1.1, "scale log6": 1.95, "scale log7": 2.9, "scale log8": 3.8,
-    "scale bf16": 6.8, "scale fp16": 9.1,
-}
-
-
 def entropy_of(shares: Iterable[float]) -> float:
     """Bits per symbol of independent symbols that occur in these shares."""
     return sum(-p * math.log2(p) for p in shares if p > 0)
@@ -861,7 +862,8 @@ def decode_artifact(data) -> tuple[dict[str, StoredTensor], dict]:
             raise ArtifactError(f"{where}: {e}") from None
     tensors, taken = {}, dict.fromkeys(flat, 0)
     for name, shape, index in header.tensors:
-        format, arrays = header.formats[index], {"codes": None, "scales": None}
+        format = header.formats[index]
+        arrays: dict[str, np.ndarray | None] = {"codes": None, "scales": None}
         for role, (_, shape_of_role) in layout(format, shape).items():
             start, count = taken[index, role], math.prod(shape_of_role)
             taken[index, role] += count
@@ -995,7 +997,7 @@ def describe(data: bytes) -> dict:
         rows.append({"tensor": name, "shape": list(shape), "format": format_label(format), "weights": n, "bytes": share,
                      "bits_per_weight": 8 * share / n if n else 0.0,
                      "zero_frac": float((values == 0).mean()) if n else 0.0})
-    weights = sum(row["weights"] for row in rows)
+    weights = sum(tensors[name].codes.size for name, *_ in header.tensors)
     table = [{"role": s.role, "format": format_label(header.formats[s.format]), "kind": s.kind, "codec": s.codec,
               "count": s.count, "offset": s.offset, "bytes": s.bytes, "crc32": s.crc32} for s in header.streams]
     return {"bytes": len(data), "header_bytes": header.header_bytes, "weights": weights,

@@ -38,27 +38,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pack
-from tern import checkpoints, command, machine, metric, processes, runlog, settings, source
+from tern import checkpoints, foreign, groups, machine, metric, processes, runlog, settings, source
 from tern.checkpoints import CheckpointError
-from tern.files import WriteError, folder_identity
+from tern.command import steady_streams
+from tern.ending import report_end
+from tern.errors import Foreseen
+from tern.files import folder_identity
 from tern.finite import first_bad, first_bad_output
-from tern.groups import (
-    SCALE_DTYPES,
-    VALUE_DTYPES,
-    bit_patterns,
-    decode_scales,
-    encode_scales,
-    from_patterns,
-    join_groups,
-    split_groups,
-)
-from tern.kernels import attend, rope_tables
+from tern.groups import SCALE_DTYPES, VALUE_DTYPES, join_groups, split_groups
+from tern.kernels import attend, cross_entropy, rope_tables, rotate
 from tern.metric import evaluate
-from tern.processes import Elsewhere, Place, RankLost, Ranks
-from tern.runfolder import AlreadyFinished, RunExists, RunFolder
+from tern.processes import Place, RankLost, Ranks
+from tern.runfolder import RunFolder
 from tern.scoring import score_in_fresh_process
 from tern.settings import ConfigError, need, setting
-from tern.shards import AuditError, DataError, DataFolder, TokenStream, open_data, read_shard
+from tern.shards import AuditError, DataFolder, TokenStream, open_data, read_shard
 from tern.signals import Interrupted, Signals
 from tern.tokenizers import ByteCounter
 from tern.wire import from_wire, to_wire
@@ -143,7 +137,7 @@ class Config:
     eval_stride: int = setting(64, "stride of the sliding-window score; 0: chunked score only", 0, free=True)
     eval_batch_seqs: int = setting(32, "windows per batch of the scoring process", 1, free=True)
     cap_bytes: int = setting(16_000_000, "byte cap of the track", 1, free=True)
-    cap_counts_code: bool = setting(True, "whether the cap covers the code too (official), or the model alone", free=True)
+    cap_counts_code: bool = setting(True, "the cap covers the code too (official), or the model alone", free=True)
 
     def __post_init__(self):
         settings.check_types(self)
@@ -220,6 +214,7 @@ class Format:
     """
 
     kind: str  # of the file (docs/format.md)
+    numbered = False  # whether a setting names it with a number, as int4
 
     @classmethod
     def from_settings(cls, config: Config, kind: str, number: str) -> Format:
@@ -236,7 +231,7 @@ class Format:
 
     def spec(self) -> dict:
         """The format as a file and pack.py know it."""
-        return {"kind": self.kind} | asdict(self)
+        return {"kind": self.kind} | asdict(self)  # type: ignore[call-overload]
 
 
 class GroupFormat(Format):
@@ -252,12 +247,12 @@ class GroupFormat(Format):
     def dequantize(self, stored: Stored) -> Tensor:
         """codes * scale, computed in fp32 and rounded once."""
         codes, _ = split_groups(stored.codes.float(), self.group_size)
-        param = codes * decode_scales(stored.scales, self.scale)[..., None]
+        param = codes * groups.decode_scales(stored.scales, self.scale)[..., None]
         return join_groups(param, stored.codes.shape).bfloat16()
 
     def store(self, codes: Tensor, scales: Tensor, nonzero: Tensor, shape: torch.Size) -> Stored:
         """codes [.., rows, groups, size] and exact scales [.., rows, groups] as they are stored."""
-        return Stored(join_groups(codes.to(torch.int8), shape), encode_scales(scales, nonzero, self.scale))
+        return Stored(join_groups(codes.to(torch.int8), shape), groups.encode_scales(scales, nonzero, self.scale))
 
 
 def absmean(w: Tensor, sizes: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
@@ -312,6 +307,7 @@ class Int(GroupFormat):
     group_size: int = 128
     scale: str = "bf16"
     kind = "int"
+    numbered = True
 
     def __post_init__(self):
         super().__post_init__()
@@ -320,15 +316,15 @@ class Int(GroupFormat):
 
     @classmethod
     def from_settings(cls, config: Config, kind: str, number: str) -> Format:
-        return cls(int(number or 0), config.group_size, config.scale_dtype)
+        return cls(int(number), config.group_size, config.scale_dtype)
 
     def quantize(self, latent: Tensor) -> Stored:
         """Codes are rounded against the stored scale: the one that they will be multiplied by."""
         w, _ = split_groups(latent.float(), self.group_size)
         limit = 2 ** (self.bits - 1) - 1
         biggest = w.abs().amax(-1)
-        scales = encode_scales(biggest / limit, biggest > 0, self.scale)
-        values = decode_scales(scales, self.scale)[..., None]
+        scales = groups.encode_scales(biggest / limit, biggest > 0, self.scale)
+        values = groups.decode_scales(scales, self.scale)[..., None]
         divisor = torch.where(values > 0, values, 1.0)
         codes = (w / divisor).round().clamp(-limit, limit).to(torch.int8)
         return Stored(join_groups(codes, latent.shape), scales)
@@ -365,7 +361,7 @@ class Float(Format):
         return stored.codes.bfloat16()
 
     @property
-    def kind(self) -> str:
+    def kind(self) -> str:  # type: ignore[override]
         return self.dtype
 
     def spec(self) -> dict:
@@ -384,8 +380,8 @@ def make_format(config: Config, name: str) -> Format:
     if kind not in FORMATS:  # int4: a kind and its number
         kind = value.rstrip("0123456789")
         number = value[len(kind) :]
-    need(kind in FORMATS and len(number) < 3, config, name,
-         f"must be one of {', '.join(FORMATS)}, an int with its bits as int4")
+    known = kind in FORMATS and FORMATS[kind].numbered == (0 < len(number) < 3)
+    need(known, config, name, f"must be one of {', '.join(FORMATS)}, an int with its bits as int4")
     need(name != "vector_format" or value in VALUE_DTYPES, config, name, "must be fp8, bf16 or fp16")
     try:
         return FORMATS[kind].from_settings(config, kind, number)
@@ -419,12 +415,6 @@ def format_of_file(spec: dict) -> Format:
 
 def norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],))
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE (arXiv 2104.09864) on x [batch, heads, time, head_dim], halves paired."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
 
 
 class Linear(nn.Linear):
@@ -492,14 +482,6 @@ class Block(nn.Module):
         return x + self.mlp_scale * self.mlp(x)
 
 
-def cross_entropy(logits: Tensor, targets: Tensor, cap: float) -> Tensor:
-    """F.cross_entropy of logits [.., vocab_size] within +-cap and targets [..], in one pass over the logits."""
-    target = torch.where(torch.arange(logits.shape[-1], device=logits.device) == targets[..., None], logits, 0.0)
-    # With a cap of 40 no exponential leaves fp32, so that the maximum need not be looked for first.
-    shift = torch.full_like(logits[..., :1], cap) if cap <= 40 else logits.detach().amax(-1, keepdim=True)
-    return ((logits - shift).exp().sum(-1).log() + shift[..., 0] - target.sum(-1)).mean()
-
-
 def previous(x: Tensor) -> Tensor:
     """x [batch, time, ..] one position later, zeros first."""
     return F.pad(x, (0,) * (2 * (x.ndim - 2)) + (1, 0))[:, :-1]
@@ -512,12 +494,13 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.tok_emb = nn.Embedding(config.vocab_size, config.model_dim)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        blocks = [Block(config) for _ in range(config.num_layers)]
+        self.blocks = nn.ModuleList(blocks)
         self.skip_weights = nn.Parameter(torch.ones(config.num_layers // 2, config.model_dim))
         if config.smear:
             self.smear = nn.Parameter(torch.zeros(config.model_dim))
         nn.init.normal_(self.tok_emb.weight, std=config.tied_embed_init_std)
-        for block in self.blocks:  # each block starts as the identity
+        for block in blocks:  # each block starts as the identity
             nn.init.zeros_(block.attn.proj.weight)
             nn.init.zeros_(block.mlp.proj.weight)
 
@@ -670,10 +653,9 @@ class Latents:
             if quantized < 1:
                 mixed[id(bank)] = bank.latent.float().lerp(bank.format.dequantize(stored).float(), quantized).bfloat16()
             if self.ranks.world > 1:
+                wire = to_wire(stored.codes, stored.scales, bank.format.kind == "ternary")
                 if mixed:
                     wire = mixed[id(bank)].flatten().view(torch.uint8)
-                else:
-                    wire = to_wire(stored.codes, stored.scales, bank.format.kind == "ternary")
                 bank.wire[: len(wire)].copy_(wire)
         works = [self.ranks.broadcast(segment, r) for r, segment in enumerate(self.wire_segments)]
         for bank in sorted(self.banks, key=lambda b: b.owner != self.ranks.rank):  # one's own while others arrive
@@ -681,16 +663,16 @@ class Latents:
                 self.ranks.wait(works[bank.owner])
             if quantized == 1:
                 param = bank.format.dequantize(self.stored(bank))
-            elif (param := mixed.get(id(bank))) is None:
+            elif id(bank) in mixed:
+                param = mixed[id(bank)]
+            else:
                 param = bank.wire[: 2 * bank.grad.numel()].clone().view(torch.bfloat16).view(bank.grad.shape)
             torch._foreach_copy_([p.data for p in bank.params], list(param.unbind()))
         self.ranks.wait(works[self.ranks.rank])
         if not measure:
             return math.nan, math.nan
         zeros, changed, total = self.ranks.sum(counts).tolist()
-        if not total:
-            return math.nan, math.nan
-        return zeros / total, changed / total
+        return (zeros / total, changed / total) if total else (math.nan, math.nan)
 
     @torch.no_grad()
     def load(self, latents: Mapping[str, Tensor], where: str) -> None:
@@ -775,7 +757,8 @@ def newton_schulz(g: Tensor, steps: int) -> Tensor:
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = g.bfloat16()
-    if tall := x.shape[-2] > x.shape[-1]:
+    tall = x.shape[-2] > x.shape[-1]
+    if tall:
         x = x.mT
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
@@ -865,13 +848,7 @@ class Optimizer:
         """
         expected = {f"{what}/{n}": x[i] for bank in self.latents.banks for what, x in self.saved(bank).items()
                     for i, n in enumerate(bank.names)}
-        wrong = sorted(expected.keys() ^ state.keys())
-        if wrong:
-            raise ValueError(f"tensor {wrong[0]} is missing or not known")
-        for name, x in expected.items():
-            if x.shape != state[name].shape or x.dtype != state[name].dtype:
-                raise ValueError(f"tensor {name} is {state[name].dtype} {tuple(state[name].shape)}, not {x.dtype} "
-                                 f"{tuple(x.shape)}")
+        checkpoints.check_tensors(state, expected)
         for bank in self.latents.mine:
             device = bank.latent.device
             loaded = {what: torch.stack([state[f"{what}/{n}"] for n in bank.names]) for what in self.saved(bank)}
@@ -964,14 +941,6 @@ def micro_batch_tokens(config: Config, world: int) -> int:
 RUN_STATE = ("step", "elapsed", "step_seconds", "tokens_seen", "finished", "quantized")  # a Trainer's, in checkpoints
 
 
-def check_settings(path: Path, theirs: object, config: Config) -> None:
-    """Raises CheckpointError unless a run that path tells of had these settings, but for those that are free."""
-    differ = settings.differences(theirs, config)
-    if differ:
-        raise CheckpointError(f"{path}: made with other settings: {', '.join(differ)}; resume with the same ones or "
-                              "use another --run-id")
-
-
 def load_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     """(tensors, state) of a checkpoint file, or of the one in a run's folder. Raises CheckpointError."""
     arrays, state = checkpoints.read_checkpoint(path)
@@ -989,15 +958,15 @@ def load_latents(path: str, data: DataFolder) -> dict[str, Tensor]:
 
 def to_pack(stored: Stored, fmt: Format) -> pack.StoredTensor:
     """A tensor as pack.py writes it."""
-    scales = None if stored.scales is None else bit_patterns(stored.scales).reshape(-1, stored.scales.shape[-1])
-    return pack.StoredTensor(tuple(stored.codes.shape), fmt.spec(), bit_patterns(stored.codes), scales)
+    scales = None if stored.scales is None else groups.bit_patterns(stored.scales).reshape(-1, stored.scales.shape[-1])
+    return pack.StoredTensor(tuple(stored.codes.shape), fmt.spec(), groups.bit_patterns(stored.codes), scales)
 
 
 def param_of_file(tensor: pack.StoredTensor) -> Tensor:
     """The param, bf16, of a tensor in a file. Raises ConfigError on a format that this trainer does not know."""
     spec = tensor.format
-    scales = None if tensor.scales is None else from_patterns(tensor.scales, spec.get("scale", "bf16"))
-    return format_of_file(spec).dequantize(Stored(from_patterns(tensor.codes, spec["kind"]), scales))
+    scales = None if tensor.scales is None else groups.from_patterns(tensor.scales, spec.get("scale", "bf16"))
+    return format_of_file(spec).dequantize(Stored(groups.from_patterns(tensor.codes, spec["kind"]), scales))
 
 
 # What a model is rebuilt from, and so what an artifact's configuration holds; the rest of a run is in its log.
@@ -1058,8 +1027,10 @@ def predicted_bytes(config: Config) -> dict[str, tuple[dict, int, float]]:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-class TrainingError(RuntimeError):
+class TrainingError(Foreseen):
     """Training that cannot go on; the message says what happened, at which step, and what is left."""
+
+    shared = True
 
 
 SILENCE = timedelta(seconds=45)  # after which a rank that does not answer is lost
@@ -1076,16 +1047,9 @@ class Trainer:
     def __init__(self, preset: str, config: Config, place: Place):
         self.preset, self.config, self.place = preset, config, place
         self.rank, self.world = place.rank, place.world
-        cuda = torch.cuda.is_available() if config.device == "auto" else config.device == "cuda"
-        if cuda and not torch.cuda.is_available():
-            raise ConfigError("device='cuda': this machine has no CUDA device; use --device cpu")
-        if cuda and place.local_rank >= torch.cuda.device_count():
-            raise ConfigError(f"nproc_per_node={place.local_world}: this machine has {torch.cuda.device_count()} "
-                              "GPU(s)")
-        self.device = torch.device("cuda", place.local_rank) if cuda else torch.device("cpu")
+        self.device = machine.pick_device(config.device, place.local_rank)
         self.ranks = Ranks(place.rank, place.world)
-        self.folder = RunFolder(Path(config.out_dir) / config.run_id, config.resume == "auto",
-                                lambda path, theirs: check_settings(path, theirs, config))
+        self.folder = RunFolder(Path(config.out_dir) / config.run_id, config.resume == "auto", config)
         self.signals = Signals()
         self.seconds: dict[str, float] = {}  # phase -> seconds
         self.step, self.elapsed, self.step_seconds, self.tokens_seen, self.finished = 0, 0.0, 0.0, 0, False
@@ -1111,7 +1075,9 @@ class Trainer:
             processes.check_agreement({"data": self.data.identity, "program": self.source_sha256,
                                        "settings": settings.formula(c)}, self.device)
         self.val_tokens = np.concatenate([read_shard(path) for path in self.data.val])
-        self.take_folder()
+        self.folder.take_together(self.ranks, self.device, lambda: self.notices.extend(
+            metric.audit_before_training(self.data, self.counter)))
+        self.log = self.folder.log
         loaded = load_checkpoint(self.folder.checkpoint) if self.folder.resumes else None
         self.loader = TokenLoader(self.data.train, c.vocab_size)
         torch.manual_seed(c.seed)
@@ -1134,29 +1100,6 @@ class Trainer:
                                   "folder between the machines")
         self.seconds["load"] = time.perf_counter() - began
 
-    def take_folder(self) -> None:
-        """Audit the data and take the run's folder, on rank 0; all ranks leave if that cannot be.
-
-        Raises what rank 0 met there, on other ranks Elsewhere; AlreadyFinished if another process has just finished
-        this very run.
-        """
-        problem: Exception | None = None
-        if self.rank == 0:
-            try:
-                self.notices += metric.audit_before_training(self.data, self.counter)
-                self.folder.take()
-            except (ValueError, OSError, AlreadyFinished) as e:
-                problem = e
-        else:
-            self.folder.log = runlog.Log(self.folder.path, self.rank, append=True)
-        word = {type(None): 0, AlreadyFinished: 1}.get(type(problem), 2)
-        word = int(self.ranks.sum(torch.tensor(word, dtype=torch.int64, device=self.device)))  # rank 0's alone
-        if problem is not None:
-            raise problem
-        if word:
-            raise AlreadyFinished() if word == 1 else Elsewhere()
-        self.log = self.folder.log
-
     def preflight(self, origin: dict[str, str], notices: list[str]) -> None:
         """Say what is about to run."""
         c = self.config
@@ -1172,13 +1115,8 @@ class Trainer:
                                    for part, (spec, count, size) in predicted_bytes(c).items()},
             self.bytes_code, self.micro_tokens, self.elapsed, self.source_changed, [*notices, *self.notices])
         self.log.preflight(self.header, facts, self.sources)
-        self.end_phase("load")
+        self.log.phase("load", self.seconds["load"])
         self.log.strict = False  # from here on training is worth more than its log
-
-    def end_phase(self, name: str, note: str = "") -> None:
-        phase = runlog.Phase(name, self.seconds[name])
-        self.log.line(runlog.phase_line(phase, note))
-        self.log.record(phase)
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
@@ -1195,9 +1133,7 @@ class Trainer:
             self.latents.refresh(self.quantized)
         tensors = self.optimizer.state()
         if self.rank == 0:
-            tensors["rng/cpu"] = torch.get_rng_state()
-            if self.device.type == "cuda":
-                tensors["rng/cuda"] = torch.cuda.get_rng_state(self.device)
+            tensors |= machine.random_state(self.device)
             arrays = {name: x.detach().cpu().numpy() for name, x in tensors.items()}
             # What a file must hold is in the checkpoint: derived again on another machine it could differ.
             arrays |= {f"codes/{name}": t.codes for name, t in stored.items()}
@@ -1212,16 +1148,14 @@ class Trainer:
     def restore(self, tensors: dict[str, Tensor], state: dict) -> None:
         """Go on from what save() wrote. Raises CheckpointError if that was another run."""
         path = self.folder.checkpoint
-        check_settings(path, state.get("config"), self.config)
+        self.folder.check_settings(path, state.get("config"))
         if state.get("data") != self.data.identity:
             raise CheckpointError(f"{path}: made from other data than {self.config.data_path}")
         self.source_changed = state.get("source") != folder_identity(self.source_sha256)
         moved = {name: x for name, x in tensors.items() if name.partition("/")[0] not in ("rng", "codes", "scales")}
         try:
             self.optimizer.load_state(moved, int(state["step"]), float(state["quantized"]))
-            torch.set_rng_state(tensors["rng/cpu"])
-            if self.device.type == "cuda" and "rng/cuda" in tensors:
-                torch.cuda.set_rng_state(tensors["rng/cuda"], self.device)
+            machine.set_random_state(tensors, self.device)
             self.loader.position = int(state["position"])
             for name in RUN_STATE:
                 setattr(self, name, type(getattr(self, name))(state[name]))
@@ -1260,7 +1194,7 @@ class Trainer:
         if c.max_wallclock_seconds and last:
             full = last * c.train_batch_tokens / (self.world * self.micro_tokens)
             expect = f"about {min(c.max_wallclock_seconds / full, c.iterations or math.inf):,.0f}"
-        self.end_phase("compile", f", {expect} steps expected")
+        self.log.phase("compile", self.seconds["compile"], f", {expect} steps expected")
 
     def compile_model(self) -> None:
         """Have forward and backward compiled at their first call, if there is a compiler."""
@@ -1325,7 +1259,7 @@ class Trainer:
         self.report_memory(max(self.step - first_step, 1))
         self.save()
         self.check_compiled()  # after saving: what was trained is not lost with the packing
-        self.end_phase("train", runlog.trained_note(self.step, self.tokens_seen))
+        self.log.phase("train", self.seconds["train"], runlog.trained_note(self.step, self.tokens_seen))
 
     def progress_and_signal(self) -> tuple[float, bool, int]:
         """(progress in [0, 1], whether training is over, a signal's number or 0): rank 0's word, any rank's signal."""
@@ -1428,16 +1362,11 @@ class Trainer:
 
     def check_replicas(self) -> None:
         """Every rank must hold the same model: compare sha256 of all params."""
-        digest = hashlib.sha256()
-        for p in self.model.parameters():
-            digest.update(p.detach().cpu().contiguous().view(torch.uint8).numpy())
-        self.replica_sha256 = digest.hexdigest()
-        if self.world == 1:
-            return
-        differ = self.ranks.differing(digest.digest(), self.device)
+        self.replica_sha256, differ = self.ranks.same_bits(self.model.parameters())
         if differ:
             raise TrainingError(f"replicas differ: ranks {differ} do not hold the same bits as rank 0")
-        self.log.line(f"replicas    {self.world} ranks hold identical params ({self.replica_sha256[:16]})")
+        if self.world > 1:
+            self.log.line(f"replicas    {self.world} ranks hold identical params ({self.replica_sha256[:16]})")
 
     def report_memory(self, steps: int) -> None:
         """Bytes of state on each rank, and what the optimizer sent in a step. Collective."""
@@ -1469,13 +1398,13 @@ class Trainer:
         bytes_model = pack.write_artifact(artifact, self.latents.pack(self.order), artifact_meta(c, self.data))
         self.seconds["pack"] = time.perf_counter() - began
         self.log.lines(runlog.size_lines(bytes_model, self.bytes_code))
-        self.end_phase("pack")
+        self.log.phase("pack", self.seconds["pack"])
 
         began = time.perf_counter()
         same = self.same_logits(artifact)
         scored = self.score_file(artifact)
         self.seconds["score"] = memory_seconds + time.perf_counter() - began
-        self.end_phase("score")
+        self.log.phase("score", self.seconds["score"])
         gap = scored["chunked"]["val_bpb"] - memory.val_bpb
         size = pack.Budget(bytes_model, self.bytes_code, c.cap_bytes, c.cap_counts_code)
         final = runlog.Final(self.step, self.tokens_seen, asdict(memory), scored, gap, same, self.seconds, bytes_model,
@@ -1516,20 +1445,6 @@ class Trainer:
 # Main
 # ---------------------------------------------------------------------------------------------------------------
 
-# PR 367's variables for techniques that this trainer does not have: the values under which nothing is lost, and why.
-# A value outside them is an error; one inside that asks for something anyway is answered with a printed notice.
-FOREIGN_ENV = {
-    "XSA_LAST_N": (("0",), "exclusive self-attention is not in this trainer (no gain was seen: LOG.md, negatives)"),
-    "TIE_EMBEDDINGS": (("1",), "the embedding is always tied to the output head"),
-    "CONTROL_TENSOR_NAME_PATTERNS": ((), "storage formats are chosen with matrix_format, embed_format, vector_format"),
-    "TTT_ENABLED": (("0", "1"), "no test-time training: the score is of the model as stored (LOG.md, negatives)"),
-    "TTT_LR": (None, "no test-time training"),
-    "TTT_EPOCHS": (None, "no test-time training"),
-    "TTT_CHUNK_TOKENS": (None, "no test-time training"),
-    "EMBED_LR": (None, "used with untied embeddings only"),
-    "HEAD_LR": (None, "used with untied embeddings only"),
-}
-
 
 def resolve_settings(argv: list[str], env: Mapping[str, str]) -> tuple[str, Config, dict[str, str], list[str]]:
     """(preset, settings, where each came from, notices). Raises ConfigError; argparse exits on an unknown flag."""
@@ -1537,11 +1452,11 @@ def resolve_settings(argv: list[str], env: Mapping[str, str]) -> tuple[str, Conf
     description = (__doc__ or "").split("\n\n")[0]
     preset, config, origin = settings.resolve(Config, PRESETS, default, description, argv, env)
     config = replace(config, run_id=config.run_id or f"{preset}_seed{config.seed}")
-    return preset, config, origin, settings.check_foreign(FOREIGN_ENV, env)
+    return preset, config, origin, foreign.check_foreign(env)
 
 
 def main(argv: list[str] | None = None) -> int:
-    command.steady_streams()
+    steady_streams()
     return processes.end_process(run(sys.argv[1:] if argv is None else argv))
 
 
@@ -1568,61 +1483,12 @@ def run(argv: list[str]) -> int:
         trainer.finish()
         return 0
     except (Exception, KeyboardInterrupt) as e:
-        return report_end(e, place, trainer)
+        return report_end(e, place, trainer.folder if trainer is not None else None)
     finally:
         if trainer is not None:
             trainer.folder.close()
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def report_end(e: BaseException, place: Place, trainer: Trainer | None) -> int:
-    """Say once, over all processes, how a run ended that did not get to its end; the exit status."""
-    log = trainer.folder.log if trainer is not None else None
-    if log is not None:
-        log.strict = False
-    match e:
-        case AlreadyFinished():
-            if place.rank == 0:
-                command.tell(str(e))
-            return 0
-        case Interrupted():
-            log.line(str(e))
-            return 128 + e.signum
-        case Elsewhere():
-            time.sleep(processes.LET_RANK_0_SPEAK)
-            return 1
-        case processes.LaunchError():
-            command.say_error(e)  # every process that meets one: it may be the only one
-            return 2
-        case RankLost():
-            text = (f"a process of this run was lost at step {trainer.step + 1}, so all stop ({e}); "
-                    f"{trainer.folder.what_is_left()}")
-            log.line(f"error: {text}", console=False)
-            if processes.first_to_speak():
-                command.say_error(text)
-            return 1
-        case ConfigError():
-            status, text, all_met_it = 2, str(e), True
-        case TrainingError() | RunExists():
-            status, text, all_met_it = 1, str(e), True
-        case KeyboardInterrupt():
-            left = trainer.folder.what_is_left() if trainer is not None else "nothing was trained"
-            status, text, all_met_it = 130, f"stopped; {left}", True
-        case AuditError() | CheckpointError() | DataError() | WriteError() | pack.ArtifactError() | OSError():
-            status, text, all_met_it = 1, str(e), False
-        case _:
-            status, text, all_met_it = 1, command.describe_unexpected(e), False
-    if log is not None:
-        log.clear_bar()
-        log.line(f"error: {text}", console=False)
-    if place.rank == 0:
-        command.say_error(text)
-    elif place.local_rank == 0 and not all_met_it:  # another machine's own trouble
-        command.say_error(f"rank {place.rank}: {text}")
-    else:
-        time.sleep(processes.LET_RANK_0_SPEAK)
-    return status
 
 
 if __name__ == "__main__":

@@ -15,12 +15,13 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from tern.errors import Foreseen
 from tern.files import write_atomic
 
 FILE = "checkpoint.safetensors"  # in a run's folder
 
 
-class CheckpointError(ValueError):
+class CheckpointError(Foreseen):
     """A checkpoint that cannot be used; the message says what, where and what to do."""
 
 
@@ -28,6 +29,17 @@ def write_checkpoint(path: Path, arrays: Mapping[str, np.ndarray], state: dict) 
     """Replace the file, all or nothing. Raises WriteError."""
     contiguous = {name: np.ascontiguousarray(x) for name, x in arrays.items()}
     write_atomic(path, safetensors.numpy.save(contiguous, {"state": json.dumps(state, sort_keys=True)}))
+
+
+def check_tensors(found: Mapping, expected: Mapping) -> None:
+    """Raises ValueError unless both have the same names, shapes and dtypes."""
+    wrong = sorted(expected.keys() ^ found.keys())
+    if wrong:
+        raise ValueError(f"tensor {wrong[0]} is missing or not known")
+    for name, x in expected.items():
+        theirs = found[name]
+        if x.shape != theirs.shape or x.dtype != theirs.dtype:
+            raise ValueError(f"tensor {name} is {theirs.dtype} {tuple(theirs.shape)}, not {x.dtype} {tuple(x.shape)}")
 
 
 def find(path: str | Path) -> Path:

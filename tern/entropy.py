@@ -54,7 +54,7 @@ class Encoder:
     def __init__(self):
         self.coder = constriction.stream.queue.RangeEncoder()
 
-    def bits(self, p: np.ndarray, bits: np.ndarray) -> np.ndarray:
+    def bits(self, p: np.ndarray, bits: np.ndarray | None) -> np.ndarray:
         """Code bits (bool [n]) of which each is 1 with probability p / ONE (int [n])."""
         self.coder.encode(bits.astype(np.int32), FAMILY, tables(p))
         return bits
@@ -72,7 +72,7 @@ class Decoder:
         self.words = np.frombuffer(data, "<u4").astype(np.uint32)
         self.coder, self.again = constriction.stream.queue.RangeDecoder(self.words), Encoder()
 
-    def bits(self, p: np.ndarray, bits: None) -> np.ndarray:
+    def bits(self, p: np.ndarray, bits: np.ndarray | None) -> np.ndarray:
         probabilities = tables(p)
         try:
             symbols = self.coder.decode(FAMILY, probabilities)
@@ -172,6 +172,8 @@ class Model:
 
     # A step costs as much as some hundred symbols, so it takes several rows if they are short or very many.
     segments, min_lanes, max_steps = 8, 256, 1 << 10
+    low: int  # the smallest symbol
+    high: int  # and the largest
 
     def __init__(self, coder: Encoder | Decoder, nodes: int, detailed: int | None = None):
         """nodes: decisions there are; detailed: those, from 0 on, that have contexts of their own (None: all)."""
@@ -406,7 +408,7 @@ class Predicted(Model):
         magnitude = None if excess is None else np.abs(excess)
         true_class = None if excess is None else self.classes.of[magnitude]
         sign = len(self.classes.lows) - 1
-        cls, active = 0, None
+        cls, active = np.zeros((), np.int32), None  # an array of the step's shape after the first node
         for node in range(sign):
             active = self.decide(node, columns, node, None if true_class is None else true_class > node, active)
             cls = cls + active.astype(np.int32)

@@ -8,8 +8,10 @@ import secrets
 from collections.abc import Mapping
 from pathlib import Path
 
+from tern.errors import Foreseen
 
-class WriteError(ValueError):
+
+class WriteError(Foreseen):
     """A file that could not be written; the message says which, why and what to do. What was there before still is."""
 
 

@@ -1,4 +1,4 @@
-"""Kernels: causal attention on a CPU as tiles of matrix products, and the tables of RoPE."""
+"""Kernels: causal attention on a CPU as tiles of matrix products, RoPE, and the loss in one pass."""
 
 from __future__ import annotations
 
@@ -104,3 +104,17 @@ def rope_tables(ids: Tensor, half: int, base: float) -> Tensor:
 @rope_tables.register_fake
 def _(ids, half, base):
     return ids.new_empty(2, ids.shape[-1], half, dtype=torch.float32)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE (arXiv 2104.09864) on x [batch, heads, time, head_dim], halves paired."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, cap: float) -> Tensor:
+    """F.cross_entropy of logits [.., vocab_size] within +-cap and targets [..], in one pass over the logits."""
+    target = torch.where(torch.arange(logits.shape[-1], device=logits.device) == targets[..., None], logits, 0.0)
+    # With a cap of 40 no exponential leaves fp32, so that the maximum need not be looked for first.
+    shift = torch.full_like(logits[..., :1], cap) if cap <= 40 else logits.detach().amax(-1, keepdim=True)
+    return ((logits - shift).exp().sum(-1).log() + shift[..., 0] - target.sum(-1)).mean()

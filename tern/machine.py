@@ -10,12 +10,14 @@ import platform
 import re
 import shutil
 import tempfile
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 
 from tern import source
 from tern.files import folder_identity, sha256_file
+from tern.settings import ConfigError
 
 
 def cores() -> int:
@@ -33,6 +35,34 @@ def describe() -> dict:
     }
 
 
+def pick_device(wanted: str, local_rank: int) -> torch.device:
+    """The device of this process; wanted: auto, cpu or cuda. Raises ConfigError if it is not there."""
+    cuda = torch.cuda.is_available() if wanted == "auto" else wanted == "cuda"
+    if not cuda:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError("device='cuda': this machine has no CUDA device; use --device cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError(f"nproc_per_node: this machine has {torch.cuda.device_count()} GPU(s), and this is process "
+                          f"{local_rank + 1} of it")
+    return torch.device("cuda", local_rank)
+
+
+def random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """The state of torch's generators, as a checkpoint has it: rng/cpu and, with a GPU, rng/cuda."""
+    state = {"rng/cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["rng/cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_random_state(state: Mapping[str, torch.Tensor], device: torch.device) -> None:
+    """Restore what random_state gave, on the same kind of device or another. Raises KeyError without rng/cpu."""
+    torch.set_rng_state(state["rng/cpu"])
+    if device.type == "cuda" and "rng/cuda" in state:
+        torch.cuda.set_rng_state(state["rng/cuda"], device)
+
+
 def prepare_device(device: torch.device) -> None:
     """Make the device the one in use; on a CPU, keep its memory."""
     if device.type == "cuda":
@@ -45,7 +75,7 @@ def compute_deterministically(device: torch.device) -> None:
     """The same seed must give the same bytes; on a CPU this costs nothing."""
     if device.type == "cpu":
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def synchronize(device: torch.device) -> None:

@@ -8,7 +8,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -16,11 +16,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tern.errors import Foreseen
 from tern.machine import remove_caches
 
 
-class LaunchError(ValueError):
+class LaunchError(Foreseen):
     """Processes that are not the group that the environment says; the message says how to start them."""
+
+    status = 2
 
 
 @dataclass(frozen=True)
@@ -217,6 +220,14 @@ class Ranks:
         every = [mine.clone() for _ in range(self.world)]
         self.call(dist.all_gather, every, mine)
         return [rank for rank, theirs in enumerate(every) if not torch.equal(theirs, every[0])]
+
+    def same_bits(self, tensors: Iterable[Tensor]) -> tuple[str, list[int]]:
+        """(sha256 of tensors, ranks whose tensors have other bits than rank 0's); collective."""
+        digest = hashlib.sha256()
+        for x in tensors:
+            digest.update(x.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+            device = x.device
+        return digest.hexdigest(), self.differing(digest.digest(), device) if self.world > 1 else []
 
     def sum(self, x: Tensor) -> Tensor:
         """x <- sum over all ranks, on all ranks."""

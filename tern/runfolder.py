@@ -12,14 +12,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from tern import checkpoints
+from tern.errors import Foreseen
 from tern.files import WriteError, sha256_file
+from tern.processes import Elsewhere, Ranks
 from tern.runlog import Log
+from tern.settings import differences
 
 
-class RunExists(ValueError):
+class RunExists(Foreseen):
     """The run's folder holds a run that must not be touched; the message says what to do instead."""
+
+    shared = True
 
 
 class AlreadyFinished(Exception):
@@ -140,11 +146,11 @@ def remove_half_written(folder: Path) -> None:
 class RunFolder:
     """A run's folder as the run has it: what lies there, the lock on it, its log.
 
-    resume: whether a run in it may be continued. check_settings: as look_at_folder takes it.
+    resume: whether a run in it may be continued. config: this run's settings.
     """
 
-    def __init__(self, path: Path, resume: bool, check_settings: Callable[[Path, dict], None]):
-        self.path, self.resume, self.check_settings = path, resume, check_settings
+    def __init__(self, path: Path, resume: bool, config):
+        self.path, self.resume, self.config = path, resume, config
         self.checkpoint, self.artifact = path / checkpoints.FILE, path / "model.tern"
         self.log: Log | None = None
         self.lock = None
@@ -155,11 +161,40 @@ class RunFolder:
         """Whether there is something to continue from."""
         return self.resume and self.checkpoint.exists()
 
+    def check_settings(self, where: Path, theirs: object) -> None:
+        """Raises CheckpointError unless a run that `where` tells of had these settings, but for those that are free."""
+        differ = differences(theirs, self.config)
+        if differ:
+            raise checkpoints.CheckpointError(f"{where}: made with other settings: {', '.join(differ)}; resume with "
+                                              "the same ones or use another --run-id")
+
     def look(self) -> None:
         """Raises AlreadyFinished if nothing is left to do, RunExists if running would overwrite a run."""
         said = look_at_folder(self.path, self.resume, self.check_settings)
         if said:
             raise AlreadyFinished(said)
+
+    def take_together(self, ranks: Ranks, device: torch.device, audit: Callable[[], None]) -> None:
+        """On rank 0 audit and take the folder; all ranks leave if that cannot be. Collective.
+
+        Raises what rank 0 met there, on other ranks Elsewhere; AlreadyFinished if another process has just finished
+        this very run.
+        """
+        problem: Exception | None = None
+        if ranks.rank == 0:
+            try:
+                audit()
+                self.take()
+            except (ValueError, OSError, AlreadyFinished) as e:
+                problem = e
+        else:
+            self.log = Log(self.path, ranks.rank, append=True)
+        word = {type(None): 0, AlreadyFinished: 1}.get(type(problem), 2)
+        word = int(ranks.sum(torch.tensor(word, dtype=torch.int64, device=device)))  # rank 0's alone
+        if problem is not None:
+            raise problem
+        if word:
+            raise AlreadyFinished() if word == 1 else Elsewhere()
 
     def take(self) -> None:
         """Lock the folder, clear away what a killed run left, and open the log. Raises as look does."""

@@ -176,6 +176,12 @@ class Log:
                     values[name] = None
             self.write("metrics.jsonl", json.dumps(values, sort_keys=True))
 
+    def phase(self, name: str, seconds: float, note: str = "") -> None:
+        """A part of the run that ended."""
+        phase = Phase(name, seconds)
+        self.line(phase_line(phase, note))
+        self.record(phase)
+
     def preflight(self, header: Header, facts: Preflight, sources: Mapping[str, bytes]) -> None:
         """What is about to run, in full in the files."""
         if not header.resumed_at or facts.source_changed:

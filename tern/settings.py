@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import field, fields
+from typing import Any
 
 from tern.command import Parser
+from tern.errors import Foreseen
 
-
-class ConfigError(ValueError):
+class ConfigError(Foreseen):
     """A setting that cannot be used; the message names it, its value and what to do."""
+
+    status, shared = 2, True
 
 
 def setting(default, why: str, low: float = -math.inf, high: float = math.inf, free: bool = False):
@@ -62,8 +65,8 @@ def parse(name: str, text: str, kind: type, where: str):
         raise ConfigError(f"{where} {name}={text!r}: a {kind.__name__} is needed") from None
 
 
-def resolve(config_class, presets: Mapping[str, dict], default_preset: str, description: str, argv: list[str],
-            env: Mapping[str, str]) -> tuple[str, object, dict[str, str]]:
+def resolve(config_class: type[Any], presets: Mapping[str, dict], default_preset: str, description: str,
+            argv: list[str], env: Mapping[str, str]) -> tuple[str, Any, dict[str, str]]:
     """(preset, settings, where each that is no default came from).
 
     The environment has upper-case names. Raises ConfigError; argparse exits on an unknown flag.
@@ -93,21 +96,3 @@ def resolve(config_class, presets: Mapping[str, dict], default_preset: str, desc
         if origin.get(name) == "environment":
             raise ConfigError(f"{e} (from the environment, {name.upper()})") from None
         raise
-
-
-def check_foreign(foreign: Mapping[str, tuple[tuple[str, ...] | None, str]], env: Mapping[str, str]) -> list[str]:
-    """Notices about variables of other programs that have no effect here.
-
-    foreign: name -> (values under which nothing is lost, or None for any; why it is not here). Raises ConfigError on a
-    value that asks for something else. The first of the values asks for nothing, so it needs no notice.
-    """
-    notices = []
-    for name, (allowed, why) in foreign.items():
-        value = env.get(name, "")
-        if value == "":
-            continue
-        if allowed is not None and value not in allowed:
-            raise ConfigError(f"environment {name}={value!r}: {why}; unset it")
-        if allowed is None or value != allowed[0]:
-            notices.append(f"{name}={value} has no effect here: {why}")
-    return notices

@@ -9,16 +9,17 @@ from pathlib import Path
 
 import numpy as np
 
+from tern.errors import Foreseen
 from tern.files import folder_identity, sha256_file
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256  # the official format: int32 header, uint16 tokens
 
 
-class DataError(ValueError):
+class DataError(Foreseen):
     """A shard, tokenizer or data folder that cannot be used; the message says what, where and what to do."""
 
 
-class AuditError(ValueError):
+class AuditError(Foreseen):
     """A score that must not be printed: its bytes, windows or model failed a check."""
 
 

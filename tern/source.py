@@ -14,6 +14,8 @@ import lzma
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+from tern.errors import Foreseen
+
 PROGRAMS = ("train_gpt.py", "eval_bpb.py", "pack.py")
 MAX_SOURCE, MAX_SOURCES = 1 << 20, 1 << 22  # bytes of one module, and of all
 
@@ -56,7 +58,7 @@ if __name__ == '__main__':
 '''
 
 
-class SourceError(ValueError):
+class SourceError(Foreseen):
     """Sources, or the one file made of them, that cannot be used; the message says what, where and what to do."""
 
 
@@ -175,8 +177,9 @@ def strip(source: bytes, where: str) -> str:
     """
     tree = parse(source, where)
     for node in ast.walk(tree):
-        documented = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
-        if documented and ast.get_docstring(node, clean=False) is not None:
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            continue
+        if ast.get_docstring(node, clean=False) is not None:
             node.body = node.body[1:] or [ast.Pass()]
     try:
         return ast.unparse(tree)

@@ -7,6 +7,7 @@ import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import sentencepiece as spm
@@ -99,8 +100,9 @@ class TokenizerFile:
 def read_tokenizer_file(model: bytes, where: str | Path) -> TokenizerFile:
     """The bytes of a .model file, which sentencepiece has opened. Raises DataError where they hold something odd."""
     try:
-        fields = [(number, dict(protobuf_fields(message))) for number, message in protobuf_fields(model)
-                  if number in (PIECES, TRAINER, NORMALIZER, DENORMALIZER)]
+        fields: list[tuple[int, dict[int, Any]]] = [
+            (number, dict(protobuf_fields(message))) for number, message in protobuf_fields(model)
+            if number in (PIECES, TRAINER, NORMALIZER, DENORMALIZER) and isinstance(message, bytes)]
         return TokenizerFile(
             any(number == TRAINER and part.get(MODEL_TYPE) == BPE for number, part in fields),
             {part[TEXT].decode(): part.get(KIND, NORMAL) for number, part in fields if number == PIECES},
