@@ -13,7 +13,6 @@ import struct
 import subprocess
 import sys
 import time
-import types
 import zlib
 from pathlib import Path
 
@@ -22,7 +21,10 @@ import pytest
 
 import pack
 from pack import ArtifactError, StoredTensor
+from tern import checkpoints, source
 
+fast = pytest.mark.fast
+ROOT = Path(pack.__file__).parent
 TERNARY = {"kind": "ternary", "group_size": 128, "rule": "absmean", "threshold": 0.5, "scale": "bf16"}
 INT6 = {"kind": "int", "bits": 6, "group_size": 64, "scale": "fp16"}
 LOG5 = {"kind": "ternary", "group_size": 32, "scale": "log5"}
@@ -35,7 +37,7 @@ def grouped(fmt: dict, shape: tuple[int, ...], seed: int = 0) -> StoredTensor:
     rng = np.random.default_rng(seed)
     limit = 1 if fmt["kind"] == "ternary" else 2 ** (fmt["bits"] - 1) - 1
     codes = rng.integers(-limit, limit + 1, shape).astype(np.int8)
-    at = pack.scale_shape(fmt, shape)
+    at = pack.layout(fmt, shape)["scales"][1]
     if fmt["scale"].startswith("log"):
         scales = rng.integers(1, 2 ** int(fmt["scale"][3:]), at).astype(np.uint8)
     else:
@@ -69,68 +71,78 @@ def write(tmp_path: Path, tensors=None) -> Path:
     return path
 
 
+def encoded(codec: str, codes, kind: str) -> bytes:
+    symbols = np.asarray(codes, pack.SYMBOLS[kind])
+    return pack.CODECS[codec].encode(symbols, kind, [symbols.shape])
+
+
+def decoded(codec: str, data: bytes, count: int, kind: str) -> np.ndarray:
+    return pack.CODECS[codec].decode(data, kind, [(count,)])
+
+
 # Packings -----------------------------------------------------------------------------------------------------
 
 
-def test_base3_golden_is_75():
-    # digits 0 1 2 2 0, least significant first: 0 + 1*3 + 2*9 + 2*27 + 0*81 = 75
-    assert pack.pack_base3(np.array([-1, 0, 1, 1, -1], np.int8)) == bytes([75])
-    assert pack.unpack_base3(bytes([75]), 5).tolist() == [-1, 0, 1, 1, -1]
+@fast
+@pytest.mark.parametrize(("codes", "data"), [
+    ([], []),
+    ([-1, 0, 1, 1, -1], [75]),  # digits 0 1 2 2 0, least significant first: 0 + 1*3 + 2*9 + 2*27 + 0*81
+    ([1] * 5, [242]),
+    ([-1] * 5, [0]),
+    ([1], [2]),  # padding digits are 0
+    ([0, 0, 0, 0, 0, 1, 1], [121, 8]),
+])
+def test_base3_goldens(codes, data):
+    assert encoded("base3", codes, "ternary") == bytes(data)
+    assert decoded("base3", bytes(data), len(codes), "ternary").tolist() == codes
 
 
-def test_base3_goldens_of_extremes_and_padding():
-    assert pack.pack_base3([]) == b""
-    assert pack.pack_base3([1] * 5) == bytes([242])
-    assert pack.pack_base3([-1] * 5) == bytes([0])
-    assert pack.pack_base3([1]) == bytes([2]), "padding digits are 0"
-    assert pack.pack_base3([0, 0, 0, 0, 0, 1, 1]) == bytes([121, 8])
+@fast
+@pytest.mark.parametrize(("kind", "codes", "data"), [
+    ("int3", [-3, 0, 3], [0b10011000, 0b1]),  # 3 bits, lowest first: 0, 3, 6 -> 000 | 011 << 3 | 110 << 6
+    ("int8", [-127, 0, 127], [0, 127, 254]),
+    ("int2", [-1, 0, 1, 0, 1], [0b01100100, 0b10]),
+    ("uint4", [0, 5, 15], [0x50, 0x0F]),  # unsigned kinds start at 0
+    ("uint5", [31, 1], [0b00111111, 0b0]),
+])
+def test_bits_goldens(kind, codes, data):
+    assert encoded("bits", codes, kind) == bytes(data)
+    assert decoded("bits", bytes(data), len(codes), kind).tolist() == codes
 
 
-def test_bits_goldens():
-    # 3 bits, limit 3, lowest first: 0, 3, 6 -> 000 | 011 << 3 | 110 << 6 = 0b1_1001_1000
-    assert pack.pack_bits([-3, 0, 3], "int3") == bytes([0b10011000, 0b1])
-    assert pack.unpack_bits(bytes([0b10011000, 0b1]), 3, "int3").tolist() == [-3, 0, 3]
-    assert pack.pack_bits([-127, 0, 127], "int8") == bytes([0, 127, 254])
-    assert pack.pack_bits([-1, 0, 1, 0, 1], "int2") == bytes([0b01100100, 0b10])
-    assert pack.pack_bits([0, 5, 15], "uint4") == bytes([0x50, 0x0F]), "unsigned kinds start at 0"
-    assert pack.unpack_bits(bytes([0x50, 0x0F]), 3, "uint4").tolist() == [0, 5, 15]
-    assert pack.pack_bits([31, 1], "uint5") == bytes([0b00111111, 0b0])
-
-
+@fast
 def test_planes_put_high_bytes_first():
-    symbols = np.array([0x1234, 0x5678], np.uint16)
-    assert pack.pack_planes(symbols, "u16") == bytes([0x12, 0x56, 0x34, 0x78])
-    assert pack.unpack_planes(bytes([0x12, 0x56, 0x34, 0x78]), 2, "u16").tolist() == symbols.tolist()
+    """Seen through zstd, which stores what is too short to compress: a frame and block header of 5 bytes."""
+    data = encoded("planes+zstd", [0x1234, 0x5678], "u16")
+    assert data.endswith(bytes([0x12, 0x56, 0x34, 0x78]))
+    assert decoded("planes+zstd", data, 2, "u16").tolist() == [0x1234, 0x5678]
 
 
-@pytest.mark.parametrize("bits", [None, 2, 5, 8])
-def test_packing_across_chunks(bits):
-    """More codes than are packed at a time: no code lost, moved or doubled at the seams."""
-    limit = 1 if bits is None else 2 ** (bits - 1) - 1
-    n = 2 * pack.CHUNK + 3
-    codes = np.random.default_rng(0).integers(-limit, limit + 1, n).astype(np.int8)
-    data = pack.pack_base3(codes) if bits is None else pack.pack_bits(codes, f"int{bits}")
-    assert len(data) == (-(-n // 5) if bits is None else -(-n * bits // 8))
-    back = pack.unpack_base3(data, n) if bits is None else pack.unpack_bits(data, n, f"int{bits}")
+@fast
+@pytest.mark.parametrize(("kind", "symbols", "size"), [("ternary", 5, 1), ("int2", 4, 1), ("int5", 8, 5),
+                                                       ("int8", 1, 1)])
+def test_packing_across_chunks(kind, symbols, size):
+    """More codes than are packed at a time: no code lost, moved or doubled at the seams. So many symbols take `size`
+    bytes."""
+    n, codec = 2 * pack.CHUNK + 3, "base3" if kind == "ternary" else "bits"
+    codes = np.random.default_rng(0).integers(*pack.range_of(kind), n, endpoint=True).astype(np.int8)
+    data = encoded(codec, codes, kind)
+    assert len(data) == math.ceil(n * size / symbols)
+    back = decoded(codec, data, n, kind)
     assert back.dtype == np.int8 and np.array_equal(back, codes)
-
-
-@pytest.mark.parametrize("codes", [[2], [-2], [0.5], [0, 1, 127]])
-def test_base3_refuses_what_is_not_ternary(codes):
-    with pytest.raises(ArtifactError, match="quantize"):
-        pack.pack_base3(codes)
 
 
 def test_base3_is_fast_enough_for_a_large_model():
     codes = np.tile(np.array([-1, 0, 1, 1], np.int8), 2_500_000)
-    start = time.perf_counter()
-    assert np.array_equal(pack.unpack_base3(pack.pack_base3(codes), codes.size), codes)
-    assert time.perf_counter() - start < 3  # 10M codes take 0.15 s here
+    start = time.process_time()
+    assert np.array_equal(decoded("base3", encoded("base3", codes, "ternary"), codes.size, "ternary"), codes)
+    assert time.process_time() - start < 3  # 10M codes take 0.15 s here
 
 
 # Layout -------------------------------------------------------------------------------------------------------
 
 
+@fast
 @pytest.mark.parametrize(
     ("fmt", "shape", "scales"),
     [
@@ -142,28 +154,25 @@ def test_base3_is_fast_enough_for_a_large_model():
         (TERNARY | {"group_size": 0}, (64, 200), (1, 1)),
         (INT6, (), (1, 1)),
         (INT6, (5, 0), (5, 0)),
+        (LOG5, (64, 200), (64, 7)),
     ],
 )
 def test_layout_of_groups(fmt, shape, scales):
-    kind = "ternary" if fmt["kind"] == "ternary" else "int6"
-    assert pack.scale_shape(fmt, shape) == scales
-    assert pack.layout(fmt, shape) == {"codes": (kind, shape), "scales": ("u16", scales)}
+    codes, dtype = "ternary" if fmt["kind"] == "ternary" else "int6", "uint5" if fmt is LOG5 else "u16"
+    assert pack.layout(fmt, shape) == {"codes": (codes, shape), "scales": (dtype, scales)}
 
 
+@fast
 def test_layout_of_floats_has_no_scales():
     assert pack.layout({"kind": "bf16"}, (3, 4)) == {"codes": ("u16", (3, 4))}
     assert pack.layout({"kind": "fp32"}, (3,)) == {"codes": ("u32", (3,))}
     assert pack.layout(FP8, ()) == {"codes": ("u8", ())}
 
 
-@pytest.mark.parametrize("bits", range(4, 9))
-def test_layout_of_log_scales(bits):
-    assert pack.layout(TERNARY | {"scale": f"log{bits}"}, (64, 200))["scales"] == (f"uint{bits}", (64, 2))
-
-
 # Container ----------------------------------------------------------------------------------------------------
 
 
+@fast
 def test_tiny_artifact_byte_by_byte():
     t = StoredTensor((5,), TERNARY, np.array([-1, 0, 1, 1, -1], np.int8), np.array([[ONE_BF16]], np.uint16))
     data = pack.encode_artifact({"w": t}, {"a": 1})
@@ -181,6 +190,7 @@ def test_tiny_artifact_byte_by_byte():
     assert data[17 + size :] == bytes([75, 0x80, 0x3F]), "one byte of codes, one little-endian scale, nothing else"
 
 
+@fast
 def test_folded_artifact_byte_by_byte():
     """Two layers of two tensors: one run in the table, one stream for each format and role."""
     log4 = {"kind": "ternary", "group_size": 2, "scale": "log4"}
@@ -205,6 +215,15 @@ def test_folded_artifact_byte_by_byte():
 E, W = ["", [5], 0], [".w", [5], 0]
 
 
+def table_of(*rows: tuple[str, tuple[int, ...], dict]) -> list:
+    """The tensor table in the header of a file of such tensors, which must come back in order."""
+    tensors = {name: grouped(fmt, shape) for name, shape, fmt in rows}
+    data = pack.encode_artifact(tensors, {})
+    assert list(pack.decode_artifact(data)[0]) == list(tensors)
+    return json.loads(zlib.decompress(data[17 : pack.parse_header(data).header_bytes], -15))["tensors"]
+
+
+@fast
 @pytest.mark.parametrize(
     ("names", "table"),
     [
@@ -228,23 +247,24 @@ E, W = ["", [5], 0], [".w", [5], 0]
     ],
 )
 def test_fold_goldens(names, table):
-    rows = [(name, (5,), 0) for name in names]
-    assert pack.fold(rows) == table
-    assert pack.unfold(table) == [[name, [5], 0] for name in names]
+    assert table_of(*((name, (5,), TERNARY) for name in names)) == table
 
 
+@fast
 def test_layers_of_different_shapes_or_formats_are_not_one_run():
-    assert pack.fold([("w0", (5,), 0), ("w1", (6,), 0)]) == [["w0", [5], 0], ["w1", [6], 0]]
-    assert pack.fold([("w0", (5,), 0), ("w1", (5,), 1)]) == [["w0", [5], 0], ["w1", [5], 1]]
+    assert table_of(("w0", (5,), TERNARY), ("w1", (6,), TERNARY)) == [["w0", [5], 0], ["w1", [6], 0]]
+    assert table_of(("w0", (5,), TERNARY), ("w1", (5,), LOG5)) == [["w0", [5], 0], ["w1", [5], 1]]
 
 
-@pytest.mark.parametrize("numbers", [[pack.MAX_TENSORS - 1], [pack.MAX_TENSORS, pack.MAX_TENSORS + 1],
-                                     [20240601], [pack.MAX_TENSORS + 1], [99_998, 99_999], [999_999, 1_000_000]])
-def test_tensors_numbered_as_high_as_may_be(numbers):
-    tensors = {f"step{n}": StoredTensor((1,), FP8, np.array([7], np.uint8), None) for n in numbers}
-    assert list(pack.decode_artifact(pack.encode_artifact(tensors, {}))[0]) == list(tensors)
+@fast
+def test_tensors_numbered_as_high_as_may_be():
+    for numbers in ([pack.MAX_TENSORS - 1], [pack.MAX_TENSORS, pack.MAX_TENSORS + 1], [20240601], [99_998, 99_999],
+                    [999_999, 1_000_000]):
+        tensors = {f"step{n}": StoredTensor((1,), FP8, np.array([7], np.uint8), None) for n in numbers}
+        assert list(pack.decode_artifact(pack.encode_artifact(tensors, {}))[0]) == list(tensors)
 
 
+@fast
 def test_round_trip_keeps_order_formats_and_bits():
     tensors, meta = model(), {"config": {"lr": 0.04, "name": "é", "on": True, "none": None, "list": [1, [2.5]]}}
     back, back_meta = pack.decode_artifact(pack.encode_artifact(tensors, meta))
@@ -254,6 +274,7 @@ def test_round_trip_keeps_order_formats_and_bits():
         assert t.codes.flags.writeable and t.codes.dtype.isnative
 
 
+@fast
 def test_one_stream_per_format_and_role():
     header = pack.parse_header(packed())
     assert [(s.format, s.role, s.kind, s.count) for s in header.streams] == [
@@ -295,7 +316,7 @@ def kind_range(kind: str) -> tuple[int, int]:
 
 @pytest.mark.parametrize("name", list(pack.CODECS))
 def test_every_codec_round_trips_every_kind_it_claims(name):
-    """Of several arrays, one of them empty: a codec may or may not care where one ends."""
+    """Of several arrays, two of them empty: a codec may or may not care where one ends."""
     codec, rng, shapes = pack.CODECS[name], np.random.default_rng(0), [(19, 17), (0, 3), (1, 3), (), (19, 17)]
     for kind in codec.kinds:
         symbols = rng.integers(*kind_range(kind), pack.count_of(shapes), endpoint=True).astype(pack.SYMBOLS[kind])
@@ -303,6 +324,7 @@ def test_every_codec_round_trips_every_kind_it_claims(name):
         assert back.dtype == symbols.dtype and np.array_equal(back, symbols)
 
 
+@fast
 def test_every_kind_has_a_codec_and_every_small_stream_its_plain_one():
     for kind in pack.SYMBOLS:
         names = [name for name, codec in pack.CODECS.items() if kind in codec.kinds]
@@ -323,11 +345,11 @@ def test_same_input_same_bytes_whatever_the_key_order():
         "print(hashlib.sha256(pack.encode_artifact(test_pack.model(), {'a': 1, 'b': 2})).hexdigest())"
     )
     env = os.environ | {"PYTHONHASHSEED": "7", "PYTHONDONTWRITEBYTECODE": "1"}
-    root = Path(pack.__file__).parent
-    out = subprocess.run([sys.executable, "-c", script], cwd=root, env=env, capture_output=True, text=True, check=True)
+    out = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
     assert out.stdout.strip() == hashlib.sha256(first).hexdigest()
 
 
+@fast
 def test_layout_in_memory_does_not_matter():
     t = grouped(TERNARY, (16, 200))
     turned = StoredTensor(t.shape, t.format, np.asfortranarray(t.codes), t.scales[:, ::-1].copy()[:, ::-1])
@@ -335,25 +357,23 @@ def test_layout_in_memory_does_not_matter():
 
 
 def test_a_small_model_spends_little_on_its_header():
-    """Layers are written once: 30 more cost a digit."""
+    """Layers are written once: 30 more cost a digit or two."""
+    t = grouped(TERNARY | {"group_size": 0}, (2, 128))
     names = ["attn.q", "attn.k", "attn.v", "attn.proj", "mlp.fc", "mlp.proj"]
 
     def header_bytes(layers: int) -> int:
-        rows = [(f"blocks.{i}.{n}.weight", (8, 128), 0) for i in range(layers) for n in names]
-        return len(zlib.compress(pack.canonical_json(pack.fold(rows)), 9))
+        tensors = {f"blocks.{i}.{n}.weight": t for i in range(layers) for n in names}
+        return pack.parse_header(pack.encode_artifact(tensors, {})).header_bytes
 
-    t = grouped(TERNARY | {"group_size": 0}, (2, 128))
-    tensors = {f"blocks.{i}.{n}.weight": t for i in range(6) for n in names}
-    assert pack.parse_header(pack.encode_artifact(tensors, {})).header_bytes < 280
-    assert header_bytes(36) <= header_bytes(6) + 2
+    assert header_bytes(36) - 8 <= header_bytes(6) < 280  # 8: longer sizes and other checksums of the streams
 
 
+@fast
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"shape": [5, 4]}, "tuple"),
         ({"shape": (5, 5)}, "codes must be int8 \\(5, 5\\)"),
-        ({"shape": (True, 20)}, "shape"),
         ({"shape": (-5, -4)}, "shape"),
         ({"codes": np.zeros((5, 4), np.int64)}, "codes must be int8"),
         ({"codes": [[0] * 4] * 5}, "not list"),
@@ -363,16 +383,10 @@ def test_a_small_model_spends_little_on_its_header():
         ({"scales": np.ones((5, 2), np.uint16)}, "scales must be uint16"),
         ({"format": {"kind": "bf16"}}, "codes must be uint16"),
         ({"format": {"kind": "quaternary"}}, "not known"),
-        ({"format": TERNARY | {"group_size": -1}}, "not known"),
-        ({"format": TERNARY | {"scale": "fp32"}}, "not known"),
-        ({"format": TERNARY | {"scale": "log3"}}, "not known"),
-        ({"format": TERNARY | {"scale": "log9"}}, "not known"),
         ({"format": TERNARY | {"scale": "log5"}}, "scales must be uint8"),
         ({"format": TERNARY | {"scale": "log5"}, "scales": np.full((5, 1), 32, np.uint8)}, "quantize"),
         ({"format": FP8}, "codes must be uint8"),
         ({"format": TERNARY | {"threshold": float("nan")}}, "finite"),
-        ({"format": INT6 | {"bits": 9}}, "not known"),
-        ({"format": INT6 | {"bits": True}}, "not known"),
     ],
 )
 def test_writer_refuses_bad_tensors(change, message):
@@ -387,20 +401,17 @@ def test_writer_refuses_bad_tensors(change, message):
         pack.encode_artifact({"w": StoredTensor(**(good | change))}, {})
 
 
-@pytest.mark.parametrize(
-    "meta", [{"a": float("inf")}, {1: 2}, {"a": {1, 2}}, {"a": np.float32(1)}, {"a": 2**70}, [1], None]
-)
-def test_writer_refuses_meta_that_is_not_json(meta):
-    with pytest.raises(ArtifactError, match="meta"):
-        pack.encode_artifact({}, meta)
+@fast
+def test_writer_refuses_meta_that_is_not_json_and_bad_names():
+    for meta in ({"a": float("inf")}, {1: 2}, {"a": {1, 2}}, {"a": np.float32(1)}, {"a": 2**70}, [1], None):
+        with pytest.raises(ArtifactError, match="meta"):
+            pack.encode_artifact({}, meta)
+    for name in ("", "a" * 300, "a\nb", "\x1b[2J", "\ud800", 3):
+        with pytest.raises(ArtifactError, match="name"):
+            pack.encode_artifact({name: grouped(TERNARY, (5, 4))}, {})
 
 
-@pytest.mark.parametrize("name", ["", "a" * 300, "a\nb", "\x1b[2J", "\ud800", 3])
-def test_writer_refuses_bad_names(name):
-    with pytest.raises(ArtifactError, match="name"):
-        pack.encode_artifact({name: grouped(TERNARY, (5, 4))}, {})
-
-
+@fast
 def test_writer_refuses_a_header_that_no_reader_accepts():
     with pytest.raises(ArtifactError, match="header"):
         pack.encode_artifact({}, {"log": "x" * pack.MAX_HEADER})
@@ -420,8 +431,7 @@ def test_what_the_model_compresses_too_well_goes_to_another_codec(monkeypatch):
     codec, zeros = pack.CODECS["model"], np.zeros(100 * 64, np.int8)
     assert 0 < codec.free("ternary") < pack.FREE_EXPANSION
     codec = dataclasses.replace(codec, free=lambda kind: 1000)
-    size = len(codec.encode(zeros, "ternary", [(100, 64)]))
-    assert size < 80 and pack.expands_too_far(codec, [(100, 64)], "ternary", size)
+    assert len(codec.encode(zeros, "ternary", [(100, 64)])) < 80
     monkeypatch.setattr(pack, "CODECS", {"base3": pack.CODECS["base3"], "model": codec})
     assert pack.encode_stream(zeros, "ternary", [(100, 64)])[0] == "base3"
     zeros[::2] = 1
@@ -436,7 +446,6 @@ def test_what_takes_the_model_too_many_steps_goes_to_another_codec(monkeypatch):
     assert 500 < codec.steps(shapes, "u16") < pack.FREE_STEPS
     assert pack.encode_stream(zeros, "u16", shapes)[0] == "model"
     monkeypatch.setattr(pack, "FREE_STEPS", 100)
-    assert pack.expands_too_far(codec, shapes, "u16", 100)
     assert pack.encode_stream(zeros, "u16", shapes)[0] == "raw"
 
 
@@ -449,6 +458,7 @@ def test_an_array_too_wide_for_the_model_goes_to_another_codec():
 # Files --------------------------------------------------------------------------------------------------------
 
 
+@fast
 def test_write_returns_the_files_size_and_leaves_nothing_else(tmp_path):
     path = tmp_path / "model.bin"
     assert pack.write_artifact(path, model(), {}) == path.stat().st_size
@@ -456,6 +466,7 @@ def test_write_returns_the_files_size_and_leaves_nothing_else(tmp_path):
     assert pack.first_difference(pack.read_artifact(path)[0], model()) is None
 
 
+@fast
 @pytest.mark.parametrize("step", ["fsync", "replace"])
 def test_failure_while_writing_keeps_the_old_file_and_leaves_no_other(tmp_path, monkeypatch, step):
     path = write(tmp_path)
@@ -464,36 +475,36 @@ def test_failure_while_writing_keeps_the_old_file_and_leaves_no_other(tmp_path, 
     def fail(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(pack.os, step, fail)
+    monkeypatch.setattr(os, step, fail)
     with pytest.raises(ArtifactError, match="No space left"):
         pack.write_artifact(path, {}, {})
     assert os.listdir(tmp_path) == ["model.bin"] and path.read_bytes() == before
 
 
+@fast
 def test_interrupt_while_writing_leaves_no_file(tmp_path, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pack.os, "fsync", interrupt)
+    monkeypatch.setattr(os, "fsync", interrupt)
     with pytest.raises(KeyboardInterrupt):
         pack.write_artifact(tmp_path / "model.bin", model(), {})
     assert os.listdir(tmp_path) == []
 
 
-def test_invalid_tensors_leave_no_file(tmp_path):
+@fast
+def test_what_cannot_be_written_leaves_no_file_and_says_what_to_do(tmp_path):
     with pytest.raises(ArtifactError):
         pack.write_artifact(tmp_path / "model.bin", {"": grouped(TERNARY, (2, 2))}, {})
-    assert os.listdir(tmp_path) == []
-
-
-def test_write_into_a_missing_folder_says_what_to_do(tmp_path):
     with pytest.raises(ArtifactError, match="folder must exist"):
         pack.write_artifact(tmp_path / "no" / "model.bin", model(), {})
+    assert os.listdir(tmp_path) == []
 
 
 # Budget -------------------------------------------------------------------------------------------------------
 
 
+@fast
 def test_budget_arithmetic(tmp_path):
     for name, size in {"model": 1000, "a.py": 30, "b.py": 4}.items():
         (tmp_path / name).write_bytes(b"x" * size)
@@ -511,17 +522,19 @@ def test_budget_of_a_missing_file_is_an_error(tmp_path):
         pack.budget(write(tmp_path), [tmp_path / "none.py"], 10**6)
 
 
-def test_code_files_are_those_beside_pack():
-    """All that training, packing and scoring need beside libraries: what a budget counts."""
-    here = Path(pack.__file__).resolve().parent
-    names = ["train_gpt.py", "runlog.py", "formats.py", "pack.py", "eval_bpb.py", "entropy.py"]
-    assert pack.code_files() == [here / name for name in names if (here / name).is_file()]
-    assert here / "entropy.py" in pack.code_files(), "pack.py imports it"
+def test_without_code_files_the_budget_counts_the_one_file_that_is_submitted(tmp_path, capsys):
+    """Made of all that training, packing and scoring need beside libraries, of which this program is a part."""
+    b = pack.budget(write(tmp_path), None, 10**6)
+    assert b.bytes_code == len(source.one_file(source.read_sources()))
+    assert {"pack.py", "tern/entropy.py"} <= set(source.code_files())
+    assert pack.main(["budget", str(write(tmp_path))]) == 0
+    assert f"\nbytes_code {b.bytes_code:,}\n" in capsys.readouterr().out
 
 
 # Command line -------------------------------------------------------------------------------------------------
 
 
+@fast
 def test_inspect_columns_add_up_to_the_file(tmp_path, capsys):
     path = write(tmp_path)
     assert pack.main(["inspect", str(path), "--json"]) == 0
@@ -544,11 +557,13 @@ def test_inspect_columns_add_up_to_the_file(tmp_path, capsys):
     assert sum(column) == size == int(table[-1].split()[-2].replace(",", ""))
 
 
+@fast
 def test_verify_accepts_a_good_file(tmp_path, capsys):
     assert pack.main(["verify", str(write(tmp_path))]) == 0
     assert re.findall(r"^\w+", capsys.readouterr().out, re.M) == ["sound", "canonical"]
 
 
+@fast
 @pytest.mark.parametrize(
     ("name", "role", "at", "value", "message"),
     [
@@ -578,6 +593,7 @@ def test_verify_accepts_a_zero_scale_on_a_zero_group(tmp_path):
     assert pack.main(["verify", str(write(tmp_path, tensors))]) == 0
 
 
+@fast
 def test_verify_finds_a_file_that_is_not_canonical(tmp_path, capsys, monkeypatch):
     with monkeypatch.context() as m:
         m.setattr(pack, "CODECS", {k: pack.CODECS[k] for k in ("base3", "bits", "raw", "raw+zstd")})
@@ -587,35 +603,79 @@ def test_verify_finds_a_file_that_is_not_canonical(tmp_path, capsys, monkeypatch
     assert "not canonical here" in capsys.readouterr().out
 
 
+def checkpoint(folder: Path, tensors: dict[str, StoredTensor], **state: object) -> Path:
+    """A run's folder whose checkpoint holds these tensors, and beside them what training needs."""
+    arrays = {"latent/emb": np.ones((3, 4), np.float32)}
+    for name, t in tensors.items():
+        arrays |= {f"{role}/{name}": x for role, x in (("codes", t.codes), ("scales", t.scales)) if x is not None}
+    formats = {"formats": {name: t.format for name, t in tensors.items()}}
+    checkpoints.write_checkpoint(folder / checkpoints.FILE, arrays, {"step": 7} | formats | state)
+    return folder
+
+
+def changed(t: StoredTensor, role: str, at: tuple[int, ...], value: int) -> StoredTensor:
+    array = getattr(t, role).copy()
+    array[at] = value
+    return dataclasses.replace(t, **{role: array})
+
+
+EMB, B_WEIGHT, GAIN = (model()[name] for name in ("emb", "b.weight", "gain"))
+
+
+@fast
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("theirs", "message"),
     [
-        (None, None),
-        (
-            lambda t: t["b.weight"].codes.__setitem__((7, 9), -t["b.weight"].codes[7, 9] or 1),
-            r"'b.weight': codes\[7, 9\] is",
-        ),
-        (
-            lambda t: t["emb"].scales.__setitem__((0, 1), 1),
-            r"'emb': scales\[0, 1\] is \d+ in the file, 1 in the checkpoint",
-        ),
-        (lambda t: t.pop("gain"), "'gain' is only in the file"),
-        (lambda t: t.update(more=t["gain"]), "'more' is only in the checkpoint"),
-        (lambda t: t["emb"].format.update(group_size=65), "group_size"),
+        (model(), None),
+        (model() | {"b.weight": changed(B_WEIGHT, "codes", (7, 9), -B_WEIGHT.codes[7, 9] or 1)},
+         r"'b.weight': codes\[7, 9\] is"),
+        (model() | {"emb": changed(EMB, "scales", (0, 1), 1)},
+         r"'emb': scales\[0, 1\] is \d+ in the file, 1 in the checkpoint"),
+        ({name: t for name, t in model().items() if name != "gain"}, "'gain' is only in the file"),
+        (model() | {"more": GAIN}, "'more' is only in the checkpoint"),
+        (model() | {"emb": dataclasses.replace(EMB, format=EMB.format | {"group_size": 65})}, "group_size"),
+        (model() | {"emb": dataclasses.replace(EMB, codes=EMB.codes[:-1])}, r"'emb' is \(12, 96\) .*\(11, 96\)"),
+        (model() | {"emb": dataclasses.replace(EMB, scales=EMB.scales[:-1])}, "'emb': scales .* another shape or type"),
+        (model() | {"emb": dataclasses.replace(EMB, scales=None)}, "'emb': scales .* another shape or type"),
+        (model() | {"emb": dataclasses.replace(EMB, codes=EMB.codes.astype(np.int16))}, "'emb': codes .* or type"),
     ],
 )
-def test_verify_against_a_checkpoint(tmp_path, capsys, monkeypatch, change, message):
-    tensors = {n: StoredTensor(t.shape, dict(t.format), t.codes, t.scales) for n, t in model().items()}
-    if change:
-        change(tensors)
-    trainer = types.SimpleNamespace(stored_from_checkpoint=lambda folder: tensors)
-    monkeypatch.setitem(sys.modules, "train_gpt", trainer)
-    status = pack.main(["verify", str(write(tmp_path)), "--against", str(tmp_path)])
+def test_verify_against_a_checkpoint(tmp_path, capsys, theirs, message):
+    status = pack.main(["verify", str(write(tmp_path)), "--against", str(checkpoint(tmp_path, theirs))])
     streams = capsys.readouterr()
-    assert (status, bool(streams.err)) == ((1, True) if message else (0, False))
-    assert re.search(message or "same: every code", streams.err + streams.out)
+    if message is None:
+        assert (status, streams.err) == (0, "") and "same: every code and scale is that of" in streams.out
+    else:
+        assert status == 1 and streams.err.count("\n") == 1 and "pack that checkpoint again" in streams.err
+        assert re.search(message, streams.err)
 
 
+@fast
+@pytest.mark.parametrize(("spoil", "message"), [
+    (lambda path: path.unlink(), "no such checkpoint; give a run's folder"),
+    (lambda path: path.write_bytes(path.read_bytes()[:-9]), "not a checkpoint of this trainer"),
+    (lambda path: path.write_bytes(b"PK"), "not a checkpoint of this trainer"),
+    (lambda path: (path.unlink(), path.mkdir()), "not a checkpoint of this trainer"),
+    (lambda path: checkpoint(path.parent, model(), formats=None), "names no storage formats"),
+    (lambda path: checkpoint(path.parent, model(), formats={"w": FP8}), "has no codes of 'w'; it is damaged"),
+])
+def test_verify_against_no_sound_checkpoint(tmp_path, capsys, spoil, message):
+    spoil(checkpoint(tmp_path, model()) / checkpoints.FILE)
+    assert pack.main(["verify", str(write(tmp_path)), "--against", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {tmp_path}") and error.count("\n") == 1 and message in error
+
+
+def test_verify_against_a_checkpoint_needs_neither_torch_nor_the_trainer(tmp_path):
+    script = ("import sys; sys.modules.update(torch=None, train_gpt=None)\n"  # to import one of these is an error
+              "import pack; sys.exit(pack.main(sys.argv[1:]))")
+    command = ["verify", str(write(tmp_path)), "--against", str(checkpoint(tmp_path, model()))]
+    done = subprocess.run([sys.executable, "-B", "-c", script, *command], cwd=ROOT, capture_output=True, text=True,
+                          check=False)
+    assert (done.returncode, done.stderr) == (0, "") and "same: every code and scale" in done.stdout
+
+
+@fast
 def test_budget_command(tmp_path, capsys):
     path = write(tmp_path)
     size = path.stat().st_size
@@ -644,6 +704,5 @@ def test_errors_are_one_line_and_status_1(tmp_path, command):
 
 def test_importing_does_nothing_and_needs_no_torch():
     script = "import sys; import pack; assert 'torch' not in sys.modules"
-    root = Path(pack.__file__).parent
-    done = subprocess.run([sys.executable, "-B", "-c", script], cwd=root, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-B", "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -18,9 +18,11 @@ import numpy as np
 import pytest
 import zstandard
 
-import entropy
 import pack
 from pack import ArtifactError, StoredTensor
+from tern import entropy
+
+pytestmark = pytest.mark.fast
 
 TERNARY = {"group_size": 0, "kind": "ternary", "scale": "bf16"}
 BF16, FP32, INT3 = {"kind": "bf16"}, {"kind": "fp32"}, {"bits": 3, "group_size": 0, "kind": "int", "scale": "bf16"}
@@ -64,17 +66,29 @@ GOOD = [("base3", bytes([75])), ("raw", SCALE)]
 
 
 def refused(data: bytes, message: str, seconds: float = 1.0, megabytes: float = 8.0) -> None:
-    """Both readers refuse data, with this message, in time and memory that do not depend on what it declares."""
+    """The reader refuses data, with this message, in processor time and memory that do not depend on what it declares.
+    """
     tracemalloc.start()
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         with pytest.raises(ArtifactError, match=message) as caught:
             pack.decode_artifact(data)
-        assert time.perf_counter() - start < seconds
+        assert time.process_time() - start < seconds
         assert tracemalloc.get_traced_memory()[1] < megabytes * 2**20 + 4 * len(data)
     finally:
         tracemalloc.stop()
     assert len(str(caught.value)) < 500 and "\n" not in str(caught.value)
+
+
+def check_arrays(tensors: dict[str, StoredTensor]) -> None:
+    """What a reader accepts is what its format and shape call for, whoever wrote it."""
+    for name, t in tensors.items():
+        for role, (kind, shape) in pack.layout(t.format, t.shape).items():
+            array = getattr(t, role)
+            assert array.shape == shape and array.dtype == np.dtype(pack.SYMBOLS[kind]), (name, role)
+            if array.itemsize == 1 and array.size and kind not in pack.FLOATS:
+                low, high = pack.range_of(kind)
+                assert low <= array.min() and array.max() <= high, (name, role)
 
 
 @functools.cache
@@ -188,8 +202,7 @@ def test_200_corruptions_under_correct_checksums(original):
         except ArtifactError:
             continue
         accepted += 1
-        for name, t in tensors.items():
-            pack.check_tensor(name, t)
+        check_arrays(tensors)
     assert accepted < 200, "some changes must be refused"
     assert accepted or original is modelled, "and in plain packings some make another valid model"
 
@@ -221,8 +234,7 @@ def test_200_random_headers_under_correct_checksums():
             tensors, _ = pack.decode_artifact(forge(bad, data[clean.header_bytes :]))
         except ArtifactError:
             continue
-        for name, t in tensors.items():
-            pack.check_tensor(name, t)
+        check_arrays(tensors)
 
 
 @pytest.mark.parametrize("n", [0, 1, 16, 17, 100])
@@ -238,9 +250,9 @@ def test_wrong_magic():
     refused(forge(header_of(GOOD), bytes([75]) + SCALE, magic=b"PK\x03\x04"), "not an artifact")
 
 
-@pytest.mark.parametrize("version", [0, 1, 255])
-def test_wrong_version(version):
-    refused(forge(header_of(GOOD), bytes([75]) + SCALE, version=version), f"version {version} .* reads 2")
+def test_wrong_version():
+    for version in (0, 1, 255):
+        refused(forge(header_of(GOOD), bytes([75]) + SCALE, version=version), f"version {version} .* reads 2")
 
 
 def test_wrong_header_checksum():
@@ -251,15 +263,12 @@ def test_header_longer_than_the_file():
     refused(forge(header_of(GOOD), bytes([75]) + SCALE, size=2**32 - 1), "truncated")
 
 
-@pytest.mark.parametrize("text_size", [0, pack.MAX_HEADER + 1, 2**32 - 1])
-def test_declared_header_size_out_of_bounds(text_size):
-    refused(forge(header_of(GOOD), bytes([75]) + SCALE, text_size=text_size), "header of")
-
-
-@pytest.mark.parametrize("off", [-1, 1])
-def test_declared_header_size_not_exact(off):
+def test_declared_header_size_out_of_bounds_or_not_exact():
     text = json.dumps(header_of(GOOD), sort_keys=True, separators=(",", ":")).encode()
-    refused(forge(text, bytes([75]) + SCALE, text_size=len(text) + off), "inflate to exactly")
+    for text_size in (0, pack.MAX_HEADER + 1, 2**32 - 1):
+        refused(forge(text, bytes([75]) + SCALE, text_size=text_size), "header of")
+    for off in (-1, 1):
+        refused(forge(text, bytes([75]) + SCALE, text_size=len(text) + off), "inflate to exactly")
 
 
 def test_deflate_bomb():
@@ -298,16 +307,12 @@ def test_deep_nesting_that_the_parser_survives():
     refused(build(GOOD, meta={"a": deep}), "nesting")
 
 
-@pytest.mark.parametrize("number", [b"NaN", b"Infinity", b"-Infinity", b"1e999", b"-1e999"])
-def test_numbers_that_are_not_finite(number):
+@pytest.mark.parametrize(("number", "message"), [
+    (b"NaN", "finite"), (b"-Infinity", "finite"), (b"1e999", "finite"), (b"9" * 5000, "bad header"),
+    (b"18446744073709551616", "bad header")], ids=["NaN", "-Infinity", "1e999", "5000 digits", "2^64"])
+def test_numbers_that_no_header_may_hold(number, message):
     text = json.dumps(header_of(GOOD, meta={"a": 7}), sort_keys=True, separators=(",", ":")).encode()
-    refused(forge(text.replace(b'{"a":7}', b'{"a":%s}' % number), bytes([75]) + SCALE), "finite")
-
-
-@pytest.mark.parametrize("number", [b"9" * 5000, b"18446744073709551616"])
-def test_huge_integers(number):
-    text = json.dumps(header_of(GOOD, meta={"a": 7}), sort_keys=True, separators=(",", ":")).encode()
-    refused(forge(text.replace(b'{"a":7}', b'{"a":%s}' % number), bytes([75]) + SCALE), "bad header")
+    refused(forge(text.replace(b'{"a":7}', b'{"a":%s}' % number), bytes([75]) + SCALE), message)
 
 
 def test_duplicate_json_keys():
@@ -332,18 +337,18 @@ def test_header_with_two_spellings(old, new):
     refused(forge(text.replace(old, new), bytes([75]) + SCALE), "canonical")
 
 
-@pytest.mark.parametrize("text", [b"", b"7", b"[]", b"null", b"{}", b"{", b"\xff\xfe", b'"\xc3\xa9"', b"{}{}"])
-def test_header_that_is_no_header(text):
-    refused(forge(text), "header")
+def test_header_that_is_no_header():
+    for text in (b"", b"7", b"[]", b"null", b"{}", b"{", b"\xff\xfe", b'"\xc3\xa9"', b"{}{}"):
+        refused(forge(text), "header")
 
 
 @pytest.mark.parametrize("field", ["formats", "meta", "streams", "tensors"])
-@pytest.mark.parametrize("value", [None, 1, "x", True])
-def test_field_missing_extra_or_of_another_type(field, value):
+def test_field_missing_extra_or_of_another_type(field):
     header = header_of(GOOD)
-    refused(forge(header | {field: value}, bytes([75]) + SCALE), "fields")
+    for value in (None, 1, "x", True):
+        refused(forge(header | {field: value}, bytes([75]) + SCALE), "fields")
     refused(forge({k: v for k, v in header.items() if k != field}, bytes([75]) + SCALE), "fields")
-    refused(forge(header | {"more": []}, bytes([75]) + SCALE), "fields")
+    refused(forge(header | {field + "s": []}, bytes([75]) + SCALE), "fields")
 
 
 # Formats and tensors ------------------------------------------------------------------------------------------
@@ -381,6 +386,7 @@ def test_unused_format():
 @pytest.mark.parametrize("index", [-1, 1, True, 0.0, "0", None])
 def test_format_index_out_of_order_or_range(index):
     refused(build(GOOD, tensors=[["w", [5], index]]), "order of first use")
+    refused(folded([["w", 0, 2, [["", [5], index]]]], 2), "order of first use")
 
 
 def test_formats_in_another_order_than_that_of_their_first_use():
@@ -393,9 +399,9 @@ def test_duplicate_names():
     refused(build(GOOD, tensors=[["w", [2], 0], ["w", [3], 0]]), "'w' occurs twice")
 
 
-@pytest.mark.parametrize("name", ["", "x" * 257, "a\x1b[31m", "a\n", "\ud800", 5, None, ["w"]])
-def test_bad_names(name):
-    refused(build(GOOD, tensors=[[name, [5], 0]]), "name")
+def test_bad_names():
+    for name in ("", "x" * 257, "a\x1b[31m", "a\n", "\ud800", 5, None, ["w"]):
+        refused(build(GOOD, tensors=[[name, [5], 0]]), "name")
 
 
 @pytest.mark.parametrize(
@@ -403,6 +409,7 @@ def test_bad_names(name):
 )
 def test_bad_shapes(shape):
     refused(build(GOOD, tensors=[["w", shape, 0]]), "shape")
+    refused(folded([["w", 0, 2, [["", shape, 0]]]], 2), "shape")
 
 
 @pytest.mark.parametrize("row", [[], ["w", [5]], ["w", [5], 0, 0], ["w", 5, 0], "w50", None, {"name": "w"}])
@@ -450,14 +457,11 @@ def test_folded_table_with_two_spellings(table, tensors):
     refused(folded(table, tensors), "not folded as|is not \\[before")
 
 
-@pytest.mark.parametrize("count", [0, -1, pack.MAX_TENSORS + 1, 2**31, 2**62, True, 2.0, "2", None, [2]])
-def test_number_of_layers_out_of_range(count):
-    refused(folded([["w", 0, count, [E]]], 2), "is not \\[before")
-
-
-@pytest.mark.parametrize("first", [-1, 10**6, 2**31, 2**62, 2**63 - 1, True, 0.0, "0", "00", None, []])
-def test_first_number_out_of_range(first):
-    refused(folded([["w", first, 2, [E]]], 2), "is not \\[before|not folded as")
+def test_number_of_layers_or_first_number_out_of_range():
+    for count in (0, -1, pack.MAX_TENSORS + 1, 2**31, 2**62, True, 2.0, "2", None, [2]):
+        refused(folded([["w", 0, count, [E]]], 2), "is not \\[before")
+    for first in (-1, 10**6, 2**31, 2**62, 2**63 - 1, True, 0.0, "0", "00", None, []):
+        refused(folded([["w", first, 2, [E]]], 2), "is not \\[before|not folded as")
 
 
 def test_layers_beyond_any_number():
@@ -489,16 +493,6 @@ def test_the_most_tensors_that_a_file_may_have():
 )
 def test_bad_folded_entries(entry):
     refused(folded([entry], 2), "tensor entry")
-
-
-@pytest.mark.parametrize("shape", [[-5], [True, 5], [5.0], [None], [[5]], [1] * 9, [2**41]])
-def test_bad_shapes_in_a_folded_table(shape):
-    refused(folded([["w", 0, 2, [["", shape, 0]]]], 2), "shape")
-
-
-@pytest.mark.parametrize("index", [-1, 1, True, 0.0, None])
-def test_bad_format_index_in_a_folded_table(index):
-    refused(folded([["w", 0, 2, [["", [5], index]]]], 2), "order of first use")
 
 
 @pytest.mark.parametrize(
@@ -562,15 +556,14 @@ def test_scales_that_do_not_match_the_shape():
     refused(build([GOOD[0], ("raw", SCALE * 2)]), "raw of 1 u16 symbols takes exactly 2 bytes, not 4")
 
 
-@pytest.mark.parametrize("fmt", [TERNARY, TERNARY | {"group_size": 1}, INT3, BF16, FP32, FP8])
-@pytest.mark.parametrize("count", [2**24, 2**40])
-def test_oversized_count(fmt, count):
-    """2^40 weights in a hundred bytes: refused at once and without memory, whatever the codec."""
-    for codec in pack.CODECS:
-        streams = [(codec, b"\0" * 20)] + ([("raw", SCALE)] if "scale" in fmt else [])
-        refused(
-            build(streams, formats=[fmt], tensors=[["w", [count], 0]]), "symbols from 20 bytes are more|is not one for"
-        )
+@pytest.mark.parametrize("fmt", [TERNARY, TERNARY | {"group_size": 1}, INT3, BF16, FP32, FP8], ids=str)
+def test_oversized_count(fmt):
+    """2^24 or 2^40 weights in a hundred bytes: refused at once and without memory, whatever the codec."""
+    for count in (2**24, 2**40):
+        for codec in pack.CODECS:
+            streams = [(codec, b"\0" * 20)] + ([("raw", SCALE)] if "scale" in fmt else [])
+            refused(build(streams, formats=[fmt], tensors=[["w", [count], 0]]),
+                    "symbols from 20 bytes are more|is not one for")
 
 
 def test_oversized_sum_of_counts():
@@ -597,11 +590,11 @@ def test_trailing_bytes():
     refused(sample() + b"more", "4 bytes after the last stream")
 
 
-@pytest.mark.parametrize("size", [-1, 2**63 - 1, True, 1.0, "1", None])
-def test_bad_stream_sizes(size):
-    header = header_of(GOOD)
-    header["streams"][0][1] = size
-    refused(forge(header, bytes([75]) + SCALE), "is not \\[codec, bytes, crc32\\]")
+def test_bad_stream_sizes():
+    for size in (-1, 2**63 - 1, True, 1.0, "1", None):
+        header = header_of(GOOD)
+        header["streams"][0][1] = size
+        refused(forge(header, bytes([75]) + SCALE), "is not \\[codec, bytes, crc32\\]")
 
 
 @pytest.mark.parametrize("streams", [GOOD[:1], GOOD + GOOD[1:], []])
@@ -609,9 +602,9 @@ def test_missing_and_extra_streams(streams):
     refused(build(streams), "streams, but the formats call for 2")
 
 
-@pytest.mark.parametrize("codec", ["", "planes", "raw", "bits", "pickle", "base3+zstd+zstd", "__class__"])
-def test_unknown_codec_or_one_of_another_kind(codec):
-    refused(build([(codec, bytes([75])), GOOD[1]]), "codec")
+def test_unknown_codec_or_one_of_another_kind():
+    for codec in ("", "planes", "raw", "bits", "pickle", "base3+zstd+zstd", "__class__"):
+        refused(build([(codec, bytes([75])), GOOD[1]]), "codec")
 
 
 def test_wrong_stream_checksum():
@@ -629,54 +622,70 @@ def test_streams_swapped():
 # Symbols ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("byte", [243, 255])
-def test_code_outside_base3(byte):
+def one_stream(codec: str, data: bytes, kind: str, count: int) -> bytes:
+    """A file of one tensor, whose codes are this stream."""
+    if kind == "u16":
+        return build([(codec, data)], formats=[BF16], tensors=[["w", [count], 0]])
+    fmt = TERNARY if kind == "ternary" else INT3 | {"bits": int(kind[3:])}
+    return build([(codec, data), ("raw", SCALE)], formats=[fmt], tensors=[["w", [count], 0]])
+
+
+def test_code_outside_base3():
     """243 would be a sixth digit; no byte can spell a code of 3."""
-    refused(build([("base3", bytes([byte])), GOOD[1]]), f"base3 byte 0 is {byte}")
-    with pytest.raises(ArtifactError, match="above 242"):
-        pack.unpack_base3(bytes([75, byte, 75]), 15)
+    for byte in (243, 255):
+        refused(one_stream("base3", bytes([byte]), "ternary", 5), f"base3 byte 0 is {byte}")
+        refused(one_stream("base3", bytes([75, byte, 75]), "ternary", 15), "base3 byte 1 is .* above 242")
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
 def test_base3_padding_that_is_not_zero(n):
-    assert pack.unpack_base3(bytes([3**n - 1]), n).tolist() == [1] * n
-    with pytest.raises(ArtifactError, match="padding"):
-        pack.unpack_base3(bytes([3**n]), n)
+    good = pack.decode_artifact(one_stream("base3", bytes([3**n - 1]), "ternary", n))[0]
+    assert good["w"].codes.tolist() == [1] * n
+    refused(one_stream("base3", bytes([3**n]), "ternary", n), "padding")
 
 
-@pytest.mark.parametrize("data", [b"", bytes(2), bytes(3)])
-def test_base3_of_another_length(data):
-    with pytest.raises(ArtifactError, match="exactly 1 bytes"):
-        pack.unpack_base3(data, 5)
+def test_plain_streams_of_another_length():
+    for data in (b"", bytes(2), bytes(3)):
+        refused(one_stream("base3", data, "ternary", 5), "exactly 1 bytes")
+    for data in (b"", bytes(1), bytes(3), bytes(4)):
+        refused(one_stream("raw", data, "u16", 1), "exactly 2 bytes")
+    for n in (0, 1, 7):
+        refused(one_stream("bits", bytes(-(-n * 3 // 8) + 1), "int3", n), "exactly")
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_int_code_outside_its_range(bits):
     """All ones would be limit + 1: two's complement's lonely negative, which a symmetric format does not have."""
     limit = 2 ** (bits - 1) - 1
-    n = 8  # so that there are no padding bits
-    with pytest.raises(ArtifactError, match=f"outside -{limit}"):
-        pack.unpack_bits(bytes([255] * bits), n, f"int{bits}")
-    with pytest.raises(ArtifactError):
-        pack.unpack_raw(bytes([limit + 1]), 1, f"int{bits}")
-    with pytest.raises(ArtifactError):
-        pack.unpack_raw(struct.pack("b", -limit - 1), 1, f"int{bits}")
+    refused(one_stream("bits", bytes([255] * bits), f"int{bits}", 8), f"outside -{limit}")  # 8: no padding bits
+    for code in (bytes([limit + 1]), struct.pack("b", -limit - 1)):
+        refused(one_stream("raw", code, f"int{bits}", 1), f"integers in -{limit}..{limit}")
 
 
 def test_bits_padding_that_is_not_zero():
-    with pytest.raises(ArtifactError, match="padding"):
-        pack.unpack_bits(bytes([0b01000000]), 2, "int3")
+    refused(one_stream("bits", bytes([0b01000000]), "int3", 2), "padding")
 
 
-@pytest.mark.parametrize("n", [0, 1, 7])
-def test_bits_of_another_length(n):
-    with pytest.raises(ArtifactError, match="exactly"):
-        pack.unpack_bits(bytes(-(-n * 3 // 8) + 1), n, "int3")
+@pytest.mark.parametrize(("fmt", "code", "message"), [
+    ({"kind": "binary", "group_size": 0, "scale": "bf16"}, 0, "binary code is 0"),
+    ({"kind": "codebook", "group_size": 0, "entries": 4}, 2, r"outside -2\.\.1"),
+    ({"kind": "codebook", "group_size": 0, "entries": 3}, -2, r"outside -1\.\.1"),
+])
+def test_a_code_that_its_format_does_not_have(fmt, code, message):
+    """In the range of its symbols, so that the stream says nothing."""
+    codec, kind = ("base3", "ternary") if fmt["kind"] == "binary" else ("bits", "int3")
+    codes = np.array([-1, -1, code, -1, -1], np.int8)
+    streams = [(codec, pack.CODECS[codec].encode(codes, kind, [(5,)])), ("raw", SCALE * fmt.get("entries", 1))]
+    refused(build(streams, formats=[fmt]), message)
+    scales = np.full((1, fmt.get("entries", 1)), 0x3F80, np.uint16)
+    with pytest.raises(ArtifactError, match=message):
+        pack.encode_artifact({"w": StoredTensor((5,), fmt, codes, scales)}, {})
 
 
 # Model streams ------------------------------------------------------------------------------------------------
 
-MODEL_KINDS = pack.CODECS["model"].kinds
+# Of each model its smallest and largest kinds; tests/test_entropy.py has those between, which differ in bits alone.
+MODEL_KINDS = ("ternary", "five", "int2", "int4", "int8", "uint4", "uint8", "u8", "u16")
 
 
 def model_file(kind: str, data: bytes, shapes) -> bytes:
@@ -707,8 +716,7 @@ def accepted(data: bytes, kind: str) -> np.ndarray | None:
     except ArtifactError as e:
         assert len(str(e)) < 500 and "\n" not in str(e)
         return None
-    for name, t in tensors.items():
-        pack.check_tensor(name, t)
+    check_arrays(tensors)
     return np.concatenate([(t.scales if kind.startswith("uint") else t.codes).reshape(-1) for t in tensors.values()])
 
 
@@ -829,22 +837,29 @@ def raw_lzma(data: bytes) -> bytes:
     return lzma.compress(data, format=lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2, "preset": 9}])
 
 
+def frame(data: bytes, **settings: object) -> bytes:
+    """A zstd frame as the format wants it, but for the settings."""
+    parameters = zstandard.ZstdCompressionParameters.from_level(
+        3, source_size=len(data), format=zstandard.FORMAT_ZSTD1_MAGICLESS,
+        **{"write_content_size": False, "write_dict_id": False} | settings)
+    return zstandard.ZstdCompressor(compression_params=parameters).compress(data)
+
+
 @pytest.mark.parametrize("codec", ["raw+zstd", "raw+lzma"])
 def test_decompression_bomb(codec):
     """A stream expands to what the shapes call for, no more and no less, and never beyond the limit on expansion."""
-    bomb = {"raw+zstd": pack.zstd_encode, "raw+lzma": raw_lzma}[codec](bytes(64 << 20))
+    bomb = {"raw+zstd": frame, "raw+lzma": raw_lzma}[codec](bytes(64 << 20))
     assert len(bomb) < 20_000
     refused(build([(codec, bomb)], formats=[BF16], tensors=[["w", [1000], 0]]), "zstd|lzma")
     refused(build([(codec, bomb)], formats=[BF16], tensors=[["w", [32 << 20], 0]]), "more than any model needs")
 
 
-@pytest.mark.parametrize("compress", [pack.zstd_encode, pack.lzma_encode], ids=["zstd", "lzma"])
-def test_compressed_stream_one_byte_short_or_long_or_followed_by_more(compress):
-    codec = f"raw+{compress.__name__[:4]}"
-    data = compress(bytes(range(200)))
+@pytest.mark.parametrize("codec", ["raw+zstd", "raw+lzma"])
+def test_compressed_stream_one_byte_short_or_long_or_followed_by_more(codec):
+    data = pack.CODECS[codec].encode(np.frombuffer(bytes(range(200)), "<u2"), "u16", [(100,)])
 
     def file(data: bytes, count: int) -> bytes:
-        return build([(codec, data)], formats=[BF16], tensors=[["w", [count], 0]])
+        return one_stream(codec, data, "u16", count)
 
     assert pack.decode_artifact(file(data, 100))
     for bad in (file(data, 99), file(data, 101), file(data + b"\0", 100), file(data + data, 100), file(data[:-1], 100)):
@@ -854,22 +869,17 @@ def test_compressed_stream_one_byte_short_or_long_or_followed_by_more(compress):
 
 
 def test_zstd_frame_that_declares_a_huge_content():
-    frame = zstandard.ZstdCompressionParameters.from_level(
-        3, format=zstandard.FORMAT_ZSTD1_MAGICLESS, write_content_size=True
-    )
-    data = zstandard.ZstdCompressor(compression_params=frame).compress(bytes(100))
-    refused(build([("raw+zstd", data)], formats=[BF16], tensors=[["w", [50], 0]]), "declares its own size")
+    assert pack.decode_artifact(one_stream("raw+zstd", frame(bytes(100)), "u16", 50))
+    refused(one_stream("raw+zstd", frame(bytes(100), write_content_size=True), "u16", 50), "declares its own size")
     huge = b"\xe0" + struct.pack("<Q", 2**46) + b"\x01\x00\x00"  # single segment, 8-byte content size
-    refused(build([("raw+zstd", huge)], formats=[BF16], tensors=[["w", [50], 0]]), "zstd")
+    refused(one_stream("raw+zstd", huge, "u16", 50), "zstd")
 
 
 def test_zstd_frame_that_wants_a_huge_window():
-    frame = zstandard.ZstdCompressionParameters.from_level(
-        3, format=zstandard.FORMAT_ZSTD1_MAGICLESS, write_content_size=False, window_log=27
-    )
-    data = zstandard.ZstdCompressor(compression_params=frame).compressobj()
-    data = data.compress(bytes(100)) + data.flush()
-    refused(build([("raw+zstd", data)], formats=[BF16], tensors=[["w", [50], 0]]), "zstd")
+    parameters = zstandard.ZstdCompressionParameters.from_level(
+        3, format=zstandard.FORMAT_ZSTD1_MAGICLESS, write_content_size=False, window_log=27)
+    compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    refused(one_stream("raw+zstd", compressor.compress(bytes(100)) + compressor.flush(), "u16", 50), "zstd")
 
 
 # Things that are no files -------------------------------------------------------------------------------------
