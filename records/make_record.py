@@ -2,10 +2,10 @@
 
     python records/make_record.py --name FirstTernary --preset cpu_10min_128kb --seeds 1337 1338 1339
 
-Each seed is a whole run of train_gpt.py in a fresh process (data/prepare.py must have been run). Then submission.py
-writes records/track_<track>/<date>_<name>/, and every stored artifact is scored once more by the folder's own
-train_gpt.py: the folder is kept only if it passes every check and gives the recorded score again, digit for digit.
-A seed whose run in runs/ is finished and was made by the same sources and settings is not run again.
+Each seed is a whole run of train_gpt.py in a fresh process (data/prepare.py must have been run). Then bundle.py writes
+records/track_<track>/<date>_<name>/, and every stored artifact is scored once more by the folder's own train_gpt.py:
+the folder is kept only if it passes every check and gives the recorded score again, digit for digit. A seed whose run
+in runs/ is finished and was made by the same sources and settings is not run again.
 """
 
 from __future__ import annotations
@@ -18,19 +18,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # run as a script, only records/ is on the module path
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pack import code_files, read_bytes  # noqa: E402
-from submission import (  # noqa: E402
-    TRACKS,
-    About,
-    SubmissionError,
-    launcher,
-    read_metrics,
-    sha256,
-    write,
-)
+from pack import read_bytes
+from records import bundle
+from records.rules import TRACKS, SubmissionError, launcher, read_metrics, sha256
+from tern import command, processes, runlog, source
 
 
 def train(seed: int, args: argparse.Namespace) -> Path:
@@ -43,33 +37,30 @@ def train(seed: int, args: argparse.Namespace) -> Path:
     if metrics.exists():
         records = read_metrics(read_bytes(metrics), str(metrics))
         header, final = records[0], records[-1]
-        sources = {p.name: sha256(p.read_bytes()) for p in code_files()}
-        if final["type"] == "final" and header["source_sha256"] == sources and header["argv"] == argv:
+        sources = {name: sha256(text) for name, text in source.read_sources().items()}
+        if isinstance(final, runlog.Final) and header.source_sha256 == sources and header.argv == argv:
             return folder
         raise SubmissionError(f"{folder} holds another run, or one that did not finish; delete it or choose another "
                               "--name")
-    launch = launcher(args.nproc)
-    print(f"seed {seed}: {shlex.join([*launch, 'train_gpt.py', *options])}", flush=True)
-    command = [sys.executable, *(["-m", "torch.distributed.run", *launch[1:]] if args.nproc > 1 else [])]
-    if subprocess.run([*command, str(ROOT / "train_gpt.py"), *argv], cwd=ROOT).returncode:
+    print(f"seed {seed}: {shlex.join([*launcher(args.nproc), 'train_gpt.py', *options])}", flush=True)
+    words = [*processes.launcher(args.nproc), *source.command_of("train_gpt"), *argv]
+    if subprocess.run(words).returncode:
         raise SubmissionError(f"seed {seed}: the run failed; see above and {folder / 'log.txt'}")
     return folder
 
 
 def main(argv: list[str] | None = None) -> int:
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    command.steady_streams()
+    p = command.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     p.add_argument("--name", required=True, help="name of the record, one word")
     p.add_argument("--preset", choices=TRACKS, default="cpu_10min_128kb")
     p.add_argument("--seeds", type=int, nargs="+", default=[1337, 1338, 1339])
     p.add_argument("--date", default=datetime.date.today().isoformat())
     p.add_argument("--data", type=Path, default=Path("data/packages"))
     p.add_argument("--out-dir", type=Path, default=Path("runs"))
-    p.add_argument("--records", type=Path, default=ROOT / "records")
+    p.add_argument("--records", type=Path, default=source.root() / "records")
     p.add_argument("--nproc", type=int, default=1, help="processes per run")
-    p.add_argument("--author", default="")
-    p.add_argument("--github-id", default="")
-    p.add_argument("--blurb", default="", help="one or two sentences on what is new")
-    p.add_argument("--claim", choices=("none", "record"), default="none", help="record: it beats the last one")
+    bundle.add_about(p)
     p.add_argument("extra", nargs="*", help="more options of train_gpt.py, after --")
     args = p.parse_args(argv)
     folder = args.records / f"track_{TRACKS[args.preset].name}" / f"{args.date}_{args.name}"
@@ -80,12 +71,12 @@ def main(argv: list[str] | None = None) -> int:
             raise SubmissionError(f"{folder} exists; records are not overwritten: choose another --name")
         runs = [train(seed, args) for seed in args.seeds]
         folder.parent.mkdir(parents=True, exist_ok=True)
-        about = About(args.name, args.date, args.author, args.github_id, args.blurb, args.claim)
-        print("\n".join(write(folder, runs, about, args.data)))
+        about = bundle.About(args.name, args.date, args.author, args.github_id, args.blurb, args.claim)
+        print("\n".join(bundle.write(folder, runs, about, args.data)))
         print(f"{folder}: {len(runs)} seeds on {platform.machine()}")
         return 0
-    except (ValueError, OSError) as e:  # SubmissionError and ArtifactError are ValueErrors
-        print(f"error: {e}", file=sys.stderr)
+    except (ValueError, OSError) as e:  # SubmissionError, SourceError and ArtifactError are ValueErrors
+        command.say_error(e)
         return 1
 
 
