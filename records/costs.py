@@ -1,4 +1,4 @@
-"""What a training step costs on H100s, for `train_gpt.py --plan`: flops, bytes, memory, and a predicted time.
+"""What a training step costs on H100s, for plan.py: flops, bytes, memory, and a predicted time.
 
 Nothing here was measured by this project: it has no GPU. Flops, bytes and state are counted. The time is a roofline
 sum, calibrated when the plan is printed on six published runs of other programs (RUNS):
@@ -27,8 +27,9 @@ import torch
 from scipy.optimize import nnls
 
 import pack
-import train_gpt
-from train_gpt import GPT, Config, format_of, micro_batch_tokens, optimizer_of
+from tern import base3
+from tern.settings import ConfigError
+from train_gpt import GPT, Config, format_of, micro_batch_tokens, optimizer_of, owners
 
 # NVIDIA's H100 data sheet, SXM: dense bf16 flop/s; HBM3 bytes/s; NVLink 4 bytes/s each way (900e9 both ways)
 PEAK_FLOPS, HBM_BYTES, LINK_BYTES, GPU_MEMORY = 989e12, 3.35e12, 450e9, 80e9
@@ -216,7 +217,7 @@ def parameters(config: Config) -> dict[str, Parameter]:
         roles = pack.layout(format_of(config, name, len(shape)).spec(), shape)
         size = {role: math.prod(of) * np.dtype(pack.SYMBOLS[symbol]).itemsize for role, (symbol, of) in roles.items()}
         codes, scales = size["codes"], size.get("scales", 0)
-        sent = -(-codes // 5) if roles["codes"][0] == "ternary" else codes
+        sent = -(-codes // base3.PER_BYTE) if roles["codes"][0] == "ternary" else codes
         out[name] = Parameter(shape, optimizer_of(name) == "muon", codes, scales, sent + scales)
     return out
 
@@ -230,13 +231,14 @@ def refresh_payload(config: Config) -> dict[str, int]:
 def state_bytes(config: Config, world: int, rank: int) -> dict[str, int]:
     """Bytes that a rank holds between steps, by part: exact, but for AdamW's step counts and refresh_payload's excess.
     """
-    every, owner = parameters(config), train_gpt.owners(config, world)
+    every, owner = parameters(config), owners(config, world)
     mine = [p for name, p in every.items() if owner[name] == rank]
     n = sum(p.size for p in every.values())
+    payload = sum(p.payload for p in every.values()) if world > 1 else 0
     return {
         "params, bf16": 2 * n,
         "gradient sums, fp32": 4 * (n + 1),  # flat, with the loss
-        "payload": sum(p.payload for p in every.values()) * (world > 1),
+        "payload": payload,
         "latents, fp32": sum(4 * p.size for p in mine),
         "momentum, fp32": sum(4 * p.size for p in mine if p.muon),
         "AdamW moments, fp32": sum(8 * p.size for p in mine if not p.muon),
@@ -295,7 +297,7 @@ def model_cost(s: Shape, gpus: int) -> tuple[dict[str, float], dict[str, float]]
 
 def step_cost(config: Config, gpus: int = 8) -> Cost:
     """Of our trainer. Raises ConfigError where the batch does not divide over the GPUs."""
-    s, every, owner = shape_of(config), parameters(config), train_gpt.owners(config, gpus)
+    s, every, owner = shape_of(config), parameters(config), owners(config, gpus)
     micro_batches = s.batch_tokens // (gpus * micro_batch_tokens(config, gpus))
     flops, hbm = model_cost(s, gpus)
     owned = [[p for name, p in every.items() if owner[name] == rank] for rank in range(gpus)]
@@ -310,7 +312,8 @@ def step_cost(config: Config, gpus: int = 8) -> Cost:
     n, payload = sum(p.size for p in every.values()), sum(p.payload for p in every.values())
     flops["Newton-Schulz"] = max(orthogonal(newton_schulz_flops, ps) for ps in owned)
     hbm["weights, gradients"] = n * (micro_batches * MICRO_BATCH_BYTES + STEP_BYTES + DEQUANTIZE_BYTES)
-    hbm["weights, gradients"] += 2 * payload * (gpus > 1)  # packed or received, and unpacked
+    if gpus > 1:
+        hbm["weights, gradients"] += 2 * payload  # packed or received, and unpacked
     hbm["optimizer"] = max(map(update, owned))
     return Cost(flops, hbm, communication(config, gpus))
 
@@ -334,7 +337,8 @@ def fit(runs: Iterable[Run] = RUNS) -> dict[str, float]:
     """Efficiency of each stack that occurs: non-negative least squares of the relative errors of ms per step."""
     runs = tuple(runs)
     stacks = list(dict.fromkeys(run.stack for run in runs))
-    a = np.array([[1000 * run_cost(run).roofline / run.ms * (run.stack == stack) for stack in stacks] for run in runs])
+    a = np.array([[1000 * run_cost(run).roofline / run.ms if run.stack == stack else 0.0 for stack in stacks]
+                  for run in runs])
     return {stack: float(1 / x) for stack, x in zip(stacks, nnls(a, np.ones(len(runs)))[0], strict=True)}
 
 
@@ -414,11 +418,11 @@ def report(config: Config, gpus: tuple[int, ...] = (1, 8)) -> list[str]:
     for count in gpus:
         try:
             columns[count] = column(config, count)
-        except ValueError:  # a ConfigError; not by that name, as in plan.changed
+        except ConfigError:
             lines.append(f"  {count} GPU(s): the batch does not divide into whole sequences per GPU")
     if not columns:
         return lines
-    heads = [f"{count} GPU" + "s" * (count > 1) for count in columns]
+    heads = ["1 GPU" if count == 1 else f"{count} GPUs" for count in columns]
     for row, *entries in [("per GPU, the busiest", *heads), *zip(ROWS, *columns.values(), strict=True)]:
         lines.append(f"  {row:<28}" + "".join(f"{entry:>24}" for entry in entries))
     if any("too small" in entries for entries in columns.values()):

@@ -1,20 +1,28 @@
-"""The budget of a model before it is trained: `python train_gpt.py --plan [settings]`.
+"""The budget of a model before it is trained.
+
+    python records/plan.py --preset golf16mb --num-layers 12      # any settings of train_gpt.py
 
 Parameters and predicted bytes of each part, and the widest MLP, the most layers and the largest vocabulary that fit
-the cap with everything else as it is. Bits per symbol are pack.expected_bits, measured on trained artifacts. Then what
-a step costs on H100s (costs.py).
+the cap with everything else as it is. Bits per symbol are pack.expected_bits, measured on trained artifacts; bytes of
+code are those of the one file that is submitted. Then what a step costs on H100s (costs.py).
 """
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
-import costs
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import pack
-import submission
-import train_gpt
-from train_gpt import Config, predicted_bytes
+from records import costs
+from tern import command, source
+from tern.settings import ConfigError
+from train_gpt import Config, predicted_bytes, resolve_settings
 
 # PR 367 of openai/parameter-golf: its README and submission.json
 PR367_TERNARY, PR367_BYTES = 67_239_936, 15_882_274
@@ -24,11 +32,6 @@ LARGEST = {  # setting -> (what it is, in steps of)
     "num_layers": ("layers", 1),
     "vocab_size": ("vocabulary", 64),
 }
-
-
-def bundle_bytes() -> int:
-    """Bytes of the one file that pack.py bundle makes of the sources, as a referee counts code."""
-    return len(submission.one_file({path.name: path.read_bytes() for path in pack.code_files()}))
 
 
 def model_bytes(config: Config) -> int:
@@ -61,7 +64,7 @@ def changed(config: Config, name: str, value: int) -> Config | None:
     """config with one setting changed; None where that is no valid configuration."""
     try:
         return replace(config, **{name: value})
-    except ValueError:  # a ConfigError; not by that name, as the trainer that runs as a script is another module
+    except ConfigError:
         return None
 
 
@@ -69,7 +72,7 @@ def report(preset: str, config: Config, gpus: tuple[int, ...] = (1, 8)) -> str:
     """The plan of a configuration, as text, its costs for each number of GPUs. Trains nothing, reads no data."""
     c = config
     parts = predicted_bytes(c)
-    model, code = model_bytes(c), bundle_bytes()
+    model, code = model_bytes(c), source.code_bytes()
     counted = code if c.cap_counts_code else 0
     weights = sum(n for _, n, _ in codes(c))
     lines = [
@@ -86,7 +89,7 @@ def report(preset: str, config: Config, gpus: tuple[int, ...] = (1, 8)) -> str:
     for part, (spec, count, size) in parts.items():
         line(part, pack.format_label(spec) if spec else "", count or None, size)
     line("model", "", weights, model)
-    line("code", "bundle's train_gpt.py", None, code)
+    line("code", "as one file", None, code)
     total = model + counted
     lines += [
         "", f"total {total:,} bytes of {c.cap_bytes:,}" + ("" if counted else " (the cap does not cover the code)")
@@ -118,7 +121,16 @@ def report(preset: str, config: Config, gpus: tuple[int, ...] = (1, 8)) -> str:
     return "\n".join([*lines, "", *costs.report(c, gpus)])
 
 
-if __name__ == "__main__":
-    import sys
+def main(argv: list[str] | None = None) -> int:
+    command.steady_streams()
+    try:
+        preset, config, _, notices = resolve_settings(sys.argv[1:] if argv is None else argv, os.environ)
+    except ConfigError as e:
+        command.say_error(e)
+        return 2
+    print("\n".join([*(f"notice      {notice}" for notice in notices), report(preset, config)]))
+    return 0
 
-    sys.exit(train_gpt.main(["--plan", *sys.argv[1:]]))
+
+if __name__ == "__main__":
+    sys.exit(main())
