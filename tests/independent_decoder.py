@@ -1,6 +1,6 @@
 """A second decoder for artifacts, written from docs/format.md alone: its names and order are that page's.
 
-It shares no code with pack.py and entropy.py, and computes on Python integers and int64 arrays. It is there to
+It shares no code with pack.py and tern/, and computes on Python integers and int64 arrays. It is there to
 test the page and the packer against each other; it is slow, and checks a file only where that costs nothing.
 """
 

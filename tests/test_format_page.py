@@ -13,8 +13,10 @@ import pytest
 import torch
 
 import pack
-from train_gpt import from_pack
+import train_gpt
+from ablations.formats import Codebook
 
+fast = pytest.mark.fast
 SCALES = ["bf16", "fp16", "log4", "log5", "log6", "log7", "log8"]
 FLOATS = [{"kind": kind} for kind in ("fp8", "bf16", "fp16", "fp32")]
 
@@ -109,8 +111,7 @@ def model_roundtrip(monkeypatch, *tensors):
 
 
 def assert_values(tensor):
-    stored, fmt = from_pack(tensor)
-    want = fmt.dequantize(stored)
+    want = train_gpt.param_of_file(tensor)
     assert want.dtype == torch.bfloat16
     want, found = want.float().numpy(), page.values(tensor.format, tensor.codes, tensor.scales)
     assert found.dtype == np.float32 and found.shape == want.shape
@@ -136,6 +137,7 @@ def test_a_model_of_several_layers():
             assert_values(tensor)
 
 
+@fast
 def test_names():
     one = pack.StoredTensor((1,), {"kind": "fp8"}, np.ones(1, np.uint8), None)
     names = "0 1 a07 a08 a9 a09 a10 a b1.2 b1.3 b2.2 b2.3 b3.2 ä1\" ä2\" 1234567 1234568 1000000 ١ ٢ x.y x.z c1 c3"
@@ -246,30 +248,35 @@ def test_long_arrays(monkeypatch):
     model_roundtrip(monkeypatch, sparse(integer(2, 0), 8200, 33), random_tensor(rng, integer(2, 1, "log4"), 2100, 3))
 
 
-@pytest.mark.parametrize("scale", SCALES)
+@fast
 @pytest.mark.parametrize("fmt", [ternary(16), ternary(0), integer(3, 7), integer(8, 64)], ids=str)
-def test_values(fmt, scale):
-    rng, fmt, m = np.random.default_rng(8), {**fmt, "scale": scale}, 2 ** (fmt.get("bits", 2) - 1) - 1
-    for shape in [(40, 90), (90,), (1,)]:
-        codes = rng.integers(-m, m + 1, shape).astype(np.int8)
-        rows = math.prod(shape[:-1])
-        groups = (rows, -(-shape[-1] // fmt["group_size"])) if fmt["group_size"] else (1, 1)
-        if scale.startswith("log"):
-            scales = rng.integers(0, 2 ** int(scale[3:]), groups).astype(np.uint8)
-        else:
-            scales = rng.integers(0, 2**16, groups).astype(np.uint16)
-            scales[~np.isfinite(page.floats(scale, scales))] = 1
-        with np.errstate(over="ignore"):
-            assert_values(pack.StoredTensor(shape, fmt, codes, scales))
+def test_values(fmt):
+    rng, m = np.random.default_rng(8), 2 ** (fmt.get("bits", 2) - 1) - 1
+    for scale in SCALES:
+        for shape in [(40, 90), (90,), (1,)]:
+            codes = rng.integers(-m, m + 1, shape).astype(np.int8)
+            rows = math.prod(shape[:-1])
+            groups = (rows, -(-shape[-1] // fmt["group_size"])) if fmt["group_size"] else (1, 1)
+            if scale.startswith("log"):
+                scales = rng.integers(0, 2 ** int(scale[3:]), groups).astype(np.uint8)
+            else:
+                scales = rng.integers(0, 2**16, groups).astype(np.uint16)
+                scales[~np.isfinite(page.floats(scale, scales))] = 1
+            with np.errstate(over="ignore"):
+                assert_values(pack.StoredTensor(shape, {**fmt, "scale": scale}, codes, scales))
 
 
-@pytest.mark.parametrize("fmt", [*FEW, *CODEBOOKS], ids=str)
-def test_values_of_few_levels(fmt):
+@fast
+def test_values_of_few_levels(monkeypatch):
+    """Of codebooks the trainer has none, but the ablations do."""
+    monkeypatch.setitem(train_gpt.FORMATS, "codebook", Codebook)
     rng = np.random.default_rng(8)
-    for shape in [(40, 90), (90,), (1,)]:
-        assert_values(random_tensor(rng, fmt, *shape))
+    for fmt in [*FEW, *CODEBOOKS]:
+        for shape in [(40, 90), (90,), (1,)]:
+            assert_values(random_tensor(rng, fmt, *shape))
 
 
+@fast
 def test_values_of_floats():
     for kind, count in [("fp8", 2**8), ("bf16", 2**16), ("fp16", 2**16)]:
         codes = np.arange(count).astype(page.CODE_TYPES[kind])
@@ -279,8 +286,9 @@ def test_values_of_floats():
     assert ((found.view(np.uint32) == want.view(np.uint32)) | (np.isnan(found) & np.isnan(want))).all()
 
 
-@pytest.mark.parametrize("scale", SCALES[2:])
-def test_values_of_all_log_scales(scale):
-    count = 2 ** int(scale[3:])
-    scales = np.arange(count, dtype=np.uint8)[:, None]
-    assert_values(pack.StoredTensor((count, 3), ternary(3, scale), np.tile(np.int8([-1, 0, 1]), (count, 1)), scales))
+@fast
+def test_values_of_all_log_scales():
+    for scale in SCALES[2:]:
+        count = 2 ** int(scale[3:])
+        scales, codes = np.arange(count, dtype=np.uint8)[:, None], np.tile(np.int8([-1, 0, 1]), (count, 1))
+        assert_values(pack.StoredTensor((count, 3), ternary(3, scale), codes, scales))

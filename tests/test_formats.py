@@ -1,4 +1,7 @@
-"""Storage formats: goldens by hand, a few-line reference, and the properties that the format promises."""
+"""Storage formats: goldens by hand, a few-line reference, and the properties that the format promises.
+
+Those of train_gpt.py, and those of ablations/formats.py, in the trainer's tables as its `register` adds them.
+"""
 
 from __future__ import annotations
 
@@ -11,33 +14,50 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pack
-from formats import (
-    LOG_TABLES,
-    Binary,
-    Codebook,
-    ConfigError,
-    ElasticTernary,
-    Five,
-    Float,
-    Int,
-    Stored,
-    Ternary,
-    decode_scales,
-    encode_scales,
-    from_pack,
-    from_wire,
-    to_pack,
-    to_wire,
-)
-from train_gpt import Config, make_format
+import train_gpt
+from ablations import formats
+from ablations.formats import Binary, Codebook, Elastic, Five
+from tern.groups import LOG_TABLES, decode_scales, encode_scales
+from tern.settings import ConfigError
+from train_gpt import Config, Float, Int, Ternary, make_format, param_of_file, to_pack
+
+pytestmark = pytest.mark.fast
+
+
+@pytest.fixture(scope="module", autouse=True)
+def losing_formats():
+    with pytest.MonkeyPatch.context() as patch:
+        for table, more in ((train_gpt.RULES, formats.RULES), (train_gpt.FORMATS, formats.FORMATS)):
+            for name, entry in more.items():
+                patch.setitem(table, name, entry)
+        yield
+
 
 W = torch.tensor([[0.8, -0.5, 1.2], [-1.5, 0.4, -0.9], [1.3, -0.7, 0.2]])
 CODES = [[1, -1, 1], [-1, 0, -1], [1, -1, 0]]
-ALL_FORMATS = [Ternary(), Ternary(4, scale="fp16"), Ternary(0), Ternary(8, scale="log6"), Int(8), Int(4, 5), Int(2, 0),
-               Int(4, 16, "log8"), Int(5, 3, "log4"), Float("bf16"), Float("fp16"), Float("fp8"),
-               Ternary(8, "lsq", 0.7), Ternary(0, "rms", scale="log8"), Ternary(20, "lsq", 1.5), ElasticTernary(8),
-               ElasticTernary(0, "log7"), Binary(8), Binary(0, "log6"), Five(8), Five(0, "fp16"), Codebook(2, 8),
-               Codebook(3, 0), Codebook(4, 10), Codebook(16, 20)]
+EVERY = {  # each class, with groups that divide 20 columns, that do not, and one group in all; each kind of scale
+    "ternary": lambda: Ternary(),
+    "ternary, one group": lambda: Ternary(0, scale="fp16"),
+    "ternary, short groups": lambda: Ternary(8, scale="log6"),
+    "ternary lsq": lambda: Ternary(8, "lsq", 0.7),
+    "ternary rms": lambda: Ternary(0, "rms", scale="log8"),
+    "int8": lambda: Int(8),
+    "int4": lambda: Int(4, 5, "log4"),
+    "int2": lambda: Int(2, 0),
+    "bf16": lambda: Float("bf16"),
+    "fp16": lambda: Float("fp16"),
+    "fp8": lambda: Float("fp8"),
+    "elastic": lambda: Elastic(8),
+    "binary": lambda: Binary(8),
+    "five": lambda: Five(0, "fp16"),
+    "codebook, one group": lambda: Codebook(3, 0),
+    "codebook, two groups": lambda: Codebook(4, 10),
+}
+
+
+@pytest.fixture(params=EVERY)
+def fmt(request) -> train_gpt.Format:
+    return EVERY[request.param]()
 
 
 def test_hand_golden_as_one_group():
@@ -92,7 +112,6 @@ def test_codes_ignore_scale_and_follow_sign(c, seed, group, scale):
     assert torch.equal(fmt.quantize(-w).codes, -fmt.quantize(w).codes)
 
 
-@pytest.mark.parametrize("fmt", ALL_FORMATS, ids=str)
 def test_zero_groups_are_zero_and_not_nan(fmt):
     w = torch.randn(3, 20)
     w[1] = 0
@@ -107,15 +126,14 @@ def test_zero_groups_are_zero_and_not_nan(fmt):
         assert (zero.scales == 0).all()
 
 
-@pytest.mark.parametrize("scale", ["bf16", "fp16"])
-@pytest.mark.parametrize("size", [1e-45, 1e-30, 1e-9, 1e9, 3e37])
-@pytest.mark.parametrize("kind", [Ternary, ElasticTernary, Binary, Five, Int])
-def test_no_scale_underflows_or_overflows(kind, size, scale):
-    stored = kind(group_size=4, scale=scale).quantize(torch.full((1, 8), size))
-    assert (stored.scales > 0).all() and torch.isfinite(stored.scales).all()
+@pytest.mark.parametrize("kind", [Ternary, Elastic, Binary, Five, Int])
+def test_no_scale_underflows_or_overflows(kind):
+    for scale in ("bf16", "fp16"):
+        for size in (1e-45, 1e-30, 1e-9, 1e9, 3e37):
+            stored = kind(group_size=4, scale=scale).quantize(torch.full((1, 8), size))
+            assert (stored.scales > 0).all() and torch.isfinite(stored.scales).all(), (scale, size)
 
 
-@pytest.mark.parametrize("fmt", ALL_FORMATS, ids=str)
 def test_a_stack_is_quantized_as_its_members(fmt):
     stack = torch.randn(3, 6, 20)
     together = fmt.quantize(stack)
@@ -126,13 +144,15 @@ def test_a_stack_is_quantized_as_its_members(fmt):
         assert torch.equal(fmt.dequantize(alone), fmt.dequantize(together)[i])
 
 
-@pytest.mark.parametrize("fmt", ALL_FORMATS, ids=str)
-def test_formats_survive_the_file(fmt, tmp_path):
-    stored = fmt.quantize(torch.randn(6, 20))
-    pack.write_artifact(tmp_path / "a", {"w": to_pack(stored, fmt)}, {})
-    back, back_fmt = from_pack(pack.read_artifact(tmp_path / "a")[0]["w"])
-    assert back_fmt == fmt
-    assert torch.equal(fmt.dequantize(stored), back_fmt.dequantize(back))
+def test_what_a_format_stores_is_sound_and_survives_the_file(fmt, tmp_path):
+    w = torch.randn(6, 20)
+    w[2] = 0
+    stored, path = fmt.quantize(w), tmp_path / "model.tern"
+    pack.write_artifact(path, {"w": to_pack(stored, fmt)}, {})
+    assert pack.verify(path)[0].startswith("sound")
+    back = pack.read_artifact(path)[0]["w"]
+    assert back.format == fmt.spec()
+    assert torch.equal(param_of_file(back), fmt.dequantize(stored))
 
 
 @settings(max_examples=40, deadline=None)
@@ -198,15 +218,15 @@ def elastic_by_autograd(w: torch.Tensor, alpha: torch.Tensor, grad: torch.Tensor
 def test_elastic_learns_by_its_definition():
     g = torch.Generator().manual_seed(0)
     w, grad = torch.randn(2, 3, 16, generator=g), torch.randn(2, 3, 16, generator=g)
-    fmt = ElasticTernary(16)
-    state = fmt.start(w)
+    fmt = Elastic(16)
+    state = fmt.state = fmt.start(w)
     state["theta"] += torch.randn(2, 3, 1, generator=g) / 4
     alpha = 1.5 * w.abs().mean(-1, keepdim=True) * state["theta"].exp2()
     value, dw, dalpha = elastic_by_autograd(w, alpha, grad)
-    stored = fmt.quantize(w, state)
+    stored = fmt.quantize(w)
     assert torch.allclose(fmt.dequantize(stored).double(), value.detach(), rtol=2**-7)
     before, mine = state["theta"].clone(), grad.clone()
-    fmt.learn(w, mine, state, 1.0)
+    fmt.learn(w, mine, 1.0)
     assert torch.equal(mine, grad * (dw != 0)), "a weight beyond alpha gets no gradient, others the param's"
     theta_grad = state["theta_mean"] / (1 - fmt.BETA1)
     assert torch.allclose(theta_grad.double(), dalpha * alpha.double() * math.log(2), rtol=1e-5)
@@ -215,48 +235,47 @@ def test_elastic_learns_by_its_definition():
 
 def test_elastic_starts_as_absmean():
     w = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
-    a, b = ElasticTernary(16).quantize(w), Ternary(16).quantize(w)
+    a, b = Elastic(16).quantize(w), Ternary(16).quantize(w)
     assert torch.equal(a.codes, b.codes)
     assert torch.allclose(a.scales.float(), b.scales.float(), rtol=2**-7)
 
 
-def nativebit(weights: list[float], codebook: list[float], **settings):
-    """A codebook of one group as it is before its first step."""
-    fmt = Codebook(len(codebook), 0, **settings)
-    entries = torch.tensor(codebook).view(1, 1, 1, -1)
-    return fmt, torch.tensor(weights).view(1, 1, -1), {
-        "count": torch.ones_like(entries), "sum": entries.clone(), "codebook": entries.clone()}
+def nativebit(weights: list[float], codebook: list[float], **settings) -> tuple[Codebook, torch.Tensor]:
+    """A codebook of one group as it is before its first step, and its latent."""
+    fmt, entries = Codebook(len(codebook), 0, **settings), torch.tensor(codebook).view(1, 1, 1, -1)
+    fmt.state = {"count": torch.ones_like(entries), "sum": entries.clone(), "codebook": entries.clone()}
+    return fmt, torch.tensor(weights).view(1, 1, -1)
 
 
 def test_codebook_reference_averages():
-    fmt, w, state = nativebit([0.1] * 100 + [0.9], [0.0, 1.0], decay=0.9)
-    fmt.learn(w, torch.zeros_like(w), state, 1.0)
-    assert state["codebook"].flatten().tolist() == pytest.approx([1 / 10.9, 0.99])
-    assert state["count"].flatten().tolist() == pytest.approx([10.9, 1.0])
+    fmt, w = nativebit([0.1] * 100 + [0.9], [0.0, 1.0], decay=0.9)
+    fmt.learn(w, torch.zeros_like(w), 1.0)
+    assert fmt.state["codebook"].flatten().tolist() == pytest.approx([1 / 10.9, 0.99])
+    assert fmt.state["count"].flatten().tolist() == pytest.approx([10.9, 1.0])
 
 
 def test_codebook_reference_commitment():
-    fmt, w, state = nativebit([0.3, 0.7], [0.0, 1.0], commitment=1.0)
-    assert fmt.commitment_loss(w, state) == pytest.approx(0.18)
+    """The gradient of (0.3 - 0)^2 + (0.7 - 1)^2."""
+    fmt, w = nativebit([0.3, 0.7], [0.0, 1.0], commitment=1.0)
     grad = torch.zeros_like(w)
-    fmt.learn(w, grad, state, 1.0)
+    fmt.learn(w, grad, 1.0)
     assert grad.flatten().tolist() == pytest.approx([0.6, -0.6])
 
 
 def test_dead_entries_stay():
-    fmt, w, state = nativebit([0.1, 0.2, 0.9], [0.0, 1.0, 50.0], decay=0.5)
+    fmt, w = nativebit([0.1, 0.2, 0.9], [0.0, 1.0, 50.0], decay=0.5)
     for _ in range(5):
-        fmt.learn(w, torch.zeros_like(w), state, 1.0)
-    assert [state[name].flatten()[2].item() for name in ("codebook", "sum", "count")] == [50.0, 50.0, 1.0]
-    assert state["codebook"].flatten()[:2].tolist() != [0.0, 1.0]
+        fmt.learn(w, torch.zeros_like(w), 1.0)
+    assert [fmt.state[name].flatten()[2].item() for name in ("codebook", "sum", "count")] == [50.0, 50.0, 1.0]
+    assert fmt.state["codebook"].flatten()[:2].tolist() != [0.0, 1.0]
 
 
 def test_a_codebook_of_zeros_starts_when_there_is_something():
     fmt = Codebook(4, 8)
-    state = fmt.start(torch.zeros(1, 2, 16))
+    fmt.state = fmt.start(torch.zeros(1, 2, 16))
     w = torch.randn(1, 2, 16, generator=torch.Generator().manual_seed(0))
-    fmt.learn(w, torch.zeros_like(w), state, 1.0)
-    assert all(len(set(fmt.quantize(w, state).codes[0, r, s].tolist())) == 4 for r in (0, 1)
+    fmt.learn(w, torch.zeros_like(w), 1.0)
+    assert all(len(set(fmt.quantize(w).codes[0, r, s].tolist())) == 4 for r in (0, 1)
                for s in (slice(0, 8), slice(8, 16)))
 
 
@@ -271,69 +290,38 @@ def test_codebook_codes_are_the_nearest_entries_in_the_file():
             assert float(fmt.dequantize(stored)[r, c]) == float(table[(table - w[r, c]).abs().argmin()])
 
 
-@pytest.mark.parametrize("fmt", ALL_FORMATS, ids=str)
-def test_every_format_is_verified(fmt, tmp_path):
-    w = torch.randn(6, 20)
-    w[2] = 0
-    path = tmp_path / "a"
-    pack.write_artifact(path, {"w": to_pack(fmt.quantize(w), fmt)}, {})
-    assert pack.verify(path)[0].startswith("sound")
+def test_settings_name_formats():
+    for name, fmt in (("ternary", Ternary(128, scale="log7")), ("binary", Binary(128, "log7")),
+                      ("five", Five(128, "log7")), ("elastic", Elastic(128, "log7")), ("int6", Int(6, 128, "log7")),
+                      ("codebook16", Codebook(16, 128)), ("fp8", Float("fp8"))):
+        assert make_format(Config(matrix_format=name), "matrix_format") == fmt
+    assert make_format(Config(ternary_rule="lsq"), "matrix_format") == Ternary(128, "lsq", scale="log7")
 
 
-@pytest.mark.parametrize("fmt, code, message", [
-    (Binary(8), 0, "binary code is 0"), (Codebook(4, 8), 2, "outside -2..1"), (Codebook(3, 8), -2, "outside -1..1")])
-def test_a_code_that_its_format_does_not_have_is_refused(fmt, code, message, monkeypatch):
-    stored = fmt.quantize(torch.randn(6, 20))
-    stored.codes[3, 4] = code
-    tensors = {"w": to_pack(stored, fmt)}
-    with pytest.raises(pack.ArtifactError, match=message):
-        pack.encode_artifact(tensors, {})
-    with monkeypatch.context() as m:
-        m.setattr(pack, "check_codes", lambda name, t: None)
-        data = pack.encode_artifact(tensors, {})
-    with pytest.raises(pack.ArtifactError, match=message):
-        pack.decode_artifact(data)
-
-
-@pytest.mark.parametrize("fmt", ALL_FORMATS, ids=str)
-def test_the_wire_carries_every_format(fmt):
-    stored = fmt.quantize(torch.randn(2, 6, 20))
-    like = Stored(stored.codes.to("meta"), None if stored.scales is None else stored.scales.to("meta"))
-    wire = to_wire(stored, fmt)
-    back = from_wire(wire, fmt, like)
-    assert torch.equal(fmt.dequantize(back), fmt.dequantize(stored))
-    assert fmt.kind != "ternary" or len(wire) == -(-240 // 5) + stored.scales.nbytes
-
-
-@pytest.mark.parametrize("name, fmt", [
-    ("ternary", Ternary(128, scale="log7")), ("binary", Binary(128, "log7")), ("five", Five(128, "log7")),
-    ("int6", Int(6, 128, "log7")), ("codebook16", Codebook(16, 128)), ("fp8", Float("fp8"))])
-def test_settings_name_formats(name, fmt):
-    assert make_format(Config(matrix_format=name), "matrix_format") == fmt
-    assert make_format(Config(ternary_rule="elastic"), "matrix_format") == ElasticTernary(128, "log7")
-
-
-@pytest.mark.parametrize("bad", [{"matrix_format": "codebook1"}, {"matrix_format": "codebook65"},
-                                 {"ternary_rule": "median"}, {"embed_format": "codebook"}])
-def test_bad_settings_of_a_format_are_errors(bad):
-    with pytest.raises(ConfigError):
+@pytest.mark.parametrize(("bad", "message"), [
+    ({"matrix_format": "codebook1"}, "2 to 64 entries"), ({"matrix_format": "codebook65"}, "2 to 64 entries"),
+    ({"embed_format": "codebook"}, "must be"), ({"ternary_rule": "median"}, "one of absmean"),
+    ({"matrix_format": "quaternary"}, "must be"), ({"embed_format": "int9"}, "2 to 8 bits"),
+    ({"matrix_format": "int1"}, "2 to 8 bits"), ({"scale_dtype": "fp8"}, "must be"),
+    ({"vector_format": "ternary"}, "must be fp8, bf16 or fp16")])
+def test_an_unknown_format_is_one_clear_error(bad, message):
+    with pytest.raises(ConfigError, match=message):
         Config(**bad)
 
 
-@pytest.mark.parametrize("bad", [{"matrix_format": "quaternary"}, {"embed_format": "int9"}, {"scale_dtype": "fp8"},
-                                 {"vector_format": "ternary"}, {"matrix_format": "int1"}])
-def test_an_unknown_format_is_one_clear_error(bad):
-    with pytest.raises(ConfigError, match="must be"):
-        Config(**bad)
+def test_what_the_trainer_knows_of_formats_in_a_file(monkeypatch):
+    """Codes times scales are dequantized however they were found; a kind with other values needs its class."""
+    stored = to_pack(Binary(8).quantize(torch.randn(2, 8)), Binary(8))
+    codebook = to_pack(Codebook(4, 8).quantize(torch.randn(2, 8)), Codebook(4, 8))
+    for name in formats.FORMATS:
+        monkeypatch.delitem(train_gpt.FORMATS, name)
+    more = pack.StoredTensor(stored.shape, stored.format | {"surprise": 1}, stored.codes, stored.scales)
+    assert torch.equal(param_of_file(more), param_of_file(stored))
+    with pytest.raises(ConfigError, match="'codebook' is none of this trainer's: ablations/program.py may know it"):
+        param_of_file(codebook)
 
 
-def test_an_unknown_format_in_a_file_is_an_error():
-    tensor = to_pack(Ternary().quantize(torch.randn(2, 8)), Ternary())
-    with pytest.raises(ConfigError, match="surprise"):
-        from_pack(pack.StoredTensor(tensor.shape, tensor.format | {"surprise": 1}, tensor.codes, tensor.scales))
-
-
-@pytest.mark.parametrize("bits", range(4, 9))
+@pytest.mark.parametrize("bits", [4, 6, 8])
 def test_log_scales_are_exact_in_bf16_and_nearest_by_ratio(bits):
     table = LOG_TABLES[f"log{bits}"]
     steps = 2 ** (bits - 4)
