@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: tests are small, and run beside each other
+
 ROOT = Path(__file__).resolve().parents[1]
 VOCAB = 400
 NAME = "tiny_seed1337"  # of a run's folder, as preset and seed make it
@@ -50,6 +52,24 @@ def prepared(folder: Path, texts: list[str]) -> Path:
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory) -> Path:
     return prepared(tmp_path_factory.mktemp("data"), small_corpus())
+
+
+@pytest.fixture(autouse=True, scope="session")
+def code_weighed_once() -> Iterator[None]:
+    """Compressing the program takes a second or two, and every run in this process asks how many bytes that gives."""
+    from tern import source
+
+    known: dict = {}
+
+    def weigh(sources=None, weigh=source.code_bytes) -> int:
+        key = tuple((source.read_sources() if sources is None else sources).items())
+        if key not in known:
+            known[key] = weigh(sources)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(source, "code_bytes", weigh)
+        yield
 
 
 @pytest.fixture(autouse=True)
