@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import random
-import subprocess
 import sys
 
 import numpy as np
@@ -17,25 +15,17 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import eval_bpb
 import pack
-from conftest import ROOT, VOCAB, run
-from eval_bpb import (
-    AuditError,
-    ByteCounter,
-    DataError,
-    audit_bytes,
-    audit_model,
-    audit_ternary,
-    evaluate,
-    folder_identity,
-    load_artifact,
-    open_data,
-    read_shard,
-    sample,
-    sliding_windows,
-)
+import train_gpt
+from conftest import ROOT, VOCAB, ended, is_one_error, run, small_corpus, started
+from eval_bpb import audit_model, audit_ternary, load_artifact, sample
+from tern.files import folder_identity
+from tern.metric import audit_bytes, evaluate, sliding_windows
+from tern.processes import end_process
+from tern.shards import AuditError, DataError, open_data, read_shard
+from tern.tokenizers import ByteCounter
 
-OFFICIAL = sorted((ROOT.parent / "shared" / "data" / "tokenizers").glob("fineweb_*_bpe.model"))
 NASTY = ["Hello world", "line\nnext\n\n para", "漢字 and 中文", "😀 emoji 👩‍👩‍👧 end", "\x00\x01 ctl \x7f\t tab",
          "a  b   c ",
          "é ñ ü — “quotes”", "x" * 300, "𝔘𝔫𝔦", "1,234.5 % €", " lead", "trail ", "ſ ﬁ ½", "\u200b\u00a0nbsp", "🇩🇪"]
@@ -44,29 +34,46 @@ NASTY = ["Hello world", "line\nnext\n\n para", "漢字 and 中文", "😀 emoji 
 # -- bytes -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not OFFICIAL, reason="the official tokenizers are not beside this checkout")
-@pytest.mark.parametrize("path", OFFICIAL, ids=lambda p: p.stem)
-def test_official_tokenizer_counts_equal_decoded_bytes(path):
-    sp = spm.SentencePieceProcessor(model_file=str(path))
-    counter, rng = ByteCounter(sp), random.Random(0)
-    if not any(sp.is_byte(i) for i in range(sp.vocab_size())):  # without byte fallback such text must not be scored
-        with pytest.raises(AuditError, match="byte audit failed"):
-            audit_bytes({"x": np.array([sp.bos_id()] + sp.encode("漢字"), dtype=np.uint16)}, counter)
-        return
-    texts = NASTY + ["".join(chr(rng.choice([rng.randrange(32, 127), rng.randrange(1, 0x800), rng.randrange(0x3000,
-             0xD7FF), rng.randrange(0x1F300, 0x1FAFF), 10, 32, 32])) for _ in range(60)) for _ in range(300)]
-    stream = []
-    for text in texts:
+def official_kind(folder) -> spm.SentencePieceProcessor:
+    """A tokenizer with the options of the competition's: text is normalized, and what is unknown becomes bytes."""
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter(" ".join(small_corpus(60)).split("\t")), model_prefix=str(folder / "official"),
+        model_type="bpe", vocab_size=VOCAB, byte_fallback=True, split_digits=True, normalization_rule_name="nmt_nfkc",
+        add_dummy_prefix=False, minloglevel=2)
+    return spm.SentencePieceProcessor(model_file=str(folder / "official.model"))
+
+
+def random_text(rng: random.Random, length: int = 60) -> str:
+    return "".join(chr(rng.choice([rng.randrange(32, 127), rng.randrange(1, 0x800), rng.randrange(0x3000, 0xD7FF),
+                                   rng.randrange(0x1F300, 0x1FAFF), 10, 32, 32])) for _ in range(length))
+
+
+# The tokenizers that data/prepare.py has fetched into this checkout, if any, are held to the same.
+@pytest.mark.fast
+@pytest.mark.parametrize("fetched", [None, *sorted((ROOT / "data").glob("*/*.model"))],
+                         ids=lambda path: path.stem if path else "official kind")
+def test_counts_are_the_bytes_of_the_decoded_text(tmp_path, fetched):
+    sp = official_kind(tmp_path) if fetched is None else spm.SentencePieceProcessor(model_file=str(fetched))
+    counter, rng, stream, unknown = ByteCounter(sp), random.Random(0), [], []
+    for text in NASTY + [random_text(rng) for _ in range(300)]:
         ids = sp.encode(text)
+        if any(sp.is_unknown(i) for i in ids):
+            unknown.append([sp.bos_id()] + ids)
+            continue
         assert counter.count([sp.bos_id()] + ids[:-1], ids).sum() == len(sp.decode(ids).encode()), text
         stream += [sp.bos_id()] + ids
     shard = np.array(stream, dtype=np.uint16)
     report = audit_bytes({"x": shard}, counter)
-    assert report["x"]["documents"] == len(texts)
-    assert report["x"]["bytes"] == counter.count_stream(shard).sum() > 5000
-    assert any(sp.is_byte(i) for i in stream)
+    assert report["x"]["documents"] == stream.count(sp.bos_id()) == 300 + len(NASTY) - len(unknown)
+    assert report["x"]["bytes"] == counter.count_stream(shard).sum() > 500
+    has_bytes = any(sp.is_byte(i) for i in range(sp.vocab_size()))
+    assert any(sp.is_byte(i) for i in stream) == (not unknown) == has_bytes
+    for ids in unknown[:3]:  # without byte fallback such text must not be scored
+        with pytest.raises(AuditError, match="byte audit failed"):
+            audit_bytes({"x": np.array(ids, dtype=np.uint16)}, counter)
 
 
+@pytest.mark.fast
 def test_our_tokenizer_counts_original_bytes(data_dir):
     sp = spm.SentencePieceProcessor(model_file=str(data_dir / "tokenizer.model"))
     counter = ByteCounter(sp)
@@ -103,6 +110,7 @@ class FakePieces(spm.SentencePieceProcessor):
         return self.PIECES[i]
 
 
+@pytest.mark.fast
 def test_counting_rule_by_hand():
     counter = ByteCounter(FakePieces())
     #        prev, id -> bytes
@@ -113,6 +121,7 @@ def test_counting_rule_by_hand():
         counter.count([1], [9])
 
 
+@pytest.mark.fast
 def test_the_audit_finds_a_wrong_count_and_a_wrong_tokenizer(data_dir):
     counter = ByteCounter(data_dir / "tokenizer.model")
     shard = read_shard(next(data_dir.glob("*_val_*.bin")))
@@ -124,6 +133,7 @@ def test_the_audit_finds_a_wrong_count_and_a_wrong_tokenizer(data_dir):
         audit_bytes({"v": shard}, counter)
 
 
+@pytest.mark.fast
 def test_manifest_states_the_audited_bytes(data_dir):
     manifest = json.loads((data_dir / "manifest.json").read_text())
     data = open_data(data_dir)
@@ -136,20 +146,23 @@ def test_manifest_states_the_audited_bytes(data_dir):
 # -- shards ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("damage", ["truncated", "longer", "magic", "version", "empty", "header only", "missing",
-                                    "folder"])
-def test_bad_shards_are_one_clear_error(data_dir, tmp_path, damage):
+@pytest.mark.fast
+def test_bad_shards_are_one_clear_error(data_dir, tmp_path):
     good, path = next(data_dir.glob("*_val_*.bin")).read_bytes(), tmp_path / "x_val_0.bin"
-    bad = {"truncated": good[:-1], "longer": good + b"\0\0", "magic": b"\0" + good[1:], "empty": b"",
-           "version": good[:4] + b"\2" + good[5:], "header only": good[:500]}
-    if damage == "folder":
-        path.mkdir()
-    elif damage != "missing":
-        path.write_bytes(bad[damage])
+    with pytest.raises(DataError, match="x_val_0.bin: cannot read"):
+        read_shard(path)
+    for bad, said in ((good[:-1], "truncated"), (good + b"\0\0", "truncated or damaged"), (good[:500], "not a token"),
+                      (b"\0" + good[1:], "not a token shard"), (good[:4] + b"\2" + good[5:], "not a token shard")):
+        path.write_bytes(bad)
+        with pytest.raises(DataError, match=f"x_val_0.bin: .*{said}"):
+            read_shard(path)
+    path.unlink()
+    path.mkdir()
     with pytest.raises(DataError, match="x_val_0.bin"):
         read_shard(path)
 
 
+@pytest.mark.fast
 def test_a_changed_shard_does_not_pass_its_manifest(data_dir, tmp_path):
     for file in data_dir.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -167,19 +180,21 @@ def test_a_changed_shard_does_not_pass_its_manifest(data_dir, tmp_path):
 # -- windows -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("n", "length", "stride", "expected"), [
-    (10, 4, 4, [(0, 4, 0), (4, 8, 4), (6, 10, 8)]),
-    (10, 4, 2, [(0, 4, 0), (2, 6, 4), (4, 8, 6), (6, 10, 8)]),
-    (9, 4, 3, [(0, 4, 0), (3, 7, 4), (5, 9, 7)]),
-    (3, 4, 2, [(0, 3, 0)]),
-    (4, 4, 1, [(0, 4, 0)]),
-    (1, 1, 1, [(0, 1, 0)]),
-    (0, 4, 2, []),
-])
-def test_gold_windows(n, length, stride, expected):
-    assert list(sliding_windows(n, length, stride)) == expected
+@pytest.mark.fast
+def test_gold_windows():
+    for n, length, stride, expected in (
+        (10, 4, 4, [(0, 4, 0), (4, 8, 4), (6, 10, 8)]),
+        (10, 4, 2, [(0, 4, 0), (2, 6, 4), (4, 8, 6), (6, 10, 8)]),
+        (9, 4, 3, [(0, 4, 0), (3, 7, 4), (5, 9, 7)]),
+        (3, 4, 2, [(0, 3, 0)]),
+        (4, 4, 1, [(0, 4, 0)]),
+        (1, 1, 1, [(0, 1, 0)]),
+        (0, 4, 2, []),
+    ):
+        assert list(sliding_windows(n, length, stride)) == expected
 
 
+@pytest.mark.fast
 @settings(deadline=None)
 @given(st.integers(0, 3000), st.integers(1, 200), st.data())
 def test_every_position_is_scored_exactly_once(n, length, data):
@@ -192,10 +207,11 @@ def test_every_position_is_scored_exactly_once(n, length, data):
     assert scored == list(range(n))
 
 
-@pytest.mark.parametrize(("length", "stride"), [(0, 1), (4, 0), (4, 5), (4, -1)])
-def test_windows_that_would_lose_tokens_are_refused(length, stride):
-    with pytest.raises(ValueError, match="stride"):
-        list(sliding_windows(10, length, stride))
+@pytest.mark.fast
+def test_windows_that_would_lose_tokens_are_refused():
+    for length, stride in ((0, 1), (4, 0), (4, 5), (4, -1)):
+        with pytest.raises(ValueError, match="stride"):
+            list(sliding_windows(10, length, stride))
 
 
 # -- scores ------------------------------------------------------------------------------------------------------
@@ -228,7 +244,8 @@ def stream(data_dir):
     return read_shard(next(data_dir.glob("*_val_*.bin")))[:700]
 
 
-@pytest.mark.parametrize(("length", "stride"), [(32, 32), (32, 8), (64, 5), (1024, 16), (33, 1)])
+@pytest.mark.fast
+@pytest.mark.parametrize(("length", "stride"), [(32, 32), (64, 5), (1024, 16)])
 @torch.inference_mode()
 def test_score_is_brute_force(stream, data_dir, length, stride):
     counter, model = ByteCounter(data_dir / "tokenizer.model"), Toy(VOCAB)
@@ -244,6 +261,7 @@ def test_score_is_brute_force(stream, data_dir, length, stride):
     assert score.val_bpb == pytest.approx(total / math.log(2) / bytes_, rel=1e-6)
 
 
+@pytest.mark.fast
 def test_only_scored_positions_go_through_the_head_and_batches_do_not_matter(stream, data_dir):
     counter = ByteCounter(data_dir / "tokenizer.model")
     scores = []
@@ -254,6 +272,7 @@ def test_only_scored_positions_go_through_the_head_and_batches_do_not_matter(str
     assert max(s.val_loss for s in scores) - min(s.val_loss for s in scores) < 1e-6
 
 
+@pytest.mark.fast
 def test_nothing_to_score_and_nan_are_errors(stream, data_dir):
     counter = ByteCounter(data_dir / "tokenizer.model")
     with pytest.raises(DataError, match="nothing to score"):
@@ -264,6 +283,7 @@ def test_nothing_to_score_and_nan_are_errors(stream, data_dir):
         evaluate(broken, stream, counter, 32, 32)
 
 
+@pytest.mark.fast
 def test_cheating_models_are_found(stream):
     assert audit_model(Toy(VOCAB), stream, 64)["uses_context"] is True
     assert audit_model(Toy(VOCAB, blind=True), stream, 64)["uses_context"] is False
@@ -291,30 +311,35 @@ def test_the_file_proves_what_is_ternary(tiny_run):
         audit_ternary(tensors | {name: lying})
 
 
-@pytest.mark.parametrize("change", ["missing", "extra", "shape", "config", "layers", "types", "format", "huge",
-                                    "window"])
-def test_artifacts_that_are_not_the_model_are_one_clear_error(tiny_run, tmp_path, change):
-    tensors, meta = pack.read_artifact(tiny_run[0] / "model.tern")
-    config = dict(meta["config"])
-    vector = tensors["blocks.0.attn_scale"]
-    if change == "missing":
-        del tensors["blocks.0.attn_scale"]
-    elif change == "extra":
-        tensors["blocks.7.attn_scale"] = vector
-    elif change == "shape":
-        tensors["blocks.0.attn_scale"] = pack.StoredTensor((31,), vector.format, vector.codes[:31], None)
-    elif change == "format":
-        tensors["blocks.0.attn_scale"] = pack.StoredTensor(
-            vector.shape, {"kind": "fp32"}, vector.codes.astype(np.uint32), None)
+CHANGES = {
+    "missing": lambda tensors, vector: tensors.pop("blocks.0.attn_scale"),
+    "extra": lambda tensors, vector: tensors.update({"blocks.7.attn_scale": vector}),
+    "shape": lambda tensors, vector: tensors.update({"blocks.0.attn_scale": pack.StoredTensor(
+        (31,), vector.format, vector.codes[:31], None)}),
+    "format": lambda tensors, vector: tensors.update({"blocks.0.attn_scale": pack.StoredTensor(
+        vector.shape, {"kind": "fp32"}, vector.codes.astype(np.uint32), None)}),
+    "width": {"model_dim": 48}, "layers": {"num_layers": 1000}, "types": {"num_layers": "2"},
+    "huge": {"model_dim": 2**40}, "window": {"train_seq_len": 10**12},
+}
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("change", CHANGES)
+def test_artifacts_that_are_not_the_model_are_one_clear_error(tmp_path, change):
+    config = train_gpt.Config(**train_gpt.PRESETS["tiny"], vocab_size=16)
+    model = train_gpt.GPT(config)
+    tensors = train_gpt.Latents(model, config).pack([name for name, _ in model.named_parameters()])
+    meta = train_gpt.artifact_meta(config)
+    if callable(CHANGES[change]):
+        CHANGES[change](tensors, tensors["blocks.0.attn_scale"])
     else:
-        config |= {"config": {"model_dim": 48}, "layers": {"num_layers": 1000}, "types": {"num_layers": "2"},
-                   "huge": {"model_dim": 2**40}, "window": {"train_seq_len": 10**12}}[change]
-    pack.write_artifact(tmp_path / "bad.tern", tensors, {"config": config})
+        meta["config"] |= CHANGES[change]
+    pack.write_artifact(tmp_path / "bad.tern", tensors, meta)
     with pytest.raises(pack.ArtifactError, match="bad.tern"):
         load_artifact(tmp_path / "bad.tern")
 
 
-def test_command_scores_a_file_and_says_what_is_wrong(tiny_run, data_dir, tmp_path):
+def test_command_scores_a_file_and_says_what_is_wrong(tiny_run, data_dir, tmp_path, capsys):
     artifact, out = tiny_run[0] / "model.tern", tmp_path / "score.json"
     done = run(artifact, "--data", data_dir, "--stride", 32, "--json", out, program="eval_bpb.py", OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
@@ -328,9 +353,8 @@ def test_command_scores_a_file_and_says_what_is_wrong(tiny_run, data_dir, tmp_pa
     broken.write_bytes(artifact.read_bytes()[:-7])
     for argv in ([broken, "--data", data_dir], [artifact, "--data", tmp_path / "no"],
                  [artifact, "--data", data_dir, "--stride", 9999]):
-        done = run(*argv, program="eval_bpb.py")
-        assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-        assert "val_bpb" not in done.stdout
+        assert is_one_error(eval_bpb.main([str(x) for x in argv]), (said := capsys.readouterr()).err)
+        assert "val_bpb" not in said.out
 
 
 def test_sampling_continues_the_prompt_and_repeats_with_its_seed(tiny_run, data_dir):
@@ -340,10 +364,10 @@ def test_sampling_continues_the_prompt_and_repeats_with_its_seed(tiny_run, data_
     assert texts[0] == texts[1] != texts[2] and all(t.startswith("No. 1") and len(t) > 60 for t in texts)
 
 
-@pytest.mark.parametrize("world, ending", [(1, "done\nfinalized\n"), (2, "done\n")])
-def test_one_of_several_processes_leaves_without_the_interpreter_s_end(world, ending):
-    program = ("import atexit, sys, eval_bpb; atexit.register(print, 'finalized'); print('done'); "
-               "sys.exit(eval_bpb.leave(3))")
-    env = os.environ | {"WORLD_SIZE": str(world)}
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (3, ending)
+def test_one_of_several_processes_ends_without_the_interpreter_s_end(monkeypatch):
+    program = ("import atexit, sys; from tern.processes import end_process; atexit.register(print, 'finalized'); "
+               "print('done'); sys.exit(end_process(3))")
+    done = ended(started(sys.executable, "-c", program, WORLD_SIZE="2"))
+    assert (done.returncode, done.stdout) == (3, "done\n")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert end_process(3) == 3
