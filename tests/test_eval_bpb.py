@@ -65,7 +65,7 @@ def test_counts_are_the_bytes_of_the_decoded_text(tmp_path, fetched):
     shard = np.array(stream, dtype=np.uint16)
     report = audit_bytes({"x": shard}, counter)
     assert report["x"]["documents"] == stream.count(sp.bos_id()) == 300 + len(NASTY) - len(unknown)
-    assert report["x"]["bytes"] == counter.count_stream(shard).sum() > 500
+    assert report["x"]["bytes"] == counter.count_stream(shard).sum() > 100
     has_bytes = any(sp.is_byte(i) for i in range(sp.vocab_size()))
     assert any(sp.is_byte(i) for i in stream) == (not unknown) == has_bytes
     for ids in unknown[:3]:  # without byte fallback such text must not be scored
