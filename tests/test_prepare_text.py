@@ -9,7 +9,6 @@ import lzma
 import os
 import random
 import struct
-import sys
 import time
 import zlib
 from pathlib import Path
@@ -21,11 +20,10 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from data import messages, prepare, textfiles
+from tern.shards import DataError, read_shard
 
-from data import messages, prepare, textfiles  # noqa: E402
-from eval_bpb import DataError, read_shard  # noqa: E402
+fast = pytest.mark.fast
 
 
 def words(rng: random.Random, count: int) -> str:
@@ -103,6 +101,7 @@ PACKED = {
 }
 
 
+@fast
 @pytest.mark.parametrize("kind", PACKED)
 def test_compressed_files_hold_what_was_packed(tmp_path, kind):
     name, pack = PACKED[kind]
@@ -111,6 +110,7 @@ def test_compressed_files_hold_what_was_packed(tmp_path, kind):
         json.loads(line)["text"] for line in JSONL.splitlines()]
 
 
+@fast
 def test_a_zstd_frame_that_needs_a_dictionary_says_so(tmp_path, capsys):
     dictionary = zstandard.train_dictionary(2_000, [JSONL[i:i + 300] for i in range(0, len(JSONL), 300)])
     packed = zstandard.ZstdCompressor(dict_data=dictionary).compress(JSONL)
@@ -119,6 +119,7 @@ def test_a_zstd_frame_that_needs_a_dictionary_says_so(tmp_path, capsys):
     assert "zstd -d -D" in error
 
 
+@fast
 def test_a_zstd_window_that_nobody_can_hold_says_how_large_it_is(tmp_path, capsys):
     frame = struct.pack("<IBB", 0xFD2FB528, 0, (32 - 10) << 3) + b"\x01\x00\x00"
     error = fails(tmp_path, capsys, "a.jsonl.zst", frame)
@@ -126,31 +127,27 @@ def test_a_zstd_window_that_nobody_can_hold_says_how_large_it_is(tmp_path, capsy
     assert "2,048 MiB" in error
 
 
+@fast
 def test_memory_that_is_denied_says_how_much(tmp_path):
     packed = long_window(JSONL)
     message = textfiles.unpack_fault(Path("a.zst"), packed[:18], MemoryError())
     assert "needs 2,048 MiB of memory" in message
 
 
+@fast
 @pytest.mark.parametrize("suffix", ["zst", "gz", "bz2", "xz"])
-@pytest.mark.parametrize("fault", ["cut", "cut at a stream", "damaged", "garbage after", "other format", "empty"])
-def test_damaged_compressed_files_are_one_error(tmp_path, capsys, suffix, fault):
+def test_damaged_compressed_files_are_one_error(tmp_path, capsys, suffix):
     pack = {"zst": zst, "gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}[suffix]
     whole = pack(JSONL)
     middle = len(whole) // 2
-    data = {"cut": whole[:-3], "cut at a stream": whole + pack(JSONL)[:7], "garbage after": whole + b"not zero",
-            "damaged": whole[:middle] + bytes([whole[middle] ^ 0x55]) + whole[middle + 1:],
-            "other format": JSONL, "empty": b""}[fault]
-    error = fails(tmp_path, capsys, f"a.jsonl.{suffix}", data)
-    assert "fetch the file again" in error
-    assert f"a.jsonl.{suffix}: " in error
-
-
-@pytest.mark.parametrize("suffix", ["zst", "gz", "bz2", "xz"])
-@pytest.mark.parametrize("size", [1, 10, 3_000])
-def test_plain_text_with_the_name_of_a_packed_file_is_told_so(tmp_path, capsys, suffix, size):
-    error = fails(tmp_path, capsys, f"a.jsonl.{suffix}", JSONL[:size])
-    assert f"or leave .{suffix} out of its name if it is plain text" in error
+    for data in (whole[:-3], whole + pack(JSONL)[:7], whole + b"not zero", b"",
+                 whole[:middle] + bytes([whole[middle] ^ 0x55]) + whole[middle + 1:]):
+        error = fails(tmp_path, capsys, f"a.jsonl.{suffix}", data)
+        assert "fetch the file again" in error and f"a.jsonl.{suffix}: " in error
+    for size in (1, 10, 3_000, len(JSONL)):
+        error = fails(tmp_path, capsys, f"a.jsonl.{suffix}", JSONL[:size])
+        assert "fetch the file again" in error
+        assert f"or leave .{suffix} out of its name if it is plain text" in error
 
 
 def test_a_bomb_is_read_in_bounded_pieces(tmp_path):
@@ -168,27 +165,24 @@ def test_a_bomb_is_read_in_bounded_pieces(tmp_path):
 # ---------------------------------------------------------------- lines
 
 
-@pytest.mark.parametrize("kind", ["LF", "CR", "CRLF", "mixed", "blank lines", "BOM", "no end"])
-def test_json_lines_with_any_line_end(tmp_path, kind):
+@fast
+def test_json_lines_with_any_line_end(tmp_path):
     lines = JSONL.splitlines()
     blank = b"\n\n \t\r\n\n"
-    data = {"LF": JSONL, "CR": b"\r".join([*lines, b""]), "CRLF": b"\r\n".join(lines), "no end": b"\n".join(lines),
-            "mixed": b"\n".join([lines[0], b"\r".join(lines[1:20]), *lines[20:]]),
-            "blank lines": blank + blank.join(lines) + blank, "BOM": b"\xef\xbb\xbf" + JSONL}[kind]
-    (tmp_path / "a.jsonl").write_bytes(data)
-    assert list(textfiles.text_documents([tmp_path / "a.jsonl"])) == [json.loads(line)["text"] for line in lines]
+    for data in (JSONL, b"\r".join([*lines, b""]), b"\r\n".join(lines), b"\n".join(lines),
+                 b"\n".join([lines[0], b"\r".join(lines[1:20]), *lines[20:]]),
+                 blank + blank.join(lines) + blank, b"\xef\xbb\xbf" + JSONL):
+        (tmp_path / "a.jsonl").write_bytes(data)
+        assert list(textfiles.text_documents([tmp_path / "a.jsonl"])) == [json.loads(line)["text"] for line in lines]
 
 
+@fast
 @pytest.mark.parametrize("end", [b"\n", b"\r", b"\r\n"])
-def test_marks_between_files_that_were_put_together(tmp_path, end):
+def test_marks_between_files_and_fields_that_nobody_uses(tmp_path, end):
     mark, lines = codecs.BOM_UTF8, JSONL.splitlines()[:4]
     (tmp_path / "a.jsonl").write_bytes(mark + lines[0] + end + mark + lines[1] + end + mark + end  # an empty file
                                        + mark + mark + lines[2] + end + lines[3])
     assert list(textfiles.text_documents([tmp_path / "a.jsonl"])) == [json.loads(line)["text"] for line in lines]
-
-
-@pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])
-def test_fields_that_nobody_uses_may_hold_any_number(tmp_path, end):
     numbers = b"[" + b"1" * 5_000 + b", -" + b"9" * 5_000 + b", 1e999, 0." + b"3" * 5_000 + b"]"
     record = b'{"text": "one",%s "n": %s}' % (b"\r" if end == b"\n" else b"", numbers)
     (tmp_path / "a.jsonl").write_bytes((record + end) * 3)
@@ -206,6 +200,7 @@ LONG_RECORDS = {
 }
 
 
+@fast
 @pytest.mark.parametrize("kind", LONG_RECORDS)
 def test_an_error_does_not_carry_the_document(tmp_path, capsys, kind):
     record, reason = LONG_RECORDS[kind]
@@ -215,15 +210,16 @@ def test_an_error_does_not_carry_the_document(tmp_path, capsys, kind):
     assert len(error.replace(str(tmp_path), "")) < 400
 
 
-@pytest.mark.parametrize("end", [b"\n", b"\r", b"\r\n"])
+@fast
 @pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
-def test_errors_name_the_line_at_any_place_of_a_block(tmp_path, monkeypatch, end, name):
+def test_errors_name_the_line_at_any_place_of_a_block(tmp_path, monkeypatch, name):
     monkeypatch.setattr(textfiles, "BLOCK_BYTES", 7)
     line = b'{"text": "abc"}'
-    for before in (0, 1, 2, 20):
-        (tmp_path / name).write_bytes((line + end) * before + b'{"text": "\xff"}' + end + line)
-        with pytest.raises(DataError, match=rf"{name}:{before + 1}: not UTF-8"):
-            list(textfiles.text_documents([tmp_path / name]))
+    for end in (b"\n", b"\r", b"\r\n"):
+        for before in (0, 1, 2, 20):
+            (tmp_path / name).write_bytes((line + end) * before + b'{"text": "\xff"}' + end + line)
+            with pytest.raises(DataError, match=rf"{name}:{before + 1}: not UTF-8"):
+                list(textfiles.text_documents([tmp_path / name]))
 
 
 @settings(max_examples=200, deadline=None)
@@ -262,8 +258,8 @@ def test_ordinary_text_is_cut_as_before():
     assert len(expected) > 10
 
 
-@pytest.mark.parametrize("kind", ["spaces", "none", "wide", "marks", "CR"])
-@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+@pytest.mark.parametrize(("kind", "name"), [("spaces", "a.txt"), ("none", "a.txt"), ("wide", "a.txt"),
+                                            ("marks", "a.txt"), ("CR", "a.txt"), ("wide", "a.jsonl")])
 def test_a_line_of_megabytes_is_cut_where_it_hurts_least(tmp_path, kind, name):
     rng = random.Random(2)
     text = {"spaces": words(rng, 200_000), "none": "".join(rng.choices("abcdef", k=1_000_000)),
@@ -282,16 +278,17 @@ def test_a_line_of_megabytes_is_cut_where_it_hurts_least(tmp_path, kind, name):
 
 
 def test_cutting_a_long_line_takes_linear_time(tmp_path):
-    """A second for 100 MB; work on the whole rest for every piece takes ten."""
+    """A second of processor time for 100 MB; work on the whole rest for every piece takes ten."""
     line, began = "abcdefghij" * 10_000_000, time.process_time()
     assert sum(map(len, textfiles.short_lines(line))) == len(line)
-    assert time.process_time() - began < 3
+    assert time.process_time() - began < 5
     began = time.process_time()
     assert sum(map(len, textfiles.text_lines(line[i:i + 250_000] for i in range(0, len(line), 250_000)))) == len(line)
     assert sum(map(len, prepare.cut_finer([line[:20_000_000]], 1_024))) == 20_000_000
-    assert time.process_time() - began < 3
+    assert time.process_time() - began < 5
 
 
+@fast
 def test_a_windows_line_end_is_never_cut_in_two():
     text = "ab\r\n" * 9
     for limit in range(2, 30):
@@ -304,23 +301,26 @@ def test_a_windows_line_end_is_never_cut_in_two():
 # ---------------------------------------------------------------- encodings
 
 
+@fast
 @pytest.mark.parametrize(("encoding", "name", "text"), [
     ("utf-16", "UTF-16", "plain words"), ("utf-16-le", "UTF-16LE", "plain words"),
     ("utf-16-be", "UTF-16BE", "plain words"), ("utf-32", "UTF-32", "plain words"),
     ("utf-32-le", "UTF-32LE", "plain words"), ("latin-1", "ISO-8859-1", "naïve café crème"),
     ("cp1252", "WINDOWS-1252", "it’s “quoted” text"), ("gb18030", "GB18030", "中文编码测试文本" * 9),
     ("shift_jis", "SHIFT_JIS", "日本語のテスト" * 9), ("cp1251", "WINDOWS-1251", "русский текст " * 9)])
-@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".txt.gz"])
-def test_other_encodings_are_named_with_the_command_that_converts_them(tmp_path, capsys, encoding, name, text, suffix):
-    data = (json.dumps({"text": text}, ensure_ascii=False) if suffix == ".jsonl" else text + "\n" + text)
-    data = data.encode(encoding)
-    error = fails(tmp_path, capsys, "a b" + suffix, gzip.compress(data) if suffix.endswith("gz") else data)
-    assert name in error
-    assert f"a b{suffix}:1: not UTF-8" in error
-    assert "iconv -f " in error
-    assert (f"'{tmp_path}/a b{suffix}'" in error) and ("gzip -dc '" in error) == suffix.endswith("gz")
+def test_other_encodings_are_named_with_the_command_that_converts_them(tmp_path, capsys, encoding, name, text):
+    for suffix in (".txt", ".jsonl", ".txt.gz"):
+        data = json.dumps({"text": text}, ensure_ascii=False) if suffix == ".jsonl" else text + "\n" + text
+        data = data.encode(encoding)
+        error = fails(tmp_path, capsys, "a b" + suffix, gzip.compress(data) if suffix.endswith("gz") else data)
+        assert name in error
+        assert f"a b{suffix}:1: not UTF-8" in error
+        assert "iconv -f " in error
+        assert f"'{tmp_path}/a b{suffix}'" in error
+        assert ("gzip -dc '" in error) == suffix.endswith("gz")
 
 
+@fast
 def test_damaged_and_cut_utf8_are_told_from_other_encodings(tmp_path, capsys):
     assert "damaged bytes" in fails(tmp_path, capsys, "a.txt", "é ü\n".encode() * 9 + b"\xff\n")
     assert "cut short" in fails(tmp_path, capsys, "a.txt", "plain and é".encode()[:-1])
@@ -361,6 +361,7 @@ def test_all_validation_leaves_one_for_training(tmp_path):
     assert manifest["splits"]["val"]["documents"] == 3
 
 
+@fast
 @pytest.mark.parametrize(("data", "message"), [
     ("hi", "documents: 1, of 2 bytes"),
     ("a line\n" * 9, "documents: 1, of 63 bytes"),
@@ -487,6 +488,7 @@ def test_a_vocabulary_too_small_is_told_the_smallest(tmp_path, capsys):
 # ---------------------------------------------------------------- near duplicates
 
 
+@fast
 @settings(max_examples=100, deadline=None)
 @given(codes=st.lists(st.integers(0, 2**64 - 1), max_size=70), length=st.integers(1, 60))
 def test_run_hashes_are_the_polynomial(codes, length):
@@ -500,6 +502,7 @@ def test_run_hashes_are_the_polynomial(codes, length):
     assert prepare.run_hashes(np.array(codes, dtype=np.uint64), length).tolist() == sorted(expected)
 
 
+@fast
 @given(values=st.lists(st.integers(0, 40)), table=st.sets(st.integers(0, 40)))
 def test_members_is_isin(values, table):
     values, table = np.array(values, dtype=np.uint64), np.array(sorted(table), dtype=np.uint64)
@@ -544,6 +547,7 @@ def test_ordinary_text_is_compared_by_words(tmp_path):
 # ---------------------------------------------------------------- many documents
 
 
+@fast
 def test_the_spool_sorts_and_drops_duplicates(tmp_path):
     rng = random.Random(0)
     documents = [rng.choice("abc") * rng.randint(1, 40) for _ in range(500)] + [" \n"]
@@ -556,6 +560,7 @@ def test_the_spool_sorts_and_drops_duplicates(tmp_path):
     assert spool.below(0.3) == len(below)
 
 
+@fast
 def test_a_batch_of_long_documents_is_bounded():
     documents = ["x" * 1_000_000] * 11 + ["y"] * 1_200
     batches = list(prepare.batches(documents))
@@ -564,6 +569,7 @@ def test_a_batch_of_long_documents_is_bounded():
     assert max(map(len, batches)) <= prepare.BATCH_DOCUMENTS
 
 
+@fast
 def test_time_is_linear(monkeypatch):
     """What a training document costs does not grow with validation: no sort of the whole table for each."""
     sizes, real = [], np.unique
@@ -578,6 +584,7 @@ def test_time_is_linear(monkeypatch):
     assert len(calls) == 1, "the words of a document are found once"
 
 
+@fast
 def test_progress_is_silent_in_a_short_run_and_rare_in_a_long_one(capsys, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(messages.time, "monotonic", lambda: now[0])
