@@ -100,9 +100,12 @@ class TokenizerFile:
 def read_tokenizer_file(model: bytes, where: str | Path) -> TokenizerFile:
     """The bytes of a .model file, which sentencepiece has opened. Raises DataError where they hold something odd."""
     try:
-        fields: list[tuple[int, dict[int, Any]]] = [
-            (number, dict(protobuf_fields(message))) for number, message in protobuf_fields(model)
-            if number in (PIECES, TRAINER, NORMALIZER, DENORMALIZER) and isinstance(message, bytes)]
+        fields: list[tuple[int, dict[int, Any]]] = []
+        for number, message in protobuf_fields(model):
+            if number in (PIECES, TRAINER, NORMALIZER, DENORMALIZER):
+                if not isinstance(message, bytes):
+                    raise TypeError(f"field {number} is a number")
+                fields.append((number, dict(protobuf_fields(message))))
         return TokenizerFile(
             any(number == TRAINER and part.get(MODEL_TYPE) == BPE for number, part in fields),
             {part[TEXT].decode(): part.get(KIND, NORMAL) for number, part in fields if number == PIECES},
