@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-import formats as storage
 import pack
 import train_gpt
-from eval_bpb import AuditError
+from tern.groups import split_groups
+from tern.shards import AuditError
+
+PARTS = ("matrices", "embedding")
+Tensors = Mapping[str, pack.StoredTensor]  # of a file, by name
 
 
-def prove_active(tensors: dict[str, pack.StoredTensor], config: train_gpt.Config,
-                 names: Iterable[str] | None = None) -> str:
+def part_of(name: str) -> str:
+    """The part of the model that a parameter is of; "" for vectors and what patches add."""
+    if name == "tok_emb.weight":
+        return "embedding"
+    return "matrices" if name.startswith("blocks.") and name.endswith(".weight") else ""
+
+
+def quantized(spec: dict) -> bool:
+    return pack.is_grouped(spec)
+
+
+def prove_active(tensors: Tensors, config: train_gpt.Config, names: Iterable[str] | None = None) -> str:
     """One line on the format of the matrices (all but the embedding), after a check that the file holds nothing else.
 
     names: of all parameters of the model; without them, those of the settings' model, which patches may have changed.
@@ -23,89 +37,97 @@ def prove_active(tensors: dict[str, pack.StoredTensor], config: train_gpt.Config
     its codes are in that format's alphabet and not all equal.
     """
     wanted = train_gpt.make_format(config, "matrix_format").spec()
-    if wanted["kind"] in pack.FLOAT_SYMBOLS:
+    if not quantized(wanted):
         raise AuditError(f"the settings store matrices as {wanted['kind']}: nothing is quantized")
     if names is None:
         with torch.device("meta"):
             names = [name for name, _ in train_gpt.GPT(config).named_parameters()]
     names = {n for n in (*names, *tensors) if n.endswith(".weight") and n != "tok_emb.weight"}
-    if not names & tensors.keys():
+    missing = sorted(names - tensors.keys())
+    if len(missing) == len(names):
         raise AuditError("the file holds no matrices: nothing is quantized")
-    if missing := names - tensors.keys():
-        raise AuditError(f"{sorted(missing)[0]} is not in the file")
-    matrices = {n: t for n, t in tensors.items() if n in names}
-    for name, t in matrices.items():
-        check_codes(name, t, wanted)
-    weights = sum(t.codes.size for t in matrices.values())
-    return f"{pack.format_label(wanted)}: {len(matrices)} matrices, {weights:,} weights"
+    if missing:
+        raise AuditError(f"{missing[0]} is not in the file")
+    for name in sorted(names):
+        check_codes(name, tensors[name], wanted)
+    weights = sum(tensors[name].codes.size for name in names)
+    return f"{pack.format_label(wanted)}: {len(names)} matrices, {weights:,} weights"
 
 
-def prove_embedding(tensors: dict[str, pack.StoredTensor], config: train_gpt.Config) -> str:
+def prove_embedding(tensors: Tensors, config: train_gpt.Config) -> str:
     """The same of the embedding alone. Raises AuditError."""
     wanted = train_gpt.make_format(config, "embed_format").spec()
-    if wanted["kind"] in pack.FLOAT_SYMBOLS:
+    if not quantized(wanted):
         raise AuditError(f"the settings store the embedding as {wanted['kind']}: it is not quantized")
-    if (t := tensors.get("tok_emb.weight")) is None:
+    tensor = tensors.get("tok_emb.weight")
+    if tensor is None:
         raise AuditError("tok_emb.weight is not in the file")
-    check_codes("tok_emb.weight", t, wanted)
-    return f"{pack.format_label(wanted)}: embedding, {t.codes.size:,} weights"
+    check_codes("tok_emb.weight", tensor, wanted)
+    return f"{pack.format_label(wanted)}: embedding, {tensor.codes.size:,} weights"
 
 
-def check_codes(name: str, t: pack.StoredTensor, wanted: dict) -> None:
+def check_codes(name: str, tensor: pack.StoredTensor, wanted: dict) -> None:
     """Raises AuditError unless a tensor has this quantized format, and codes of its alphabet that are not all equal."""
-    if t.format != wanted:
-        raise AuditError(f"{name} is stored as {pack.format_label(t.format)}, not as {pack.format_label(wanted)}")
-    codes, alphabet = set(map(int, torch.unique(torch.from_numpy(t.codes.astype("i4"))))), levels(wanted)
+    if tensor.format != wanted:
+        raise AuditError(f"{name} is stored as {pack.format_label(tensor.format)}, not as {pack.format_label(wanted)}")
+    codes, alphabet = set(codes_of(tensor).unique().tolist()), levels(wanted)
     if not codes <= alphabet:
         raise AuditError(f"{name}: code {min(codes - alphabet)} is not one of {wanted['kind']}")
     if len(codes) < 2:
         raise AuditError(f"{name}: all its codes are {codes}: it holds nothing")
 
 
-def levels(spec: dict) -> set[int] | None:
-    """The codes that a format may use; None for floats."""
-    kind = spec["kind"]
-    if kind == "binary":
-        return {-1, 1}
-    if kind in pack.FLOAT_SYMBOLS:
-        return None
-    if kind == "codebook":
-        return set(range(-(spec["entries"] // 2), spec["entries"] - spec["entries"] // 2))
-    low, high = pack.range_of(pack.code_symbol(spec))
-    return set(range(low, high + 1))
+def codes_of(tensor: pack.StoredTensor) -> Tensor:
+    """int32, in the tensor's shape."""
+    return torch.from_numpy(tensor.codes.astype("i4"))
 
 
-def formats(folder: Path, tensors: dict[str, pack.StoredTensor]) -> dict[str, dict]:
-    """Part ("matrices", "embedding") -> diagnostics of a run's quantizer, from its checkpoint and its file, which holds
-    these tensors.
+def levels(spec: dict) -> set[int]:
+    """The codes that a quantized format may use."""
+    kind = pack.KINDS[spec["kind"]]
+    low, high = kind.codes(spec) if kind.codes else pack.range_of(kind.symbol(spec))
+    found = set(range(low, high + 1))
+    return found if kind.has_zero else found - {0}
+
+
+def formats(folder: Path, tensors: Tensors) -> dict[str, dict]:
+    """Part of the model -> diagnostics of a run's quantizer, from its checkpoint and its file, which holds these
+    tensors.
 
     error: rms(latent - param) / rms(latent). zero_frac, used: shares of zero codes and of the alphabet's codes in use
-    (of a codebook: of all entries of all groups); dead: entries without a weight. bits: true bits per weight, codes and
-    scales together, of a file of these tensors alone, as parts of one format share the streams of the run's file.
+    (of a codebook: of all entries of all groups; its codes have no zero); dead: entries without a weight. bits: true
+    bits per weight, codes and scales together, of a file of these tensors alone, as parts of one format share the
+    streams of the run's file.
     """
     state, _ = train_gpt.load_checkpoint(folder)
-    out = {}
-    for part, names in (("matrices", [n for n in tensors if n.startswith("blocks.") and n.endswith(".weight")]),
-                        ("embedding", ["tok_emb.weight"])):
-        error = norm = zeros = used = possible = weights = 0.0
-        for name in names:
-            stored, fmt = storage.from_pack(tensors[name])
-            latent = state[f"latent/{name}"].double()
-            error += float((fmt.dequantize(stored).double() - latent).square().sum())
-            norm += float(latent.square().sum())
-            weights += latent.numel()
-            if isinstance(fmt, storage.Float):
-                continue
-            zeros += float((stored.codes == 0).sum()) if fmt.kind != "codebook" else math.nan
-            groups, sizes = storage.split_groups(stored.codes.int(), fmt.group_size)
-            for code in sorted(levels(fmt.spec())):
-                present = torch.arange(groups.shape[-1]) < sizes
-                used += float(((groups == code) & present).any(-1).sum())
-            possible += len(levels(fmt.spec())) * groups.shape[:-1].numel()
-        alone = pack.parse_header(pack.encode_artifact({name: tensors[name] for name in names}, {}))
-        size = sum(stream.bytes for stream in alone.streams)
-        out[part] = {"error": math.sqrt(error / norm) if norm else 0.0, "bits": 8 * size / weights,
-                     "weights": int(weights)} | ({"zero_frac": None if math.isnan(zeros) else zeros / weights,
-                                                  "used": used / possible, "dead": int(possible - used)}
-                                                 if possible else {})
-    return out
+    found = {}
+    for part in PARTS:
+        names = [name for name in tensors if part_of(name) == part]
+        latents = {name: state[f"latent/{name}"].double() for name in names}
+        found[part] = diagnostics({name: tensors[name] for name in names}, latents)
+    return found
+
+
+def diagnostics(tensors: Tensors, latents: Mapping[str, Tensor]) -> dict:
+    """Of tensors, by name, of one format each, and their latents (float64)."""
+    error = norm = zeros = weights = used = possible = 0
+    for name, tensor in tensors.items():
+        spec, latent = tensor.format, latents[name]
+        error += float((train_gpt.param_of_file(tensor).double() - latent).square().sum())
+        norm += float(latent.square().sum())
+        weights += latent.numel()
+        if not quantized(spec):
+            continue
+        zeros += math.nan if spec["kind"] == "codebook" else float((codes_of(tensor) == 0).sum())
+        groups, sizes = split_groups(codes_of(tensor), spec["group_size"])
+        present = torch.arange(groups.shape[-1]) < sizes  # the last group may be short
+        for code in sorted(levels(spec)):
+            used += int(((groups == code) & present).any(-1).sum())
+        possible += len(levels(spec)) * groups.shape[:-1].numel()
+    alone = pack.parse_header(pack.encode_artifact(dict(tensors), {}))
+    size = sum(stream.bytes for stream in alone.streams)
+    found = {"error": math.sqrt(error / norm) if norm else 0.0, "bits": 8 * size / weights, "weights": weights}
+    if possible:
+        found |= {"zero_frac": None if math.isnan(zeros) else zeros / weights, "used": used / possible,
+                  "dead": possible - used}
+    return found

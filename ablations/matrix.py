@@ -39,44 +39,43 @@ import functools
 import hashlib
 import itertools
 import json
-import math
 import multiprocessing
-import re
-import sys
-import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+import train_gpt
+from ablations import formats
+from ablations import patches as techniques
+from tern import source
+from tern.errors import Foreseen
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "ablations")) if path not in sys.path]
 
-import patches as techniques  # noqa: E402
-
-import plan  # noqa: E402
-import submission  # noqa: E402
-import train_gpt  # noqa: E402
-
-# So that results of before are still found: settings that came after the first of them, with the value that changes
-# nothing, and techniques that have moved from patches.py into the trainer, with what they are now.
-LATER = {"smear": False}
-MOVED = {"smear": {"smear": True}}
-
-BUDGETS = ("iterations", "tokens", "seconds")
-SOLVABLE = {"mlp_hidden": 8, "num_layers": 1}  # and in steps of what
+SOLVABLE = {"mlp_hidden": 8, "num_layers": 1}  # settings that equal_bytes may solve for, and in steps of what
 # Settings that the runner decides, and those that say where a run is and how it is watched.
 RUNNER_SETTINGS = {"run_id", "out_dir", "resume", "threads", "seed", "iterations", "max_wallclock_seconds", "init_from"}
 WATCHING = {"run_id", "out_dir", "resume", "threads", "init_from", "data_path", "tokenizer_path"}
 CADENCE = {"train_log_every", "checkpoint_every"}  # inside the clock of a timed run
+NAMES = {"preset", "data_path", "tokenizer_path"}  # settings that are strings and decide which other settings there are
 
 
-class MatrixError(ValueError):
+class MatrixError(Foreseen):
     """A matrix that cannot be run; the message says what, where and what to do."""
 
 
 class MachineLost(RuntimeError):
     """A run ended with its machine and has no result; the message says how."""
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What a matrix is
+# ---------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -86,14 +85,19 @@ class Row:
     name: str
     why: str
     settings: dict  # of train_gpt.py, the matrix's and the row's
-    patches: tuple[str, ...]
-    seeds: tuple[int, ...]
-    init_from: str  # name of another row, or ""
-    score_of: str  # likewise
-    score_patches: tuple[str, ...]
-    solve: str
-    claim: str
+    patches: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = ()
+    init_from: str = ""  # name of another row, or ""
+    score_of: str = ""  # likewise
+    score_patches: tuple[str, ...] = ()
+    solve: str = "mlp_hidden"
+    claim: str = ""
     against: str = ""  # name of another row, or "": the base
+
+    @property
+    def starts_from(self) -> str:
+        """Name of the row whose run must come first, or ""."""
+        return self.init_from or self.score_of
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,7 @@ class Matrix:
     why: str
     base: str
     rows: tuple[Row, ...]
-    budget: tuple[str, float]  # one of BUDGETS, and how much
+    budget: tuple[str, float]  # "iterations", "tokens" or "seconds", and how much
     equal_bytes: int  # 0: rows are as their settings say
     equivalence: float
     threads: int  # 0: the runner decides
@@ -129,20 +133,21 @@ class Job:
     @property
     def takes(self) -> str:
         """The file of its parent's run that it needs, from the folder of runs; empty without a parent."""
-        file = "model.tern" if self.row.score_of else "checkpoint.safetensors"
-        return f"{self.parent.id}/run/{file}" if self.parent else ""
+        if self.parent is None:
+            return ""
+        return f"{self.parent.id}/run/" + ("model.tern" if self.row.score_of else "checkpoint.safetensors")
 
     @property
     def settings(self) -> dict:
         """What a run computes depends on these settings; the others say where and how it is watched."""
         watching = WATCHING if self.config.max_wallclock_seconds else WATCHING | CADENCE
-        return {n: v for n, v in vars(self.config).items() if n not in watching}
+        return {name: value for name, value in vars(self.config).items() if name not in watching}
 
     @property
     def what(self) -> str:
-        """Hash of what is asked for, as of what_of its line."""
-        return what_of({"settings": self.settings, "patches": self.row.patches,
-                        "score_patches": self.row.score_patches}, self.parent.what if self.parent else "")
+        """Hash of what is asked for; the same as that of its line of results (what_of)."""
+        parent = self.parent.what if self.parent else ""
+        return what_of(self.settings, self.row.patches, self.row.score_patches, parent)
 
     @property
     def id(self) -> str:
@@ -151,130 +156,194 @@ class Job:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def what_of(line: Mapping, parent: str) -> str:
-    """Hash of what a line of results is of: settings, seed, patches, and the same of the run it starts from, parent."""
-    settings = LATER | line["settings"]
-    for name in line["patches"]:
-        settings |= MOVED.get(name, {})
-    parts = {"settings": settings, "patches": [name for name in line["patches"] if name not in MOVED],
-             "score_patches": list(line["score_patches"]), "parent": parent}
+# ---------------------------------------------------------------------------------------------------------------
+# Results of before are found by what they are of, whatever it was called then
+# ---------------------------------------------------------------------------------------------------------------
+
+ADDED = {"smear": False}  # settings that came after the first results, with the value that changes nothing
+REMOVED = {"activation_bits": 16, "codebook_decay": 0.99, "commitment": 0.0}  # that are gone: what they always are now
+PATCHES_THAT_ARE_SETTINGS = {"smear": {"smear": True}}  # techniques that have moved into the trainer
+
+
+def in_words_of_today(settings: Mapping, patches: Sequence[str]) -> tuple[dict, list[str]]:
+    """The settings and patches that ask today for what these, of a line of results, asked for."""
+    today = ADDED | dict(settings)
+    for name, now in REMOVED.items():
+        if today.get(name) == now:  # with another value the line is of something that cannot be asked for any more
+            del today[name]
+    if today.get("ternary_rule") == "elastic":
+        today["ternary_rule"] = "absmean"
+        for name in ("matrix_format", "embed_format"):
+            if today.get(name) == "ternary":
+                today[name] = "elastic"
+    for patch in patches:
+        today |= PATCHES_THAT_ARE_SETTINGS.get(patch, {})
+    return today, [patch for patch in patches if patch not in PATCHES_THAT_ARE_SETTINGS]
+
+
+def what_of(settings: Mapping, patches: Sequence[str], score_patches: Sequence[str], parent: str) -> str:
+    """Hash of what a run is of: settings, seed, patches, and the same of the run that it starts from, parent."""
+    settings, patches = in_words_of_today(settings, patches)
+    parts = {"settings": settings, "patches": patches, "score_patches": list(score_patches), "parent": parent}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def take(table: dict, key: str, kind, where: str, default=None):
-    """table.pop(key), of the right kind. Raises MatrixError."""
-    value = table.pop(key, default)
-    if value is None or not isinstance(value, kind) or isinstance(value, bool):
-        raise MatrixError(f"{where}: {key} must be {getattr(kind, '__name__', kind)}, not {value!r}")
-    return value
+# ---------------------------------------------------------------------------------------------------------------
+# Reading the file
+# ---------------------------------------------------------------------------------------------------------------
+
+Value = str | bool | int | float  # of a setting
+Seeds = Annotated[list[int], Meta(min_length=1)]
+Budget = Annotated[dict[Literal["iterations", "tokens", "seconds"], Annotated[float, Meta(gt=0, lt=1e15)]],
+                   Meta(min_length=1, max_length=1)]
+
+
+class MatrixTable(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """The file. Rows are read one by one, so that an error names its row."""
+
+    name: Annotated[str, Meta(pattern="^[A-Za-z0-9_-]{1,64}$")]  # it names a folder
+    why: str
+    base: str
+    seeds: Seeds
+    equivalence: Annotated[float, Meta(ge=0, lt=1e3)]
+    budget: Budget
+    row: Annotated[list[dict], Meta(min_length=1)]
+    equal_bytes: Annotated[int, Meta(ge=0)] = 0
+    threads: Annotated[int, Meta(ge=0)] = 0
+    timeout: Annotated[int, Meta(ge=1)] = 3600
+    data: dict[str, list[str]] = {}
+    settings: dict[str, Value] = {}
+
+
+class RowTable(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """A [[row]]."""
+
+    name: str
+    why: str
+    claim: str = ""
+    set: dict[str, Value] = {}
+    patches: list[str] = []
+    init_from: str = ""
+    score_of: str = ""
+    score_patches: list[str] = []
+    against: str = ""
+    solve: Literal["mlp_hidden", "num_layers"] = "mlp_hidden"
+    seeds: Seeds | None = None
+    grid: dict[str, Annotated[list[Value], Meta(min_length=1)]] = {}
 
 
 def read_matrix(path: str | Path) -> Matrix:
     """The matrix of a TOML file. Raises MatrixError."""
     path = Path(path)
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
-        raise MatrixError(f"{path}: not a TOML file that can be read ({e})") from None
-    where = str(path)
-    seeds = take(table, "seeds", list, where)
-    shared = take(table, "settings", dict, where, {})
-    budget = take(table, "budget", dict, where)
-    amount = next(iter(budget.values()), None)
-    usable = type(amount) in (int, float) and math.isfinite(amount) and amount > 0
-    if len(budget) != 1 or not budget.keys() <= set(BUDGETS) or not usable:
-        raise MatrixError(f"{where}: budget must be one of {', '.join(BUDGETS)} and a number, not {budget}")
-    rows = [row for i, row in enumerate(take(table, "row", list, where))
-            for row in read_row(row, shared, seeds, f"{where}, row {i + 1}")]
-    matrix = Matrix(
-        take(table, "name", str, where), take(table, "why", str, where), take(table, "base", str, where), tuple(rows),
-        next(iter(budget.items())), take(table, "equal_bytes", int, where, 0),
-        float(take(table, "equivalence", int | float, where)), take(table, "threads", int, where, 0),
-        take(table, "timeout", int, where, 3600),
-        take(table, "data", dict, where, {}), path)
-    if table:
-        raise MatrixError(f"{where}: unknown key {next(iter(table))!r}")
-    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", matrix.name):
-        raise MatrixError(f"{where}: name {matrix.name!r} must be letters, digits, _ and -: it names a folder")
-    if not 0 <= matrix.equivalence < math.inf or matrix.threads < 0 or matrix.equal_bytes < 0 or matrix.timeout < 1:
-        raise MatrixError(f"{where}: equivalence, threads and equal_bytes must not be negative, timeout at least 1")
-    for arguments in matrix.data.values():
-        if not isinstance(arguments, list) or not all(isinstance(a, str) for a in arguments):
-            raise MatrixError(f"{where}: data must be folders with lists of arguments, not {arguments!r}")
-    names = [row.name for row in rows]
-    for name in names:
-        if names.count(name) > 1:
-            raise MatrixError(f"{where}: two rows are called {name!r}")
-    for name in (matrix.base, *(name for row in rows for name in (row.init_from, row.score_of, row.against) if name)):
-        if name not in names:
-            raise MatrixError(f"{where}: there is no row {name!r}")
-    by_name = {row.name: row for row in rows}
-    for row in rows:
-        if (parent := row.init_from or row.score_of) and by_name[parent].score_of:
-            raise MatrixError(f"{where}: {row.name!r} starts from {parent!r}, which trains nothing; name the row whose "
-                              f"artifact that one scores, {by_name[parent].score_of!r}")
-        if row.against and matrix.base in (row.name, row.against) or row.against == row.name:
-            raise MatrixError(f"{where}: {row.name!r} has against = {row.against!r}, but must name a row that is "
-                              "neither the base nor itself; and the base has none")
+        table = msgspec.toml.decode(path.read_bytes(), type=MatrixTable)
+    except (OSError, UnicodeDecodeError) as e:
+        raise MatrixError(f"{path}: cannot be read ({e}); give a TOML file") from None
+    except msgspec.MsgspecError as e:
+        raise MatrixError(f"{path}: {e}; ablations/matrix.py begins with an example") from None
+    rows = []
+    for i, row in enumerate(table.row):
+        rows += read_row(row, table, f"{path}, row {i + 1}")
+    kind, amount = next(iter(table.budget.items()))
+    if amount.is_integer():
+        amount = int(amount)
+    matrix = Matrix(table.name, table.why, table.base, tuple(rows), (kind, amount), table.equal_bytes,
+                    table.equivalence, table.threads, table.timeout, table.data, path)
+    check_names(matrix)
     return matrix
 
 
-def read_row(table: dict, shared: dict, seeds: list, where: str) -> list[Row]:
-    """The rows of a [[row]] table: one, or one for each combination of its grid."""
-    if not isinstance(table, dict):
-        raise MatrixError(f"{where}: must be a table")
-    table = dict(table)
-    name, changes = take(table, "name", str, where), take(table, "set", dict, where, {})
-    where = f"{where} ({name})"
-    seeds, grid = take(table, "seeds", list, where, seeds), take(table, "grid", dict, where, {})
-    if not seeds or any(type(s) is not int for s in seeds) or len(set(seeds)) < len(seeds):
+def check_names(matrix: Matrix) -> None:
+    """Raises MatrixError unless rows have names of their own and name each other in ways that make sense."""
+    where, by_name = matrix.path, {row.name: row for row in matrix.rows}
+    names = [row.name for row in matrix.rows]
+    named = [matrix.base, *(name for row in matrix.rows for name in (row.starts_from, row.against) if name)]
+    for name in names:
+        if names.count(name) > 1:
+            raise MatrixError(f"{where}: two rows are called {name!r}")
+    for name in named:
+        if name not in names:
+            raise MatrixError(f"{where}: there is no row {name!r}; rows: {', '.join(names)}")
+    for row in matrix.rows:
+        parent = by_name.get(row.starts_from)
+        if parent is not None and parent.score_of:
+            raise MatrixError(f"{where}: {row.name!r} starts from {parent.name!r}, which trains nothing; name the row "
+                              f"whose artifact that one scores, {parent.score_of!r}")
+        if row.against and (matrix.base in (row.name, row.against) or row.against == row.name):
+            raise MatrixError(f"{where}: {row.name!r} has against = {row.against!r}, but must name a row that is "
+                              "neither the base nor itself; and the base has none")
+
+
+def read_row(table: dict, matrix: MatrixTable, where: str) -> list[Row]:
+    """The rows of a [[row]] table: one, or one for each combination of its grid. Raises MatrixError."""
+    if isinstance(table.get("name"), str):
+        where = f"{where} ({table['name']})"
+    try:
+        t = msgspec.convert(table, RowTable)
+    except msgspec.ValidationError as e:
+        raise MatrixError(f"{where}: {e}; ablations/matrix.py begins with an example") from None
+    seeds = matrix.seeds if t.seeds is None else t.seeds
+    if len(set(seeds)) < len(seeds):
         raise MatrixError(f"{where}: seeds must be different whole numbers, not {seeds}")
-    solve = take(table, "solve", str, where, "mlp_hidden")
-    if solve not in SOLVABLE:
-        raise MatrixError(f"{where}: solve must be one of {', '.join(SOLVABLE)}")
-    patches, score_patches = (take(table, key, list, where, []) for key in ("patches", "score_patches"))
-    init_from, score_of = (take(table, key, str, where, "") for key in ("init_from", "score_of"))
-    if of_runs := [p for p in score_patches if str(p).partition("=")[0] not in techniques.SCORING]:
-        raise MatrixError(f"{where}: {of_runs[0]!r} is no technique of the scorer; score_patches may be "
-                          + ", ".join(sorted(techniques.SCORING)))
-    for patch in (*patches, *score_patches):
+    check_patches(t, where)
+    settings = matrix.settings | t.set
+    check_settings(settings, t.grid, where)
+    row = Row(t.name, t.why, settings, tuple(t.patches), tuple(seeds), t.init_from, t.score_of,
+              tuple(t.score_patches), t.solve, t.claim, t.against)
+    if not t.grid:
+        return [row]
+    rows = []
+    for values in itertools.product(*t.grid.values()):
+        chosen = dict(zip(t.grid, values, strict=True))
+        name = " ".join([t.name, *(f"{setting}={value}" for setting, value in chosen.items())])
+        rows.append(replace(row, name=name, settings=settings | chosen))
+    return rows
+
+
+def check_patches(row: RowTable, where: str) -> None:
+    """Raises MatrixError unless each technique is one, and where it belongs."""
+    for patch in (*row.patches, *row.score_patches):
         try:
-            if not isinstance(patch, str):
-                raise ValueError(f"a patch must be a string, not {patch!r}")
             techniques.parse(patch)
         except ValueError as e:
             raise MatrixError(f"{where}: {e}") from None
-    misplaced = any(p.partition("=")[0] in techniques.SCORING for p in patches)
-    if misplaced or bool(score_of) != bool(score_patches) or score_of and (changes or patches or init_from):
+    for patch in row.score_patches:
+        if techniques.name_of(patch) not in techniques.SCORING:
+            raise MatrixError(f"{where}: {patch!r} is no technique of the scorer; score_patches may be "
+                              + ", ".join(sorted(techniques.SCORING)))
+    misplaced = any(techniques.name_of(patch) in techniques.SCORING for patch in row.patches)
+    half = bool(row.score_of) != bool(row.score_patches)
+    changes = row.set or row.grid or row.patches or row.init_from
+    if misplaced or half or (row.score_of and changes):
         raise MatrixError(f"{where}: a technique of the scorer belongs in score_patches of a row with score_of, which "
                           "changes nothing else")
-    row = Row(name, take(table, "why", str, where), shared | changes, tuple(patches), tuple(seeds), init_from, score_of,
-              tuple(score_patches), solve, take(table, "claim", str, where, ""), take(table, "against", str, where, ""))
-    if table:
-        raise MatrixError(f"{where}: unknown key {next(iter(table))!r}")
+
+
+def check_settings(settings: Mapping[str, Value], grid: Mapping[str, list[Value]], where: str) -> None:
+    """Raises MatrixError unless these are settings of the trainer that are a row's to choose."""
     known = {f.name for f in fields(train_gpt.Config)} | {"preset"}
-    if unknown := (row.settings.keys() | grid.keys()) - known:
-        raise MatrixError(f"{where}: {sorted(unknown)[0]!r} is no setting of train_gpt.py")
-    for key in {"preset", "data_path", "tokenizer_path"} & row.settings.keys():
-        if not isinstance(row.settings[key], str):
-            raise MatrixError(f"{where}: {key} must be a string, not {row.settings[key]!r}")
-    if row.settings.get("preset", "cpu") not in train_gpt.PRESETS:
-        raise MatrixError(f"{where}: there is no preset {row.settings['preset']!r}")
-    if set(grid) & {"preset", "data_path", "tokenizer_path"}:
-        raise MatrixError(f"{where}: preset, data_path and tokenizer_path belong in set, not in grid")
-    if taken := RUNNER_SETTINGS & (row.settings.keys() | grid.keys()):
-        raise MatrixError(f"{where}: {sorted(taken)[0]} is the runner's; use seeds, budget or init_from")
-    if not grid:
-        return [row]
-    if any(not isinstance(values, list) or not values for values in grid.values()):
-        raise MatrixError(f"{where}: every value of grid must be a list")
-    return [replace(row, name=" ".join([name, *(f"{n}={v}" for n, v in zip(grid, values, strict=True))]),
-                    settings=row.settings | dict(zip(grid, values, strict=True)))
-            for values in itertools.product(*grid.values())]
+    for name in (*settings, *grid):
+        if name not in known:
+            raise MatrixError(f"{where}: {name!r} is no setting of train_gpt.py")
+        if name in RUNNER_SETTINGS:
+            raise MatrixError(f"{where}: {name} is the runner's; use seeds, budget or init_from")
+    for name in NAMES:
+        if name in grid:
+            raise MatrixError(f"{where}: {name} belongs in set, not in grid")
+        if not isinstance(settings.get(name, ""), str):
+            raise MatrixError(f"{where}: {name} must be a string, not {settings[name]!r}")
+    if settings.get("preset", "cpu") not in train_gpt.PRESETS:
+        raise MatrixError(f"{where}: there is no preset {settings['preset']!r}")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# From rows to runs
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def configure(matrix: Matrix, row: Row, seed: int) -> train_gpt.Config:
     """The settings of a run, its width solved for equal_bytes. Raises MatrixError."""
+    formats.register()
     argv = [f"--preset={row.settings.get('preset', 'cpu_10min_128kb')}", f"--seed={seed}"]
     argv += [f"--{name.replace('_', '-')}={value}" for name, value in row.settings.items() if name != "preset"]
     try:
@@ -288,7 +357,7 @@ def configure(matrix: Matrix, row: Row, seed: int) -> train_gpt.Config:
         train_gpt.micro_batch_tokens(config, 1)  # raises if batches do not divide
         if not matrix.equal_bytes:
             return config
-        reshaping = tuple(p for p in row.patches if p.partition("=")[0] in techniques.RESHAPING)
+        reshaping = tuple(p for p in row.patches if techniques.name_of(p) in techniques.RESHAPING)
         found = solved(replace(config, seed=0, run_id=""), row.solve, matrix.equal_bytes, reshaping)
         return replace(found, seed=seed, run_id=config.run_id)
     except (ValueError, SystemExit) as e:  # a ConfigError, or an argument that a patch does not take
@@ -305,43 +374,68 @@ def data_folders(matrix: Matrix) -> list[tuple[str, str]]:
     return list(dict.fromkeys(found))
 
 
+def model_bytes(config: train_gpt.Config) -> int:
+    """Of the model's file, as predicted."""
+    return round(sum(size for *_, size in train_gpt.predicted_bytes(config).values()))
+
+
 @functools.cache
 def solved(config: train_gpt.Config, name: str, size: int, patches: tuple[str, ...] = ()) -> train_gpt.Config:
-    """config with the setting called name as large as a model file of so many bytes allows, by the planner."""
+    """config with the setting called name as large as a model file of so many bytes allows, as predicted.
+
+    Raises ConfigError where not even the smallest fits.
+    """
     if patches:  # they change the model for good, so in a process of their own
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            return pool.submit(solved_patched, config, name, size, patches).result()
+            return pool.submit(solved_with_patches, config, name, size, patches).result()
+
+    def with_value(value: int) -> train_gpt.Config | None:
+        try:
+            return replace(config, **{name: value})
+        except train_gpt.ConfigError:
+            return None
 
     def fits(value: int) -> bool:
-        other = plan.changed(config, name, value)
-        return other is None or plan.model_bytes(other) <= size
+        other = with_value(value)
+        return other is None or model_bytes(other) <= size
 
     now = config.hidden_dim if name == "mlp_hidden" else getattr(config, name)
-    value = plan.largest(fits, now, SOLVABLE[name])
-    best = plan.changed(config, name, value) if value else None
+    step, low, high = SOLVABLE[name], 0, 1  # in steps: low fits, or is 0
+    while fits(high * step) and high * step < 1000 * now:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle * step) else (low, middle)
+    best = with_value(low * step) if low else None
     if best is None:
         raise train_gpt.ConfigError(f"no {name} makes a model of {size:,} bytes; make the rest smaller")
     return best
 
 
-def solved_patched(config: train_gpt.Config, name: str, size: int, patches: tuple[str, ...]) -> train_gpt.Config:
+def solved_with_patches(config: train_gpt.Config, name: str, size: int, patches: tuple[str, ...]) -> train_gpt.Config:
+    formats.register()
     techniques.apply(patches)
     return solved(config, name, size)
 
 
 def source_identity(row: Row, data_identity: str) -> str:
-    """Hash of the programs without comments, of the row's patches, and of the data."""
-    names = [f"{name}.py" for name in submission.MODULES]
-    names += ["ablations/patches.py"] if row.patches or row.score_patches else []
-    return hashlib.sha256("\0".join([*map(code_of, names), data_identity]).encode()).hexdigest()
+    """Hash of the programs without comments, of what of this folder a row needs, and of the data."""
+    names = [*source.code_files()]
+    if row.patches or row.score_patches:
+        names += ["ablations/hooks.py", "ablations/patches.py"]
+    if uses_what_lost(row):
+        names += ["ablations/hooks.py", "ablations/formats.py"]
+    texts = [stripped((ROOT / name).read_bytes(), name) for name in dict.fromkeys(names)]
+    return hashlib.sha256("\0".join([*texts, data_identity]).encode()).hexdigest()
 
 
-def code_of(name: str) -> str:
-    """A program of this repository, as it is now, without comments and docstrings."""
-    return stripped((ROOT / name).read_bytes(), name)
+stripped = functools.cache(source.strip)
 
 
-stripped = functools.cache(submission.strip)
+def uses_what_lost(row: Row) -> bool:
+    """Whether a row stores by a format or rule of formats.py; no preset does."""
+    kinds = [str(row.settings.get(name, "")).rstrip("0123456789") for name in ("matrix_format", "embed_format")]
+    return any(kind in formats.FORMATS for kind in kinds) or row.settings.get("ternary_rule") in formats.RULES
 
 
 def jobs(matrix: Matrix, data_identity: Mapping[tuple[str, str], str], only: list[str] | None = None) -> list[Job]:
@@ -351,34 +445,47 @@ def jobs(matrix: Matrix, data_identity: Mapping[tuple[str, str], str], only: lis
     start from). Raises MatrixError, also if two rows ask for the same.
     """
     rows = {row.name: row for row in matrix.rows}
-    if unknown := set(only or ()) - rows.keys():
-        raise MatrixError(f"{matrix.path}: there is no row {sorted(unknown)[0]!r}; rows: {', '.join(rows)}")
+    unknown = sorted(set(only or ()) - rows.keys())
+    if unknown:
+        raise MatrixError(f"{matrix.path}: there is no row {unknown[0]!r}; rows: {', '.join(rows)}")
     found: dict[tuple[str, int], Job] = {}
 
-    def job(row: Row, seed: int, below: tuple[str, ...] = ()) -> Job:
+    def add(row: Row, seed: int, below: tuple[str, ...] = ()) -> Job:
+        """The job of a row, after that of the row it starts from. below: names of rows that start from this one."""
         if row.name in below:
             raise MatrixError(f"{matrix.path}: {' starts from '.join((*below, row.name))}")
-        if (row.name, seed) not in found:
-            other = row.init_from or row.score_of
-            parent = job(rows[other], seed, (*below, row.name)) if other else None
-            config = configure(matrix, row, seed) if not row.score_of else parent.config
-            data = data_identity[config.data_path, config.tokenizer_path]
-            for name in SOLVABLE if row.init_from and matrix.equal_bytes else ():
-                if (one := getattr(config, name)) != (two := getattr(parent.config, name)):
-                    raise MatrixError(f"{matrix.path}, row {row.name}: equal_bytes gives it {name} {one}, and {two} to "
-                                      f"the row that it starts from, {parent.row.name}; take equal_bytes out and set "
-                                      f"{name}")
-            found[row.name, seed] = Job(row, seed, config, source_identity(row, data), data, parent)
+        if (row.name, seed) in found:
+            return found[row.name, seed]
+        parent = add(rows[row.starts_from], seed, (*below, row.name)) if row.starts_from else None
+        config = parent.config if row.score_of else configure(matrix, row, seed)
+        if row.init_from and matrix.equal_bytes:
+            check_same_shape(matrix, row, config, parent)
+        data = data_identity[config.data_path, config.tokenizer_path]
+        found[row.name, seed] = Job(row, seed, config, source_identity(row, data), data, parent)
         return found[row.name, seed]
 
-    seeds = sorted({seed for row in matrix.rows for seed in row.seeds})
-    for seed in seeds:
-        for row in sorted(matrix.rows, key=lambda row: row.name != matrix.base):
+    base_first = sorted(matrix.rows, key=lambda row: row.name != matrix.base)
+    for seed in sorted({seed for row in matrix.rows for seed in row.seeds}):
+        for row in base_first:
             if seed in row.seeds and (only is None or row.name in only):
-                job(row, seed)
-    same: dict[tuple[str, str, str], Job] = {}
-    for each in found.values():
-        key = each.what, each.config.data_path, each.config.tokenizer_path
-        if (other := same.setdefault(key, each)) is not each:
-            raise MatrixError(f"{matrix.path}: the rows {other.row.name!r} and {each.row.name!r} ask for the same run")
+                add(row, seed)
+    check_different(matrix, found.values())
     return list(found.values())
+
+
+def check_same_shape(matrix: Matrix, row: Row, config: train_gpt.Config, parent: Job) -> None:
+    """Raises MatrixError where equal_bytes makes another model of a row than of the one that it starts from."""
+    for name in SOLVABLE:
+        mine, theirs = getattr(config, name), getattr(parent.config, name)
+        if mine != theirs:
+            raise MatrixError(f"{matrix.path}, row {row.name}: equal_bytes gives it {name} {mine}, and {theirs} to the "
+                              f"row that it starts from, {parent.row.name}; take equal_bytes out and set {name}")
+
+
+def check_different(matrix: Matrix, found) -> None:
+    """Raises MatrixError if two jobs ask for the same."""
+    same: dict[tuple[str, str, str], Job] = {}
+    for job in found:
+        other = same.setdefault((job.what, job.config.data_path, job.config.tokenizer_path), job)
+        if other is not job:
+            raise MatrixError(f"{matrix.path}: the rows {other.row.name!r} and {job.row.name!r} ask for the same run")

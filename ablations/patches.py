@@ -13,7 +13,6 @@ import math
 import time
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
-from types import ModuleType
 
 import numpy as np
 import torch
@@ -21,9 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import eval_bpb
-import formats
-import runlog
 import train_gpt
+from ablations.formats import Codebook
+from ablations.hooks import after, before
+from tern import metric
+from tern.groups import decode_scales, join_groups, split_groups
+from tern.settings import ConfigError
+from tern.shards import AuditError, read_shard
 from train_gpt import GPT, MLP, Attention, Block, Float, Latents, Linear, Trainer, norm
 
 PATCHES: dict[str, Callable] = {}
@@ -50,8 +53,10 @@ class Within:
 def patch(scorer: bool = False, **allowed: Container) -> Callable[[Callable], Callable]:
     """Register a technique; scorer: it changes how an artifact is scored, not what is trained."""
     def register(function: Callable) -> Callable:
-        PATCHES[function.__name__], ALLOWED[function.__name__] = function, allowed
-        SCORING.update([function.__name__] if scorer else [])
+        name = function.__name__
+        PATCHES[name], ALLOWED[name] = function, allowed
+        if scorer:
+            SCORING.add(name)
         return function
 
     return register
@@ -62,50 +67,33 @@ def parse(text: str) -> tuple[Callable, list]:
     name, _, rest = text.partition("=")
     if name not in PATCHES:
         raise ValueError(f"there is no patch {name!r}; patches: {', '.join(sorted(PATCHES))}")
-    texts, parameters = rest.split(",") if rest else [], list(inspect.signature(PATCHES[name]).parameters.values())
+    signature = inspect.signature(PATCHES[name])
+    parameters = list(signature.parameters.values())
+    texts = rest.split(",") if rest else []
     kinds = {"int": int, "float": float, "str": str}
     try:
-        if len(texts) > len(parameters):
-            raise ValueError
+        signature.bind(*texts)
         values = [kinds[p.annotation](t) for p, t in zip(parameters, texts, strict=False)]
-        inspect.signature(PATCHES[name]).bind(*values)
     except (ValueError, TypeError):
         wants = ", ".join(str(p) for p in parameters) or "none"
         raise ValueError(f"patch {text!r}: the arguments must be {wants}") from None
     for parameter, value in zip(parameters, values, strict=False):
-        if value not in (may_be := ALLOWED[name].get(parameter.name, [value])):
-            may_be = may_be if isinstance(may_be, Within) else ", ".join(may_be)
+        allowed = ALLOWED[name].get(parameter.name)
+        if allowed is not None and value not in allowed:
+            may_be = allowed if isinstance(allowed, Within) else ", ".join(allowed)
             raise ValueError(f"patch {text!r}: {parameter.name} must be {may_be}")
     return PATCHES[name], values
+
+
+def name_of(text: str) -> str:
+    """The patch that a text such as "xsa=4" names."""
+    return text.partition("=")[0]
 
 
 def apply(texts: Sequence[str]) -> None:
     for text in texts:
         function, values = parse(text)
         function(*values)
-
-
-def before(cls: type | ModuleType, name: str, extra: Callable) -> None:
-    """Run extra(self, *args) before the method, or the function of a module."""
-    original = getattr(cls, name)
-
-    def method(self, *args, **kwargs):
-        extra(self, *args, **kwargs)
-        return original(self, *args, **kwargs)
-
-    setattr(cls, name, method)
-
-
-def after(cls: type, name: str, extra: Callable) -> None:
-    """Run extra(self, *args) after the method."""
-    original = getattr(cls, name)
-
-    def method(self, *args, **kwargs):
-        result = original(self, *args, **kwargs)
-        extra(self, *args, **kwargs)
-        return result
-
-    setattr(cls, name, method)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -134,9 +122,13 @@ def xsa(last: int = 2) -> None:
 
 def extend_embedding(make: Callable[[GPT], None], change: Callable[[GPT, Tensor, Tensor], Tensor]) -> None:
     """Add parameters to the model (make) and change what enters its first block: change(model, ids, x)."""
-    after(GPT, "__init__", lambda model, config: make(model))
     original = GPT.embed
-    GPT.embed = lambda self, ids: change(self, ids, original(self, ids))
+
+    def embed(self: GPT, ids: Tensor) -> Tensor:
+        return change(self, ids, original(self, ids))
+
+    after(GPT, "__init__", lambda model, config: make(model))
+    GPT.embed = embed
 
 
 @patch(rows=Within(1), dim=Within(1))
@@ -146,7 +138,7 @@ def bigram(rows: int = 1024, dim: int = 32) -> None:
     normal; both are stored in matrix_format."""
     def make(model: GPT) -> None:
         model.bigram_table = nn.Embedding(rows, dim)
-        model.bigram_proj = Linear(dim, model.config.model_dim, 16)
+        model.bigram_proj = Linear(dim, model.config.model_dim)
         nn.init.zeros_(model.bigram_table.weight)
         nn.init.normal_(model.bigram_proj.weight, std=dim**-0.5)
         model.bigram_scale = nn.Parameter(torch.full((1,), 0.05))
@@ -167,7 +159,7 @@ def factored(dim: int = 64) -> None:
     def make(model: GPT, config) -> None:
         model.tok_emb = nn.Embedding(config.vocab_size, dim)
         nn.init.normal_(model.tok_emb.weight, std=config.tied_embed_init_std)
-        model.embed_proj = Linear(dim, config.model_dim, 16)
+        model.embed_proj = Linear(dim, config.model_dim)
         nn.init.orthogonal_(model.embed_proj.weight)
 
     def lookup(model: GPT, ids: Tensor) -> Tensor:
@@ -195,8 +187,9 @@ def activation(kind: str) -> None:
         def __init__(self, c):
             super().__init__()
             width = round(c.hidden_dim * 2 / 3 / 8) * 8
-            self.gate, self.fc, self.proj = (Linear(*shape, c.activation_bits) for shape in (
-                (c.model_dim, width), (c.model_dim, width), (width, c.model_dim)))
+            self.gate = Linear(c.model_dim, width)
+            self.fc = Linear(c.model_dim, width)
+            self.proj = Linear(width, c.model_dim)
 
         def forward(self, x: Tensor) -> Tensor:
             x = norm(x)
@@ -241,9 +234,12 @@ def recur(start: float = 0.5) -> None:
     def set_recurrence(self: Trainer, *_, **__) -> None:
         self.model.recurrent = progress_of(self) >= start or self.finished
 
+    def recur_from_now_on(self: Trainer) -> None:
+        self.model.recurrent = True
+
     GPT.hidden_last = hidden_last
     before(Trainer, "forward_backward", set_recurrence)
-    before(Trainer, "settle", lambda self: setattr(self.model, "recurrent", True))
+    before(Trainer, "settle", recur_from_now_on)
 
 
 @patch(bos=Within(0))
@@ -253,11 +249,10 @@ def document_mask(bos: int = 1) -> None:
 
     def hidden_last(self: GPT, ids: Tensor, last: int) -> Tensor:
         document = (ids == bos).cumsum(1)
-        mask = (document[:, :, None] == document[:, None, :]).tril()[:, None, -last:]
-        whole = (document[:, :, None] == document[:, None, :]).tril()[:, None]
+        seen = (document[:, :, None] == document[:, None, :]).tril()[:, None]  # [batch, 1, query, key]
         for block in self.blocks:
-            block.attn.mask = whole
-        self.blocks[-1].attn.mask = mask
+            block.attn.mask = seen
+        self.blocks[-1].attn.mask = seen[:, :, -last:]
         return original(self, ids, last)
 
     def attend(self: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -298,22 +293,24 @@ def bf16_latents() -> None:
 def averaged(values: Callable[[Trainer], list[Tensor]], weight: Callable[[Trainer, int], float]) -> None:
     """Keep averages of values, one tensor per bank, moved by weight(trainer, averages so far) of each step (0: not),
     and let them be the latents in the end."""
-    def follow(self: Trainer, *_, **__) -> None:
-        share = weight(self, getattr(self, "averages", 0))
-        if share > 0:
-            now = [x.float().clone() for x in values(self)]  # an average in bf16 would stand still
-            self.averages = getattr(self, "averages", 0) + 1
-            if self.averages == 1:
-                self.average = now
-            else:
-                torch._foreach_lerp_(self.average, now, share)
+    def follow(self: Trainer, plan) -> None:
+        so_far = getattr(self, "averages", 0)
+        share = weight(self, so_far)
+        if share <= 0:
+            return
+        now = [x.float().clone() for x in values(self)]  # an average in bf16 would stand still
+        self.averages = so_far + 1
+        if self.averages == 1:
+            self.average = now
+        else:
+            torch._foreach_lerp_(self.average, now, share)
 
     def use(self: Trainer) -> None:
         for bank, x in zip(self.latents.mine, self.average, strict=True):
             bank.latent.copy_(x)
         self.latents.refresh()
 
-    before(runlog, "step", follow)  # after the refresh of every step
+    after(Trainer, "after_step", follow)
     before(Trainer, "settle", use)
 
 
@@ -350,6 +347,12 @@ def swa(start: float = 0.75) -> None:
     averaged(latents_of, lambda trainer, n: 1 / (n + 1) if progress_of(trainer) >= start else 0.0)
 
 
+@patch(decay=Within(0, 1), commitment=Within(0))
+def codebook(decay: float = 0.99, commitment: float = 0.0) -> None:
+    """How fast the codebooks of the format codebookK follow the weights, and the weight of their commitment loss."""
+    Codebook.DECAY, Codebook.COMMITMENT = decay, commitment
+
+
 @patch()
 def unrounded_scales() -> None:
     """Training runs on exact scales of the ternary matrices, and only the file rounds them, to whatever scale_dtype
@@ -359,15 +362,15 @@ def unrounded_scales() -> None:
     def refresh(self: Latents, quantized: float = 1.0, measure: bool = False):
         ternary = [bank for bank in self.banks if bank.format.kind == "ternary"]
         if not ternary or any(bank.format.rule != "absmean" for bank in ternary):
-            raise train_gpt.ConfigError("unrounded_scales needs ternary matrices, and ternary_rule absmean")
+            raise ConfigError("unrounded_scales needs ternary matrices, and ternary_rule absmean")
         result = original(self, quantized, measure)
         for bank in ternary:
             if quantized == 1:
                 stored = bank.stored
-                groups, sizes = formats.split_groups(bank.latent, bank.format.group_size)
+                groups, sizes = split_groups(bank.latent, bank.format.group_size)
                 exact = groups.abs().sum(-1) / sizes[:, 0]
-                codes, _ = formats.split_groups(stored.codes.float(), bank.format.group_size)
-                param = formats.join_groups(codes * exact[..., None], stored.codes.shape).bfloat16()
+                codes, _ = split_groups(stored.codes.float(), bank.format.group_size)
+                param = join_groups(codes * exact[..., None], stored.codes.shape).bfloat16()
                 torch._foreach_copy_([p.data for p in bank.params], list(param.unbind()))
         return result
 
@@ -388,12 +391,13 @@ def muon(kind: str) -> None:
 
     def polar(g: Tensor, steps: int) -> Tensor:
         x = g.bfloat16()
-        if tall := x.shape[-2] > x.shape[-1]:
+        tall = x.shape[-2] > x.shape[-1]
+        if tall:
             x = x.mT
         x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.01 + 1e-7)
-        for a, b, c in [(a / 1.01, b / 1.01**3, c / 1.01**5) for a, b, c in coefficients[:steps]]:
+        for a, b, c in coefficients[:steps]:
             xx = x @ x.mT
-            x = a * x + (b * xx + c * xx @ xx) @ x
+            x = a / 1.01 * x + (b / 1.01**3 * xx + c / 1.01**5 * xx @ xx) @ x
         return x.mT if tall else x
 
     def rows(g: Tensor, steps: int) -> Tensor:
@@ -453,7 +457,7 @@ def gptq(sequences: int = 32, damp: float = 0.01) -> None:
             if bank.optimizer != "muon" or isinstance(bank.format, Float):
                 continue
             if bank.format.kind not in ("ternary", "five", "int") or getattr(bank.format, "threshold", 0.5) != 0.5:
-                raise train_gpt.ConfigError(f"gptq rounds to the nearest of evenly spaced values, not {bank.format}")
+                raise ConfigError(f"gptq rounds to the nearest of evenly spaced values, not {bank.format}")
             for i, name in enumerate(bank.names):
                 codes = compensate(bank.latent[i], bank.stored.codes[i], bank.stored.scales[i], bank.format,
                                    inputs[name.removesuffix(".weight")], damp)
@@ -468,7 +472,7 @@ def gptq(sequences: int = 32, damp: float = 0.01) -> None:
 def compensate(latent: Tensor, codes: Tensor, scales: Tensor, fmt, hessian: Tensor, damp: float) -> Tensor:
     """GPTQ's codes, int8 [rows, cols], of a latent [rows, cols] for inputs with this second moment [cols, cols]."""
     w, cols = latent.double().clone(), latent.shape[1]
-    values = formats.decode_scales(scales, fmt.scale).double()
+    values = decode_scales(scales, fmt.scale).double()
     size = fmt.group_size or cols
     scale = values.repeat_interleave(size, dim=1)[:, :cols] if fmt.group_size else values.expand(len(w), cols)
     limit = 2 ** (fmt.bits - 1) - 1 if fmt.kind == "int" else {"ternary": 1, "five": 2}[fmt.kind]
@@ -507,7 +511,7 @@ def temperature(sequences: int = 64) -> None:
 @torch.inference_mode()
 def best_temperature(model, seq_len: int, sequences: int) -> float:
     """By bisection on the sign of the loss's slope over the first training sequences of the data being scored."""
-    shard = eval_bpb.read_shard(TRAINING_SHARDS[0])[: sequences * seq_len + 1]
+    shard = read_shard(TRAINING_SHARDS[0])[: sequences * seq_len + 1]
     ids = torch.from_numpy(np.asarray(shard).astype(np.int64))
     logits = torch.cat([model.head(model.hidden(x)) for x in ids[:-1].view(-1, seq_len).split(8)]).flatten(0, 1)
     targets, low, high = ids[1:], 0.5, 2.0
@@ -518,7 +522,7 @@ def best_temperature(model, seq_len: int, sequences: int) -> float:
     return (low * high) ** 0.5
 
 
-TRAINING_SHARDS: list = []  # program.py fills it from --data
+TRAINING_SHARDS: list = []  # of the data that are scored; program.py knows them
 
 
 @patch(scorer=True, what=("all", "vectors", "scales", "none"), chunk=Within(1), group=Within(1))
@@ -553,27 +557,28 @@ class Factors(Values):
 
     def __init__(self, param: Tensor, group: int):
         self.group, self.shape = group, param.shape
-        self.start = formats.split_groups(param.detach().float(), group)[0]
+        self.start = split_groups(param.detach().float(), group)[0]
         self.value = torch.ones_like(self.start[..., :1])
 
     def grad(self, grad: Tensor) -> Tensor:
-        return (formats.split_groups(grad.float(), self.group)[0] * self.start).sum(-1, keepdim=True)
+        return (split_groups(grad.float(), self.group)[0] * self.start).sum(-1, keepdim=True)
 
     def param(self) -> Tensor:
-        return formats.join_groups(self.start * self.value, self.shape)
+        return join_groups(self.start * self.value, self.shape)
 
 
 def score_and_train(model, tokens: np.ndarray, counter, seq_len: int, stride: int, batch_seqs: int, what: str,
                     lr: float, chunk: int, group: int = 128):
-    """eval_bpb.evaluate's Score, with training on what was scored."""
+    """metric.evaluate's Score, with training on what was scored."""
     began, model = time.perf_counter(), copy.deepcopy(model)
     for name, p in model.named_parameters():
-        vector = train_gpt.optimizer_of(name) == "scalar"
-        p.requires_grad_(what == "all" or what == "vectors" and vector or what == "scales" and not vector)
+        is_vector = train_gpt.optimizer_of(name) == "scalar"
+        p.requires_grad_({"all": True, "vectors": is_vector, "scales": not is_vector, "none": False}[what])
     trained = [p for p in model.parameters() if p.requires_grad]
-    moved = [(Factors if what == "scales" else Values)(p, group) for p in trained]
+    moves_as = Factors if what == "scales" else Values
+    moved = [moves_as(p, group) for p in trained]
     speed = [torch.zeros_like(m.value) for m in moved]
-    windows = list(eval_bpb.sliding_windows(len(tokens) - 1, seq_len, stride))
+    windows = list(metric.sliding_windows(len(tokens) - 1, seq_len, stride))
     stream, total, count, trained_to, boundary = torch.from_numpy(tokens), 0.0, 0, 0, chunk
     while windows:
         now = [w for w in windows if w[2] < boundary]
@@ -585,7 +590,7 @@ def score_and_train(model, tokens: np.ndarray, counter, seq_len: int, stride: in
                     ids = torch.stack([stream[start:end] for start, end, _ in part])
                     targets = torch.stack([stream[start + 1 : end + 1] for start, end, _ in part])
                     scored = torch.stack([torch.arange(start, end) >= since for start, end, since in part])
-                    total += float(eval_bpb.position_losses(model, ids, targets, scored).double().sum())
+                    total += float(metric.position_losses(model, ids, targets, scored).double().sum())
                     count += int(scored.sum())
         # All that a sequence holds has been scored: a window that ends at e has scored token e.
         while trained and now and windows and trained_to + seq_len <= now[-1][1]:
@@ -596,6 +601,6 @@ def score_and_train(model, tokens: np.ndarray, counter, seq_len: int, stride: in
                 m.value.sub_(v.mul_(0.9).add_(m.grad(g)), alpha=lr)
                 p.data.copy_(m.param())
     if not math.isfinite(total):
-        raise eval_bpb.AuditError(f"test-time training of {what} at lr {lr} diverged")
+        raise AuditError(f"test-time training of {what} at lr {lr} diverged")
     size = int(counter.count(tokens[:-1], tokens[1:]).sum())
-    return eval_bpb.Score(total / count, total / math.log(2) / size, count, size, time.perf_counter() - began)
+    return metric.Score(total / count, total / math.log(2) / size, count, size, time.perf_counter() - began)

@@ -1,9 +1,10 @@
-"""train_gpt.py, or eval_bpb.py, with techniques of patches.py applied.
+"""train_gpt.py, or eval_bpb.py, with what lies in this folder: storage formats that lost, and techniques of patches.py.
 
     python ablations/program.py --patch xsa=2 --patch ema=0.99 -- train --preset cpu
+    python ablations/program.py -- train --preset cpu --matrix-format elastic
     python ablations/program.py --patch ttt=vectors -- eval_bpb runs/RUN/model.tern --data data/packages
 
-The run's own scoring process gets the same patches, so what they do to the model is in both.
+The run's own scoring process gets the same, so that what a technique does to the model is in both.
 """
 
 from __future__ import annotations
@@ -39,27 +40,34 @@ def main() -> int:
     p.add_argument("program", choices=("train", "eval_bpb"))
     p.add_argument("rest", nargs=argparse.REMAINDER, help="the program's own arguments")
     args = p.parse_args()
-    end_with_parent()
-    sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
-    import patches
-
+    end_with_parent()  # before what takes seconds to import
     import eval_bpb
     import train_gpt
+    from ablations import formats, patches
+    from tern.command import say_error
+    from tern.shards import open_data
 
+    formats.register()
     try:
         patches.apply(args.patch)
     except ValueError as e:
-        print(f"error: {e}", file=sys.stderr)
+        say_error(e)
         return 2
-    again = [part for patch in args.patch for part in ("--patch", patch)]
-    eval_bpb.command = lambda: [str(Path(__file__).resolve()), *again, "eval_bpb"]
+
+    def scoring_command() -> list[str]:
+        again = [word for patch in args.patch for word in ("--patch", patch)]
+        return [str(Path(__file__).resolve()), *again, "eval_bpb"]
+
+    train_gpt.scoring_command = scoring_command
     if args.program == "train":
         return train_gpt.main(args.rest)
-    if any(patch.partition("=")[0] == "temperature" for patch in args.patch):
+    if "temperature" in map(patches.name_of, args.patch):
         parsed = eval_bpb.parse_args(args.rest)
-        patches.TRAINING_SHARDS[:] = eval_bpb.open_data(parsed.data, parsed.tokenizer_path).train
+        patches.TRAINING_SHARDS[:] = open_data(parsed.data, parsed.tokenizer_path).train
     return eval_bpb.main(args.rest)
 
 
 if __name__ == "__main__":
+    if __package__ in (None, ""):
+        sys.path.insert(0, str(ROOT))
     sys.exit(main())

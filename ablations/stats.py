@@ -7,16 +7,14 @@ how much was left.
 
 from __future__ import annotations
 
-import itertools
 import math
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+from scipy import optimize, stats
 
 CONFIDENCE, ALPHA, POWER = 0.95, 0.05, 0.80
-MAX_EXACT = 16  # pairs up to which all sign flips are tried
-SAMPLED = 100_000  # of them beyond that
+FLIPS = 99_999  # of signs: all of them where these are more, up to 16 pairs; else so many drawn from a fixed seed
 
 
 @dataclass(frozen=True)
@@ -24,50 +22,15 @@ class Comparison:
     """A row against the base over n paired seeds. With n < 2 all but n and mean are NaN."""
 
     n: int
-    mean: float  # of the differences
-    sd: float  # of the differences, n - 1 in the denominator
-    low: float  # CONFIDENCE interval of the mean, by Student's t
-    high: float
-    p_t: float  # two-sided paired t-test
-    p_flip: float  # two-sided sign-flip permutation test of the mean; at least 2 / 2^n
-    detectable: float  # the smallest true difference that n seeds would have shown with POWER at ALPHA
+    mean: float = math.nan  # of the differences
+    sd: float = math.nan  # of the differences, n - 1 in the denominator
+    low: float = math.nan  # CONFIDENCE interval of the mean, by Student's t
+    high: float = math.nan
+    p_t: float = math.nan  # two-sided paired t-test
+    p_flip: float = math.nan  # two-sided sign-flip permutation test of the mean (Fisher 1935); at least 2 / 2^n
+    detectable: float = math.nan  # the smallest true difference that n seeds would have shown with POWER at ALPHA
     p_holm: float = math.nan  # p_t after Holm's correction over the matrix
-    equivalent: float = math.nan  # the bound within which the 90% interval lies: half its width plus |mean|
-
-
-def sign_flip(differences: np.ndarray) -> float:
-    """Share of the 2^n ways to flip signs whose |mean| is no less (Fisher 1935): of all of them up to MAX_EXACT pairs,
-    beyond that of the one observed and SAMPLED drawn from a fixed seed (Phipson and Smyth 2010)."""
-    n = len(differences)
-    if n <= MAX_EXACT:
-        signs = np.array(list(itertools.product((1, -1), repeat=n)))
-    else:
-        signs = np.random.default_rng(0).choice((1, -1), (SAMPLED + 1, n))
-        signs[0] = 1
-    means = np.abs(signs @ differences)
-    return float((means >= means[0] * (1 - 1e-12)).mean())
-
-
-def detectable_difference(sd: float, n: int) -> float:
-    """The true mean difference that a two-sided t-test at ALPHA finds with probability POWER, given the sd and n."""
-    if n < 2 or not sd > 0:
-        return math.nan
-    # The power is the mean over the standard error's own distribution, here at its quantiles: scipy's noncentral t is
-    # NaN in places, for one where n is 2.
-    df, quantiles = n - 1, (np.arange(20_000) + 0.5) / 20_000
-    critical = stats.t.ppf(1 - ALPHA / 2, df) * np.sqrt(stats.chi2.ppf(quantiles, df) / df)
-
-    def power(effect: float) -> float:
-        shift = effect * math.sqrt(n)
-        return float((stats.norm.sf(critical - shift) + stats.norm.sf(critical + shift)).mean())
-
-    low, high = 0.0, 1.0  # in standard deviations
-    while power(high) < POWER:
-        high *= 2
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if power(middle) < POWER else (low, middle)
-    return high * sd
+    equivalent: float = math.nan  # the least bound that two one-sided tests at ALPHA would find the difference within
 
 
 def compare(row: dict[int, float], base: dict[int, float]) -> Comparison:
@@ -75,17 +38,39 @@ def compare(row: dict[int, float], base: dict[int, float]) -> Comparison:
     seeds = sorted(s for s in row.keys() & base.keys() if math.isfinite(row[s]) and math.isfinite(base[s]))
     d = np.array([row[s] - base[s] for s in seeds], dtype=np.float64)
     n = len(d)
-    mean = float(d.mean()) if n else math.nan
-    if n < 2:
-        return Comparison(n, mean, *[math.nan] * 6)
+    if n == 0:
+        return Comparison(0)
+    mean = float(d.mean())
+    if n == 1:
+        return Comparison(1, mean)
     sd = float(d.std(ddof=1))
-    error = sd / math.sqrt(n)
-    half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, n - 1)) * error
-    # Equal differences leave no doubt of their sign, and none of their being zero.
-    p_t = 2 * float(stats.t.sf(abs(mean) / error, n - 1)) if error > 0 else float(mean == 0)
-    equivalent = abs(mean) + float(stats.t.ppf(1 - ALPHA, n - 1)) * error
-    return Comparison(n, mean, sd, mean - half, mean + half, p_t, sign_flip(d), detectable_difference(sd, n),
-                      equivalent=equivalent)
+    if sd <= 1e-12 * abs(mean):  # equal differences leave no doubt of their sign, and none of their being zero
+        return Comparison(n, mean, sd, mean, mean, float(mean == 0), sign_flip(d), equivalent=abs(mean))
+    test = stats.ttest_1samp(d, 0.0)
+    inner, outer = test.confidence_interval(1 - 2 * ALPHA), test.confidence_interval(CONFIDENCE)
+    return Comparison(n, mean, sd, float(outer.low), float(outer.high), float(test.pvalue), sign_flip(d),
+                      detectable_difference(sd, n), equivalent=float(max(-inner.low, inner.high)))
+
+
+def sign_flip(differences: np.ndarray) -> float:
+    """p of the mean among those of the same differences with all their signs flipped in every way."""
+    test = stats.permutation_test((differences,), np.mean, permutation_type="samples", vectorized=True,
+                                  n_resamples=FLIPS, rng=0)
+    return float(test.pvalue)
+
+
+def detectable_difference(sd: float, n: int) -> float:
+    """The true mean difference that a two-sided t-test at ALPHA finds with probability POWER, given the sd and n."""
+    # The power is the mean over the standard error's own distribution, here at its quantiles: scipy's noncentral t is
+    # NaN in places, for one where n is 2.
+    df, quantiles = n - 1, (np.arange(20_000) + 0.5) / 20_000
+    critical = stats.t.ppf(1 - ALPHA / 2, df) * np.sqrt(stats.chi2.ppf(quantiles, df) / df)
+
+    def missing_power(effect: float) -> float:
+        shift = effect * math.sqrt(n)
+        return POWER - float((stats.norm.sf(critical - shift) + stats.norm.sf(critical + shift)).mean())
+
+    return sd * optimize.brentq(missing_power, 0.0, 100.0)  # in standard deviations: with n = 2 it is 11.5
 
 
 def holm(p: list[float]) -> list[float]:
