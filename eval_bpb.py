@@ -293,7 +293,8 @@ def report(result: dict) -> str:
         lines.append(f"WARNING     the model is worse than the frequencies of the tokens ({c['unigram_loss']:.4f} "
                      "nats): barely trained, or trained on other tokens")
     for name in ("chunked", "sliding"):
-        if s := result[name]:
+        s = result[name]
+        if s:
             at = f"stride {result['stride'] if name == 'sliding' else result['seq_len']}"
             lines.append(f"{name:<11} val_loss:{s['val_loss']:.8f} val_bpb:{s['val_bpb']:.8f}  {at}, "
                          f"window {result['seq_len']}, {s['tokens']:,} tokens, {s['bytes']:,} bytes, "

@@ -1062,7 +1062,8 @@ def first_difference(ours: dict[str, StoredTensor], theirs: dict[str, StoredTens
                 continue
             if x is None or y is None or x.shape != y.shape or x.dtype != y.dtype:
                 return f"tensor {name!a}: {role} of the checkpoint have another shape or type"
-            if len(bad := np.argwhere(x != y)):
+            bad = np.argwhere(x != y)
+            if len(bad):
                 at = tuple(bad[0])
                 return f"tensor {name!a}: {role}{bad[0].tolist()} is {x[at]} in the file, {y[at]} in the checkpoint"
     return None

@@ -25,7 +25,7 @@ def say_error(e: object) -> None:
         print("error: " + " ".join(str(e).splitlines()), file=sys.stderr, flush=True)
 
 
-def tell(text: str) -> None:
+def print_if_open(text: str) -> None:
     """To the terminal, if there is one."""
     try:
         print(text, flush=True)

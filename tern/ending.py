@@ -20,7 +20,7 @@ def report_end(e: BaseException, place: Place, folder: RunFolder | None) -> int:
         log.clear_bar()
     if isinstance(e, AlreadyFinished):
         if place.rank == 0:
-            command.tell(str(e))
+            command.print_if_open(str(e))
         return 0
     if isinstance(e, Interrupted):
         log.line(str(e))

@@ -43,7 +43,8 @@ def audit_bytes(shards: dict[str, np.ndarray], counter: ByteCounter) -> dict[str
     tokens = np.concatenate([shards[n] for n in names])
     ends = np.cumsum([shards[n].size for n in names])
     counted = np.concatenate(([0], np.cumsum(counter.count_stream(tokens))))
-    if unknown := int(counter.unknown[tokens].sum()):
+    unknown = int(counter.unknown[tokens].sum())
+    if unknown:
         at = int(np.argmax(counter.unknown[tokens]))
         raise AuditError(
             f"byte audit failed: {unknown} unknown tokens (the first is token {at}): nobody knows the text behind "

@@ -54,7 +54,8 @@ def process_place(env: Mapping[str, str]) -> Place:
     world = number("WORLD_SIZE", 1, 1, 1 << 20)
     if world == 1:
         return Place()
-    if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not env.get(name, "").strip()]:
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not env.get(name, "").strip()]
+    if missing:
         raise LaunchError(
             f"WORLD_SIZE={world} is set in the environment, but not {', '.join(missing)}: start all processes with "
             f"torchrun --standalone --nproc_per_node={world}, or unset WORLD_SIZE for a process alone"
@@ -133,7 +134,8 @@ def check_agreement(said: Mapping[str, object], device: torch.device) -> None:
     every = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(every, mine)
     for i, name in enumerate(said):
-        if differ := [rank for rank, theirs in enumerate(every) if not torch.equal(theirs[i], every[0][i])]:
+        differ = [rank for rank, theirs in enumerate(every) if not torch.equal(theirs[i], every[0][i])]
+        if differ:
             raise LaunchError(f"rank(s) {', '.join(map(str, differ))} do not have the {name} of rank 0; give all "
                               "processes the same, on every machine")
 
@@ -236,12 +238,14 @@ class Ranks:
 
     def reduce(self, x: Tensor, owner: int) -> dist.Work | None:
         """Begin: x <- sum over all ranks, on the owner only; elsewhere x becomes undefined."""
-        self.sent["gradients"] += x.nbytes * (owner != self.rank)
+        if owner != self.rank:
+            self.sent["gradients"] += x.nbytes
         return self.call(dist.reduce, x, dst=owner, group=self.group, async_op=True) if x.numel() else None
 
     def broadcast(self, x: Tensor, owner: int) -> dist.Work | None:
         """Begin: x <- the owner's x, on all ranks."""
-        self.sent["codes"] += x.nbytes * (owner == self.rank)
+        if owner == self.rank:
+            self.sent["codes"] += x.nbytes
         return self.call(dist.broadcast, x, src=owner, group=self.group, async_op=True) if x.numel() else None
 
     def wait(self, work: dist.Work | None) -> None:

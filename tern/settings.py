@@ -10,6 +10,7 @@ from typing import Any
 from tern.command import Parser
 from tern.errors import Foreseen
 
+
 class ConfigError(Foreseen):
     """A setting that cannot be used; the message names it, its value and what to do."""
 

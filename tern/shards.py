@@ -128,7 +128,8 @@ def open_data(path: str | Path, tokenizer_path: str | Path = "", need_train: boo
     for split, shards in (("train", train), ("val", val)):
         if not shards and (need_train or split == "val"):
             raise DataError(f"{path}: no *_{split}_*.bin shard; prepare the folder with: python data/prepare.py")
-    if odd := [p for p in (*train, *val) if not p.is_file()]:
+    odd = [p for p in (*train, *val) if not p.is_file()]
+    if odd:
         raise DataError(f"{odd[0]}: not a file; remove it, or put the shard itself there")
     tokenizer = Path(tokenizer_path) if tokenizer_path else path / "tokenizer.model"
     models = sorted(path.glob("*.model"))
@@ -142,7 +143,8 @@ def open_data(path: str | Path, tokenizer_path: str | Path = "", need_train: boo
     manifest = read_manifest(path, tokenizer_elsewhere=bool(tokenizer_path))
     if manifest:
         name = manifest.tokenizer  # so that a copy under another name gives the same identity
-        if stray := [p for p in (*train, *val) if p.name not in manifest.hashes]:
+        stray = [p for p in (*train, *val) if p.name not in manifest.hashes]
+        if stray:
             raise DataError(f"{stray[0]}: not in the folder's manifest.json, so nobody knows what it holds; remove it")
         if tokenizer_sha256 != manifest.hashes[name]:
             raise DataError(
@@ -159,7 +161,8 @@ def open_data(path: str | Path, tokenizer_path: str | Path = "", need_train: boo
                 )
     val_hashes: dict[str, Path] = {}
     for shard in val:
-        if other := val_hashes.get(hashes[shard.name]):
+        other = val_hashes.get(hashes[shard.name])
+        if other:
             raise DataError(f"{shard}: the same as {other.name}; its text would be scored twice: remove one of them")
         val_hashes[hashes[shard.name]] = shard
     for shard in train:

@@ -84,7 +84,7 @@ class TokenizerFile:
     normalizer: bytes  # precompiled rules; empty where text is left as it is
     denormalizer: bytes
 
-    def from_nowhere(self) -> list[str]:
+    def unmergeable_pieces(self) -> list[str]:
         """The pieces of a BPE model that no two of its pieces make. Training gives none such, an edited file may."""
         known = {text for text, kind in self.pieces.items() if kind in (NORMAL, USER_DEFINED)}
         return [text for text in known if self.is_bpe and len(text) > 1 and self.pieces[text] == NORMAL
@@ -119,7 +119,8 @@ def check_provable(data: DataFolder) -> None:
     """Raises AuditError where neither a manifest nor the tokenizer itself vouches for what its pieces stand for."""
     if data.manifest is not None:
         return
-    if why := read_tokenizer_file(data.tokenizer.read_bytes(), data.tokenizer).why_unproven():
+    why = read_tokenizer_file(data.tokenizer.read_bytes(), data.tokenizer).why_unproven()
+    if why:
         raise AuditError(f"{data.tokenizer}: {why}, and no manifest.json says that it made the shards, so nobody knows "
                          "what text its pieces stand for; prepare the text with data/prepare.py --tokenizer")
 
@@ -145,7 +146,8 @@ def check_tokenizer(sp: spm.SentencePieceProcessor, where: str | Path) -> list[s
     file = read_tokenizer_file(sp.serialized_model_proto(), where)
     if file.denormalizer:
         raise refuse("it changes text when it decodes (a denormalizer)")
-    if odd := file.from_nowhere():
+    odd = file.unmergeable_pieces()
+    if odd:
         raise refuse(f"its piece {min(odd)!a} is not made of other pieces of it, as in a file that was edited")
 
     counter, notes = ByteCounter(sp), []
