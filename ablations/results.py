@@ -76,7 +76,7 @@ def line_of(values: dict) -> Line:
 
 
 def encode(line: Line) -> bytes:
-    return msgspec.json.encode(line, order="sorted")
+    return msgspec.json.encode(line, order="sorted", enc_hook=str)  # torch's version is a str of its own kind
 
 
 def decode(text: bytes) -> Line:
