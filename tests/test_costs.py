@@ -8,12 +8,13 @@ import torch
 from scipy.optimize import nnls
 from torch.utils.flop_counter import FlopCounterMode
 
-import costs
 import pack
-import train_gpt
-from costs import RUNS, Shape
-from train_gpt import GPT, PRESETS, Config, Latents, Optimizer, Ranks, format_of, newton_schulz
+from records import costs
+from records.costs import RUNS, Shape
+from tern.processes import Ranks
+from train_gpt import GPT, PRESETS, Config, Latents, Optimizer, format_of, newton_schulz
 
+pytestmark = pytest.mark.fast
 TINY = Shape(layers=2, dim=4, kv_dim=2, hidden=8, vocab=16, seq_len=3, batch_tokens=12, ns_steps=1)
 ROOFLINE_MS = {run.pr: 1000 * costs.run_cost(run).roofline for run in RUNS}
 
@@ -29,7 +30,7 @@ def round_robin(config: Config, world: int) -> dict[str, int]:
 @pytest.fixture
 def dealt(monkeypatch):
     """Owners that a hand count can follow."""
-    monkeypatch.setattr(train_gpt, "owners", round_robin)
+    monkeypatch.setattr(costs, "owners", round_robin)
 
 
 # -- flops --------------------------------------------------------------------------------------------------------
@@ -83,20 +84,20 @@ def test_traffic_of_a_tiny_shape_by_hand():
     assert costs.logits_traffic(TINY) == 2 * 7 * 16
 
 
-@pytest.mark.parametrize("change", [
-    {}, dict(group_size=0), dict(matrix_format="int4", scale_dtype="fp16"), dict(embed_format="ternary", group_size=24),
-    dict(matrix_format="fp8", vector_format="fp8", embed_format="int8", scale_dtype="log4"), dict(matrix_format="bf16"),
-])
-def test_codes_scales_and_payload_are_those_of_real_tensors(change):
-    config = config_of("tiny", **change)
-    for name, p in GPT(config).named_parameters():
-        fmt, counted = format_of(config, name, p.ndim), costs.parameters(config)[name]
-        stored = fmt.quantize(p.detach())
-        scales = 0 if stored.scales is None else stored.scales.nbytes
-        ternary = fmt.spec()["kind"] == "ternary"
-        sent = len(pack.pack_base3(stored.codes.numpy())) if ternary else stored.codes.nbytes
-        assert (counted.codes, counted.scales, counted.payload) == (stored.codes.nbytes, scales, sent + scales), name
-        assert counted.size == p.numel()
+def test_codes_scales_and_payload_are_those_of_real_tensors():
+    for change in ({}, dict(group_size=0), dict(matrix_format="int4", scale_dtype="fp16"),
+                   dict(embed_format="ternary", group_size=24), dict(matrix_format="bf16"),
+                   dict(matrix_format="fp8", vector_format="fp8", embed_format="int8", scale_dtype="log4")):
+        config = config_of("tiny", **change)
+        for name, p in GPT(config).named_parameters():
+            fmt, counted = format_of(config, name, p.ndim), costs.parameters(config)[name]
+            stored = fmt.quantize(p.detach())
+            scales = 0 if stored.scales is None else stored.scales.nbytes
+            ternary = fmt.spec()["kind"] == "ternary"
+            sent = len(pack.pack_base3(stored.codes.numpy())) if ternary else stored.codes.nbytes
+            expected = (stored.codes.nbytes, scales, sent + scales)
+            assert (counted.codes, counted.scales, counted.payload) == expected, (change, name)
+            assert counted.size == p.numel()
 
 
 def test_payload_by_hand():
@@ -118,20 +119,20 @@ def test_one_gpu_sends_nothing_and_more_send_up_to_everything():
     assert 15 < whole[0] / whole[1] < 20  # codes, not updates: 8 bits for five weights against 32 for one
 
 
-@pytest.mark.parametrize("world", [1, 2, 5])
-def test_state_of_all_ranks_holds_each_parameter_once(world, dealt):
+def test_state_of_all_ranks_holds_each_parameter_once(dealt):
     config = config_of("tiny")
     every = costs.parameters(config)
     n, muon = sum(p.size for p in every.values()), sum(p.size for p in every.values() if p.muon)
-    ranks = [costs.state_bytes(config, world, rank) for rank in range(world)]
-    total = {part: sum(state[part] for state in ranks) for part in ranks[0]}
-    assert total["latents, fp32"] == 4 * n
-    assert total["momentum, fp32"] == 4 * muon and total["AdamW moments, fp32"] == 8 * (n - muon)
-    assert total["codes"] == sum(p.codes for p in every.values()) >= n
-    assert total["scales"] == sum(p.scales for p in every.values()) > 0
-    for state in ranks:
-        assert state["params, bf16"] == 2 * n
-        assert state["payload"] == (sum(p.payload for p in every.values()) if world > 1 else 0)
+    for world in (1, 2, 5):
+        ranks = [costs.state_bytes(config, world, rank) for rank in range(world)]
+        total = {part: sum(state[part] for state in ranks) for part in ranks[0]}
+        assert total["latents, fp32"] == 4 * n
+        assert total["momentum, fp32"] == 4 * muon and total["AdamW moments, fp32"] == 8 * (n - muon)
+        assert total["codes"] == sum(p.codes for p in every.values()) >= n
+        assert total["scales"] == sum(p.scales for p in every.values()) > 0
+        for state in ranks:
+            assert state["params, bf16"] == 2 * n
+            assert state["payload"] == (sum(p.payload for p in every.values()) if world > 1 else 0)
 
 
 class Mute(Ranks):
@@ -141,20 +142,21 @@ class Mute(Ranks):
         return None
 
 
-@pytest.mark.parametrize("world", [1, 3])
 @pytest.mark.parametrize("change", [{}, dict(embed_format="int4", vector_format="fp8", scale_dtype="bf16")])
-def test_state_is_that_of_the_trainers_tensors(world, change):
+def test_state_is_that_of_the_trainers_tensors(change):
     config = config_of("tiny", **change)
-    for rank in range(world):
-        model = GPT(config)
-        latents = Latents(model, config, Mute(rank, world))
+    n = sum(p.size for p in costs.parameters(config).values())
+    for world, rank in ((1, 0), (3, 0), (3, 1), (3, 2)):
+        latents = Latents(GPT(config), config, Mute(rank, world))
         optimizer = Optimizer(latents, config)
-        adam = [x for bank in optimizer.adam_banks for x in optimizer.moments(bank).values()]
+        adam = [x for bank in latents.mine if bank.optimizer != "muon" for x in optimizer.moments(bank).values()]
+        muon = [x for bank in latents.mine if bank.optimizer == "muon" for x in optimizer.moments(bank).values()]
         stored = [bank.stored for bank in latents.mine]
         real = {
-            "params, bf16": list(model.parameters()), "gradient sums, fp32": [latents.flat_grad],
-            "payload": [latents.wire], "latents, fp32": [bank.latent for bank in latents.mine],
-            "momentum, fp32": optimizer.momentum, "AdamW moments, fp32": adam, "codes": [x.codes for x in stored],
+            "params, bf16": [p for bank in latents.banks for p in bank.params],
+            "gradient sums, fp32": [latents.flat_grad], "payload": [latents.wire],
+            "latents, fp32": [bank.latent for bank in latents.mine], "momentum, fp32": muon,
+            "AdamW moments, fp32": adam, "codes": [x.codes for x in stored],
             "scales": [x.scales for x in stored if x.scales is not None],
         }
         counted = costs.state_bytes(config, world, rank)
@@ -163,9 +165,7 @@ def test_state_is_that_of_the_trainers_tensors(world, change):
         assert 0 <= excess < len(costs.parameters(config)) and counted == real_bytes
         optimizer.step(1.0, 0.9)
         latents.refresh()
-        n = sum(p.size for p in costs.parameters(config).values())
-        mine = sum(x.numel() for x in real["latents, fp32"])
-        assert latents.ranks.sent["gradients"] == 4 * (n - mine)
+        assert latents.ranks.sent["gradients"] == 4 * n - real_bytes["latents, fp32"]
         assert latents.ranks.sent["codes"] == 2 * sum(len(b.wire) for b in latents.mine)  # made, and refreshed
 
 
@@ -183,7 +183,7 @@ def test_state_of_one_rank_by_hand(dealt):
 def test_every_parameter_has_an_owner_and_eight_share_the_work():
     config = config_of("golf16mb")
     for world in (1, 8):
-        owner = train_gpt.owners(config, world)
+        owner = costs.owners(config, world)
         assert owner.keys() == costs.parameters(config).keys() and set(owner.values()) == set(range(world))
     one, eight = costs.step_cost(config, 1), costs.step_cost(config, 8)
     assert one.flops["Newton-Schulz"] / 8 <= eight.flops["Newton-Schulz"] < one.flops["Newton-Schulz"] / 4
@@ -191,21 +191,22 @@ def test_every_parameter_has_an_owner_and_eight_share_the_work():
 
 def test_the_busiest_owner_counts(monkeypatch):
     config = config_of("golf16mb")
-    monkeypatch.setattr(train_gpt, "owners", lambda config, world: dict.fromkeys(costs.parameters(config), world - 1))
+    monkeypatch.setattr(costs, "owners", lambda config, world: dict.fromkeys(costs.parameters(config), world - 1))
     alone = costs.step_cost(config, 8)
-    monkeypatch.setattr(train_gpt, "owners", round_robin)
+    monkeypatch.setattr(costs, "owners", round_robin)
     shared = costs.step_cost(config, 8)
     total = sum(costs.newton_schulz_flops(*p.shape, 5) for p in costs.parameters(config).values() if p.muon)
     assert alone.flops["Newton-Schulz"] == total > 4 * shared.flops["Newton-Schulz"]
     assert alone.hbm["optimizer"] > 4 * shared.hbm["optimizer"] and alone.roofline > shared.roofline
 
 
-@pytest.mark.parametrize("change", [dict(num_layers=12), dict(mlp_hidden=4096), dict(vocab_size=16384),
-                                    dict(train_seq_len=2048), dict(num_kv_heads=8), dict(train_batch_tokens=1_048_576)])
-def test_a_larger_model_costs_more(change, dealt):
-    small, large = config_of("golf16mb"), config_of("golf16mb", **change)
-    for gpus in (1, 8):
-        assert costs.step_cost(large, gpus).roofline > costs.step_cost(small, gpus).roofline
+def test_a_larger_model_costs_more(dealt):
+    small = config_of("golf16mb")
+    for change in (dict(num_layers=12), dict(mlp_hidden=4096), dict(vocab_size=16384), dict(train_seq_len=2048),
+                   dict(num_kv_heads=8), dict(train_batch_tokens=1_048_576)):
+        large = replace(small, **change)
+        for gpus in (1, 8):
+            assert costs.step_cost(large, gpus).roofline > costs.step_cost(small, gpus).roofline, change
 
 
 def test_more_gpus_are_faster_but_not_by_their_number(dealt):

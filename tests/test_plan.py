@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import pack
-import plan
-import train_gpt
-from train_gpt import GPT, PRESETS, Config, artifact_meta, format_of, predicted_bytes, to_pack
+from conftest import run
+from records import plan
+from tern import source
+from train_gpt import GPT, PRESETS, Config, Latents, artifact_meta, predicted_bytes
 
 
 def config_of(preset: str, **change) -> Config:
@@ -18,16 +19,15 @@ def config_of(preset: str, **change) -> Config:
 def packed(config: Config) -> int:
     """Bytes of a model with normal latents in every tensor, as bench/packing.py synthetic makes it."""
     torch.manual_seed(0)
-    with torch.device("meta"):
-        shapes = {n: p.shape for n, p in GPT(config).named_parameters()}
-    tensors = {}
-    for name, shape in shapes.items():
-        fmt = format_of(config, name, len(shape))
-        latent = torch.randn(shape) * 0.1 if len(shape) == 2 else 1 + torch.randn(shape) * 0.3
-        tensors[name] = to_pack(fmt.quantize(latent), fmt)
-    return len(pack.encode_artifact(tensors, artifact_meta(config)))
+    model = GPT(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape) * 0.1 if p.ndim == 2 else 1 + torch.randn(p.shape) * 0.3)
+    order = [name for name, _ in model.named_parameters()]
+    return len(pack.encode_artifact(Latents(model, config).pack(order), artifact_meta(config)))
 
 
+@pytest.mark.fast
 def test_parts_are_all_parameters():
     config = config_of("cpu_10min_128kb")
     with torch.device("meta"):
@@ -49,9 +49,9 @@ def test_prediction_of_a_ternary_model_is_within_one_percent():
 @pytest.mark.parametrize("preset", ["cpu_10min_128kb", "golf16mb"])
 def test_the_largest_fits_and_the_next_does_not(preset, capsys):
     config = config_of(preset)
-    assert train_gpt.main(["--plan", "--preset", preset]) == 0
+    assert plan.main(["--preset", preset]) == 0
     text = capsys.readouterr().out
-    code = plan.bundle_bytes() if config.cap_counts_code else 0
+    code = source.code_bytes() if config.cap_counts_code else 0
     for name, (what, step) in plan.LARGEST.items():
         row = next(line for line in text.splitlines() if line.startswith(f"  {what} "))
         value = int(row.removeprefix(f"  {what}").split()[0].replace(",", ""))
@@ -60,30 +60,27 @@ def test_the_largest_fits_and_the_next_does_not(preset, capsys):
         assert plan.model_bytes(replace(config, **{name: value + step})) + code > config.cap_bytes
 
 
-def test_pr367_says_how_many_more_parameters_fit(capsys):
-    assert train_gpt.main(["--plan", "--preset", "pr367", "--scale-dtype", "log7", "--group-size", "128"]) == 0
-    text = capsys.readouterr().out
-    more = next(line for line in text.splitlines() if "against PR 367's 67,239,936" in line)
+def test_what_the_command_says():
+    """pr367: how many more parameters fit; tiny under 3,000 bytes: that nothing does; a wrong setting: one line."""
+    done = run("--preset", "pr367", "--scale-dtype", "log7", "--group-size", 128, program="records/plan.py")
+    assert done.returncode == 0 and "nothing was trained" in done.stdout, done.stderr
+    assert "measured on trained artifacts" in done.stdout and f"{source.code_bytes():,}\n" in done.stdout
+    more = next(line for line in done.stdout.splitlines() if "against PR 367's 67,239,936" in line)
     assert int(more.split()[0].replace(",", "")) > 5_000_000
-    assert "nothing was trained" in text and "measured on trained artifacts" in text
+    wrong = run("--preset", "tiny", "--num-heads", 5, program="records/plan.py")
+    assert (wrong.returncode, wrong.stdout) == (2, "") and wrong.stderr.startswith("error: num_heads=5")
+    assert wrong.stderr.count("\n") == 1
 
 
-def test_over_the_cap_and_nothing_that_fits(capsys):
-    assert train_gpt.main(["--plan", "--preset", "tiny", "--cap-bytes", "3000"]) == 0
-    text = capsys.readouterr().out
+@pytest.mark.fast
+def test_over_the_cap_and_nothing_that_fits():
+    text = plan.report("tiny", config_of("tiny", cap_bytes=3000))
     assert "OVER by" in text and "none: even" in text
 
 
-def test_a_wrong_setting_is_one_error_line(capsys):
-    assert train_gpt.main(["--plan", "--preset", "tiny", "--num-heads", "5"]) == 2
-    assert capsys.readouterr().err.startswith("error: num_heads=5")
-
-
-@pytest.mark.parametrize("limit", [0, 1, 2, 7, 8, 9, 64, 1000])
-def test_largest(limit):
-    assert plan.largest(lambda value: value <= limit, 5, 1) == limit
-    assert plan.largest(lambda value: value <= limit, 5, 8) == limit // 8 * 8
-
-
-def test_largest_gives_up_where_everything_fits():
-    assert 4000 <= plan.largest(lambda value: True, 8, 8) <= 16384
+@pytest.mark.fast
+def test_largest():
+    for limit in (0, 1, 2, 7, 8, 9, 64, 1000):
+        assert plan.largest(lambda value, limit=limit: value <= limit, 5, 1) == limit
+        assert plan.largest(lambda value, limit=limit: value <= limit, 5, 8) == limit // 8 * 8
+    assert 4000 <= plan.largest(lambda value: True, 8, 8) <= 16384, "it gives up where everything fits"

@@ -1,4 +1,5 @@
-"""submission.py: the one file is the program, and every way to tamper with a submission is found for its reason."""
+"""records/bundle.py and records/check.py: what is submitted is the program, and every way to tamper with it is found
+for its reason."""
 
 from __future__ import annotations
 
@@ -12,50 +13,56 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import pack
-import submission
-from conftest import ROOT, VOCAB
-from submission import Case, SubmissionError, check, check_claim, check_files, one_file, p_value
+from conftest import PATIENCE, ROOT, VOCAB
+from records import bundle, rules
+from records.check import CHECKS, Case, check, check_files, forbidden, p_value, weigh_claim
+from records.check import main as check_main
+from records.rules import SubmissionError, sha256
+from tern import runlog, source
+from tern.files import folder_identity
 
 SEED = 1337
-ARTIFACT, LOG, METRICS, SCORE = (submission.SEED_FILES[name].format(SEED) for name in
+ARTIFACT, LOG, METRICS, SCORE = (rules.seed_names(SEED)[name] for name in
                                  ("model.tern", "log.txt", "metrics.jsonl", "score.json"))
 
 
-STRIP = functools.lru_cache(submission.strip)
-ONE_FILE = functools.lru_cache(lambda items: one_file(dict(items)))
-
-
 @pytest.fixture(scope="module")
-def bundle(tiny_run, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("bundle") / "Tiny"
-    assert pack.main(["bundle", str(tiny_run[0]), "--out", str(folder), "--blurb", "A test."]) == 0
+def submitted(tiny_run, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("submitted") / "Tiny"
+    assert bundle.main([str(tiny_run[0]), "--out", str(folder), "--blurb", "A test."]) == 0
     return folder
 
 
 @pytest.fixture
-def copy(bundle, tmp_path) -> Path:
-    return shutil.copytree(bundle, tmp_path / "copy")
+def copy(submitted, tmp_path) -> Path:
+    return shutil.copytree(submitted, tmp_path / "copy")
+
+
+CACHED = {name: functools.cache(getattr(source, name)) for name in ("strip", "imported")}
 
 
 @pytest.fixture
 def quick(monkeypatch):
     """Parse and compress the same sources once."""
-    monkeypatch.setattr(submission, "strip", STRIP)
-    monkeypatch.setattr(submission, "one_file", lambda sources: ONE_FILE(tuple(sources.items())))
+    for name, function in CACHED.items():
+        monkeypatch.setattr(source, name, function)
+    monkeypatch.setattr(source, "compress", compress_once(source.compress))
 
 
-@pytest.fixture(scope="module")
-def sources() -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in pack.code_files()}
+@functools.cache
+def compress_once(compress: Callable) -> Callable:
+    cached = functools.cache(lambda items: compress(dict(items)))
+    return lambda sources: cached(tuple(sources.items()))
 
 
-def edit(path: Path, change, line: int | None = None) -> None:
+def edit(path: Path, change: Callable, line: int | None = None) -> None:
     """Apply change(value) to a JSON file, or to a line of one."""
     lines = [path.read_text()] if line is None else path.read_text().splitlines()
     value = json.loads(lines[line or 0])
@@ -70,6 +77,13 @@ def substitute(path: Path, old: str, new: str) -> None:
     path.write_text(text.replace(old, new))
 
 
+def sources_of(folder: Path) -> dict[str, bytes]:
+    """The programs in a submission's source/."""
+    case = Case(folder)
+    list(check_files(case))
+    return case.sources
+
+
 def forge(folder: Path) -> None:
     """Make submission.json what it would be if the folder's other files were honest."""
     case = Case(folder)
@@ -80,7 +94,7 @@ def forge(folder: Path) -> None:
 def reseal(folder: Path, change: dict | None = None) -> None:
     files = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*")
              if p.is_file() and p.name != "submission.json"}
-    table = {name: {"bytes": len(data), "sha256": submission.sha256(data)} for name, data in files.items()}
+    table = {name: {"bytes": len(data), "sha256": sha256(data)} for name, data in files.items()}
     edit(folder / "submission.json", lambda s: s.update((change or {}) | {"files": table}))
 
 
@@ -98,58 +112,41 @@ def alone(*arguments: object, cwd: Path, **env: str) -> subprocess.CompletedProc
     """Run Python in a folder, with an environment that knows nothing of the repository."""
     command = [sys.executable, *map(str, arguments)]
     env = {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | env
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=240)
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=PATIENCE)
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The one file
+# What is submitted
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def test_what_bundle_writes_passes_check(bundle, data_dir, capsys):
-    assert pack.main(["check", str(bundle), "--data", str(data_dir), "--against", "9.5"]) == 0
+def test_what_bundle_writes_passes_check(submitted, data_dir, capsys):
+    assert check_main([str(submitted), "--data", str(data_dir), "--against", "9.5"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[:2] for line in lines] == [["ok", name] for name in submission.CHECKS]
-    s = json.loads((bundle / "submission.json").read_text())
-    assert f"{ARTIFACT} {s['val_bpb']:.8f}" in lines[-1], "scored again by the bundle's own program"
-    assert s["bytes_code"] == (bundle / "train_gpt.py").stat().st_size < s["bytes_code_source"] / 3
-    assert s["bytes_total"] == s["bytes_model"] == (bundle / ARTIFACT).stat().st_size
-    assert f"{s['val_bpb']:.4f}" in (bundle / "README.md").read_text()
-    assert "pytest" not in (bundle / "requirements.txt").read_text()
-    assert not (bundle / "source" / "__pycache__").exists()
+    assert [line.split()[:2] for line in lines] == [["ok", name] for name in CHECKS]
+    s = json.loads((submitted / "submission.json").read_text())
+    assert f"{ARTIFACT} {s['val_bpb']:.8f}" in lines[-1], "scored again by the folder's own program"
+    assert s["bytes_code"] == (submitted / "train_gpt.py").stat().st_size < s["bytes_code_source"] / 3
+    assert s["bytes_total"] == s["bytes_model"] == (submitted / ARTIFACT).stat().st_size
+    assert f"Code size: {s['bytes_code']} bytes\n" in (submitted / LOG).read_text(), "one fact for run and referee"
+    assert f"{s['val_bpb']:.4f}" in (submitted / "README.md").read_text()
+    assert "pytest" not in (submitted / "requirements.txt").read_text()
+    names = {p.relative_to(submitted / "source").as_posix() for p in (submitted / "source").rglob("*.py")}
+    assert names == {*source.code_files(), *source.needed_by([rules.PREPARE], source.read_file)}
+    assert names > {f"data/{p.name}" for p in (ROOT / "data").glob("*.py")}
 
 
-def test_the_one_file_trains_and_scores_alone(bundle, data_dir, tmp_path):
-    shutil.copy(bundle / "train_gpt.py", tmp_path)
-    done = alone("train_gpt.py", "--preset", "tiny", "--vocab-size", VOCAB, "--data-path", data_dir, "--iterations", 3,
-                 "--threads", 1, cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "roundtrip gap             0.00000000   (logits identical bit for bit)" in done.stdout
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["runs", "train_gpt.py"]
-    records = [json.loads(line) for line in (tmp_path / "runs/tiny_seed1337/metrics.jsonl").read_text().splitlines()]
-    program = (bundle / "train_gpt.py").read_bytes()
-    assert records[0]["source_sha256"] == {"train_gpt.py": submission.sha256(program)}
-    assert records[-1]["bytes_code"] == len(program)
-
-    found = alone("train_gpt.py", "pack", "inspect", bundle / ARTIFACT, cwd=tmp_path)
-    assert found.returncode == 0 and "blocks.1.mlp.fc.weight" in found.stdout
-    refused = alone("train_gpt.py", "pack", "check", bundle, cwd=tmp_path)
-    assert refused.returncode == 1 and refused.stderr.startswith("error: check is not in a submission's one file")
-
-
-def test_the_bundle_prepares_the_same_data_alone(bundle, data_dir, tmp_path):
-    assert {f"{name}.py" for name in submission.DATA_MODULES} == {
-        p.relative_to(ROOT).as_posix() for p in (ROOT / "data").glob("*.py")}
-    shutil.copytree(bundle / "source", tmp_path / "source")
+def test_the_submission_prepares_the_same_data_alone(submitted, data_dir, tmp_path):
+    shutil.copytree(submitted / "source", tmp_path / "source")
     done = alone("source/data/prepare.py", "--source", "text", "--input", data_dir.parent / "corpus.jsonl", "--out",
                  "shards", "--vocab-size", VOCAB, "--val-fraction", 0.06, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "shards/manifest.json").read_bytes() == (data_dir / "manifest.json").read_bytes()
 
 
-def test_the_one_file_is_a_module_that_compiles_to_one_graph(bundle, tmp_path):
+def test_the_one_file_is_a_module_that_compiles_to_one_graph(submitted, tmp_path):
     """Dynamo skips code by the name of its file; the graphs themselves do not depend on it."""
-    shutil.copy(bundle / "train_gpt.py", tmp_path)
+    shutil.copy(submitted / "train_gpt.py", tmp_path)
     code = f"""
 import torch, train_gpt
 model = train_gpt.GPT(train_gpt.Config(**train_gpt.PRESETS["tiny"], vocab_size={VOCAB}))
@@ -166,45 +163,34 @@ assert "def refresh" in inspect.getsource(train_gpt.Latents.refresh)
     assert done.returncode == 0, done.stderr
 
 
-def test_the_one_file_says_how_to_unpack_it(bundle, tmp_path, sources):
-    shutil.copy(bundle / "train_gpt.py", tmp_path)
+def test_the_one_file_says_how_to_unpack_it(submitted, tmp_path):
+    shutil.copy(submitted / "train_gpt.py", tmp_path)
     text = (tmp_path / "train_gpt.py").read_text()
     command = text[text.index("python -c") : text.index('"""', 3)].replace("python", sys.executable, 1)
     done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
-    assert done.stdout == "".join(f"{m}\n" for m in submission.strip_modules(sources).values()), done.stderr
-    assert submission.unpack(text.encode()) == submission.strip_modules(sources)
+    assert done.stdout == "".join(f"{m}\n" for m in source.strip_modules(sources_of(submitted)).values()), done.stderr
 
 
-def test_the_same_sources_give_the_same_bytes(bundle, sources):
-    backwards = dict(reversed(sources.items()))
-    assert one_file(sources) == one_file(backwards) == (bundle / "train_gpt.py").read_bytes()
-    assert one_file(sources | {"pack.py": sources["pack.py"] + b"\n# more\n"}) == one_file(sources)
-
-
-def test_strip_keeps_the_program():
-    source = b'"""Kept."""\nx = 1  # a\nclass E(Error):\n    """Gone."""\ndef f():\n    """Gone."""\n    return "# b"\n'
-    assert submission.strip(source, "x.py").splitlines() == [
-        '"""Kept."""', "x = 1", "", "class E(Error):", "    pass", "", "def f():", "    return '# b'"]
-    for bad in (b"def", b"\xff", b"x = (" * 9999, b"#" * (submission.MAX_SOURCE + 1)):
-        with pytest.raises(SubmissionError, match="x.py: not a Python module"):
-            submission.strip(bad, "x.py")
-
-
-def test_another_version_of_python_or_liblzma_is_no_fault(copy, sources, monkeypatch):
-    monkeypatch.setattr(submission, "FILTERS", [{"id": lzma.FILTER_LZMA2, "preset": 1}])
-    (copy / "train_gpt.py").write_bytes(one_file(sources))
-    monkeypatch.undo()
+def test_another_version_of_python_or_liblzma_is_no_fault(copy, monkeypatch, request):
+    """Neither for the file itself nor for the bytes of it that the run recorded. What counts is the file."""
+    before = (copy / "train_gpt.py").stat().st_size
+    with monkeypatch.context() as other:
+        other.setattr(source, "FILTERS", [{"id": lzma.FILTER_LZMA2, "preset": 6, "lc": 2}])
+        (copy / "train_gpt.py").write_bytes(source.one_file(sources_of(copy)))
+    request.getfixturevalue("quick")
+    now = (copy / "train_gpt.py").stat().st_size
+    assert now > before
     forge(copy)
     lines, failed = check(copy)
-    assert not failed and any("the same modules" in line for line in lines)
-
-
-def test_a_bundle_of_when_the_data_program_was_one_file_passes(copy):
-    for name in ("messages", "places", "textfiles"):
-        (copy / f"source/data/{name}.py").unlink()
-    assert failures(check(copy)[0]).keys() == {"files"}, "submission.json lists them"
-    reseal(copy)
-    assert not check(copy)[1]
+    assert not failed, lines
+    assert any("the same modules" in line for line in lines)
+    assert any(f"recorded {before:,} bytes of code, train_gpt.py has {now:,}" in line for line in lines)
+    model = (copy / ARTIFACT).stat().st_size
+    counting = replace(rules.TRACKS["tiny"], count_code=True, cap_bytes=model + now - 1)
+    monkeypatch.setitem(rules.TRACKS, "tiny", counting)
+    forge(copy)
+    assert failures(check(copy)[0]) == {"bytes": f"{model + now:,} bytes (the largest model and the code) are 1 over "
+                                                 f"the cap of {model + now - 1:,} of track test: store less\n"}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -214,35 +200,75 @@ def test_a_bundle_of_when_the_data_program_was_one_file_passes(copy):
 
 def test_over_the_cap_writes_nothing(tiny_run, tmp_path, monkeypatch, capsys):
     size = (tiny_run[0] / "model.tern").stat().st_size
-    monkeypatch.setitem(submission.TRACKS, "tiny", replace(submission.TRACKS["tiny"], cap_bytes=size - 1200))
-    assert pack.main(["bundle", str(tiny_run[0]), "--out", str(tmp_path / "out")]) == 1
-    assert "are 1,200 over the cap" in capsys.readouterr().err
-    monkeypatch.setitem(submission.TRACKS, "tiny", replace(submission.TRACKS["tiny"], cap_bytes=size, count_code=True))
-    assert pack.main(["bundle", str(tiny_run[0]), "--out", str(tmp_path / "out")]) == 1
-    assert "the largest model and the code" in capsys.readouterr().err
+    for change, said in ((dict(cap_bytes=size - 1200), "are 1,200 over the cap"),
+                         (dict(cap_bytes=size, count_code=True), "the largest model and the code")):
+        monkeypatch.setitem(rules.TRACKS, "tiny", replace(rules.TRACKS["tiny"], **change))
+        assert bundle.main([str(tiny_run[0]), "--out", str(tmp_path / "out")]) == 1
+        assert said in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
-def test_what_cannot_be_submitted(tiny_run, bundle, tmp_path, capsys, quick, monkeypatch):
+def final_changes(score: dict) -> dict[str, tuple[dict, str]]:
+    """Why -> (what is changed in a final record, what is said)."""
+    slow = dict.fromkeys(runlog.PHASES, 601.0)
+    return {
+        "unfinished": ({"type": "train"}, "missing required field"),
+        "gap": ({"roundtrip_gap": 1e-9}, "not the model"),
+        "logits": ({"logits_identical": False}, "not the model"),
+        "too large": ({"bytes_model": 128_001}, "bytes_model is 128001"),
+        "slow": ({"seconds": slow}, "601.0 train seconds"),
+        "a phase left out": ({"seconds": {"train": 1.0}}, "missing required field `load`"),
+        "no score": ({"score": None}, "final: Expected `object`, got `null` - at `$.score`"),
+        "chunked only": ({"score": score | {"sliding": None}}, "no sliding-window score"),
+    }
+
+
+def test_what_cannot_be_submitted(tiny_run, submitted, tmp_path, capsys, quick):
     run = shutil.copytree(tiny_run[0], tmp_path / "run")
+    metrics = (run / "metrics.jsonl").read_text()
 
     def refused(*runs: Path, out: Path = tmp_path / "out") -> str:
-        assert pack.main(["bundle", *map(str, runs), "--out", str(out)]) == 1
+        assert bundle.main([*map(str, runs), "--out", str(out)]) == 1
         assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
-        return capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert said.startswith("error: ") and said.count("\n") == 1
+        return said
 
-    assert "not overwritten" in refused(run, out=bundle)
-    assert "no metrics.jsonl" in refused(tmp_path) or "no log.txt" in refused(tmp_path)
+    assert "not overwritten" in refused(run, out=submitted)
+    assert "is not a folder" in refused(run, out=tmp_path / "no/out")
+    assert "no log.txt" in refused(tmp_path)
     assert "is given twice" in refused(run, run)
+    for why, (change, said) in final_changes(json.loads((run / "score.json").read_text())).items():
+        edit(run / "metrics.jsonl", lambda final, change=change: final.update(change), -1)
+        assert said in refused(run), why
+        (run / "metrics.jsonl").write_text(metrics)
     (run / "model.tern").write_bytes(b"TRNY")  # everything that check finds, bundle finds first
     assert "not an artifact" in refused(run)
     edit(run / "metrics.jsonl", lambda header: header["source_sha256"].update({"pack.py": "0" * 64}), line=0)
     assert "pack.py was changed since the run: run it again" in refused(run)
+    edit(run / "metrics.jsonl", lambda header: header.update(preset="mine"), line=0)
+    edit(run / "metrics.jsonl", lambda header: header["source_sha256"].update(
+        {"pack.py": sha256((ROOT / "pack.py").read_bytes())}), line=0)
+    assert "preset 'mine' belongs to no track" in refused(run)
     with open(run / "metrics.jsonl", "a") as f:
         f.write('{"type": ')
     assert "was the run killed while it wrote" in refused(run)
+    (run / "metrics.jsonl").write_text(metrics + metrics)
+    assert "not one uninterrupted, finished run" in refused(run)
+    (run / "metrics.jsonl").write_text('{"type": []}\n')
+    assert "its type must be one of header, " in refused(run)
     (run / "metrics.jsonl").write_bytes(b"")
     assert "does not begin with a header" in refused(run)
+
+
+def test_seeds_of_different_settings_are_not_one_record(tiny_run, tmp_path, quick):
+    runs = []
+    for seed, lr in ((1, 0.04), (2, 0.05)):
+        runs.append(shutil.copytree(tiny_run[0], tmp_path / str(seed)))
+        edit(runs[-1] / "metrics.jsonl", lambda h, seed=seed, lr=lr: h["settings"].update(matrix_lr=lr, seed=seed), 0)
+    with pytest.raises(SubmissionError, match="seeds 1 and 2 differ in settings"):
+        bundle.write(tmp_path / "record", runs, bundle.About("Tiny", "2026-01-02"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2"]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -269,38 +295,36 @@ def another_artifact(folder: Path) -> None:
     forge(folder)
 
 
-def edit_submission(**change):
+def edit_submission(**change: object) -> Callable:
     return lambda folder: edit(folder / "submission.json", lambda s: s.update(change))
 
 
-def remove_readme(folder: Path) -> None:
+def other_files(folder: Path) -> None:
     (folder / "README.md").unlink()
+    (folder / "requirements.txt").unlink()
+    (folder / "requirements.txt").symlink_to(ROOT / "requirements.txt")
+    (folder / "extra.pkl").write_bytes(b"\x80\x04N.")
+    (folder / "source/tern/more.py").write_text("'''Nothing imports it.'''\n")
 
 
-def readme_is_a_link(folder: Path) -> None:
-    (folder / "README.md").unlink()
-    (folder / "README.md").symlink_to(ROOT / "README.md")
+def modules_left_out(folder: Path) -> None:
+    (folder / "source/tern/entropy.py").unlink()
+    (folder / "source/data/places.py").unlink()
+    reseal(folder)
 
 
-def remove_a_key(folder: Path) -> None:
-    edit(folder / "submission.json", lambda s: s.pop("val_loss"))
-
-
-def wrong_type(folder: Path) -> None:
-    edit(folder / "submission.json", lambda s: s.update(val_bpb="1.0"))
-
-
-def edit_a_log_line(folder: Path) -> None:
+def edit_log_lines(folder: Path) -> None:
     bpb = json.loads((folder / SCORE).read_text())["sliding"]["val_bpb"]
     substitute(folder / LOG, f"sliding val_bpb           {bpb:.8f}", f"sliding val_bpb           {bpb - 0.1:.8f}")
+    with open(folder / LOG, "a") as f:
+        f.write("final_sliding_window_exact val_loss:1.00000000 val_bpb:1.00000000\n")
     reseal(folder)
 
 
 def more_seconds(folder: Path) -> None:
     """Everywhere where the seconds of training stand."""
     seconds = json.loads((folder / METRICS).read_text().splitlines()[-1])["seconds"]
-    names, total, before = submission.PHASES, sum(seconds.values()), f"train {seconds['train']:.1f}"
-    assert list(names) == ["load", "compile", "train", "pack", "score"]
+    total, before = sum(seconds.values()), f"train {seconds['train']:.1f}"
     substitute(folder / LOG, f"[train] {seconds['train']:.1f} s", "[train] 700.0 s")
     substitute(folder / LOG, before, "train 700.0")
     substitute(folder / LOG, f"= {total:.1f}\n", f"= {total - seconds['train'] + 700:.1f}\n")
@@ -313,37 +337,30 @@ def more_seconds(folder: Path) -> None:
     forge(folder)
 
 
-def fewer_seconds(folder: Path) -> None:
-    edit(folder / METRICS, lambda final: final["seconds"].update(train=0.0), -1)
-    forge(folder)
-
-
-def a_gap(folder: Path) -> None:
-    edit(folder / METRICS, lambda final: final.update(roundtrip_gap=1e-9), -1)
-    forge(folder)
+def in_metrics(line: int, change: Callable) -> Callable:
+    """A change of a record of the metrics, all else made to agree with it as far as submission.json can."""
+    def tamper(folder: Path) -> None:
+        edit(folder / METRICS, change, line)
+        forge(folder)
+    return tamper
 
 
 def import_socket(folder: Path) -> None:
     """In the source, and everywhere where its hash and size stand."""
-    path, line = folder / "source/pack.py", "import struct\n"
+    path, line, size = folder / "source/pack.py", "import struct\n", (folder / "train_gpt.py").stat().st_size
     before = path.read_text()
-    size = sum(p.stat().st_size for p in (folder / "source").glob("*.py"))
     substitute(path, line, line + "from socket import create_connection\n")
-    after, sources = path.read_text(), {p.name: p.read_bytes() for p in (folder / "source").glob("*.py")}
-    new = sum(map(len, sources.values()))
-    (folder / "train_gpt.py").write_bytes(submission.one_file(sources))
+    after, sources = path.read_text(), sources_of(folder)
+    (folder / "train_gpt.py").write_bytes(source.one_file(sources))
     substitute(folder / LOG, before, after)
-    model = (folder / ARTIFACT).stat().st_size
-    for old, now in ((f"{size} bytes", f"{new} bytes"), (f"code {size:,} ", f"code {new:,} "),
+    model, new = (folder / ARTIFACT).stat().st_size, (folder / "train_gpt.py").stat().st_size
+    for old, now in ((f"Code size: {size} bytes", f"Code size: {new} bytes"), (f"code {size:,} ", f"code {new:,} "),
                      (f"size: {model + size} ", f"size: {model + new} ")):
         substitute(folder / LOG, old, now)
-    edit(folder / METRICS, lambda h: h["source_sha256"].update({"pack.py": submission.sha256(after.encode())}), 0)
+    hashes = {name: sha256(text) for name, text in sources.items()}
+    edit(folder / METRICS, lambda h: h.update(source_sha256=hashes, source=folder_identity(hashes)), 0)
     edit(folder / METRICS, lambda final: final.update(bytes_code=new), -1)
     forge(folder)
-
-
-def add_a_pickle(folder: Path) -> None:
-    (folder / "extra.pkl").write_bytes(b"\x80\x04N.")
 
 
 def pad_the_program(folder: Path) -> None:
@@ -353,15 +370,29 @@ def pad_the_program(folder: Path) -> None:
 
 
 def another_program(folder: Path) -> None:
-    sources = {p.name: p.read_bytes() for p in (folder / "source").glob("*.py")}
-    sources["eval_bpb.py"] = sources["eval_bpb.py"].replace(b"total / math.log(2)", b"total / math.log(3)")
-    (folder / "train_gpt.py").write_bytes(submission.one_file(sources))
+    sources = sources_of(folder)
+    assert b"/ math.log(2)" in sources["tern/metric.py"]
+    sources["tern/metric.py"] = sources["tern/metric.py"].replace(b"/ math.log(2)", b"/ math.log(3)")
+    (folder / "train_gpt.py").write_bytes(source.one_file(sources))
     forge(folder)
 
 
-def duplicate_a_row(folder: Path) -> None:
+def fewer_modules(folder: Path) -> None:
+    sources = sources_of(folder)
+    del sources["tern/signals.py"]
+    (folder / "train_gpt.py").write_bytes(source.one_file(sources))
+    forge(folder)
+
+
+def not_python(folder: Path) -> None:
+    (folder / "source/tern/metric.py").write_text("def")
+    reseal(folder)
+
+
+def one_seed_twice(folder: Path) -> None:
     edit(folder / "submission.json", lambda s: s["seeds"].append(s["seeds"][0]))
     forge(folder)
+    edit(folder / "submission.json", lambda s: s.update(claim="record"))
 
 
 def edit_the_score(folder: Path) -> None:
@@ -369,52 +400,51 @@ def edit_the_score(folder: Path) -> None:
     reseal(folder)
 
 
-def two_log_lines(folder: Path) -> None:
-    with open(folder / LOG, "a") as f:
-        f.write("final_sliding_window_exact val_loss:1.00000000 val_bpb:1.00000000\n")
-    reseal(folder)
-
-
-def text_instead(text: str):
-    return lambda folder: (folder / "submission.json").write_text(text)
-
-
-TAMPERED = {  # name -> (what is done, check -> reason of each check that fails)
-    "bit": (flip_a_bit, {"hashes": f"{ARTIFACT}.sha256", "sources": "checksum does not match"}),
-    "bit, resealed": (flip_a_bit_and_reseal, {"sources": "checksum does not match"}),
-    "artifact": (another_artifact, {"sources": "but the metrics are of"}),
-    "val_bpb": (edit_submission(val_bpb=1.0), {"logs": r"submission.json.val_bpb is 1.0, not \d"}),
-    "bytes_total": (edit_submission(bytes_total=99), {"bytes": "bytes_total is 99, but by the files and the rules"}),
-    "cap_bytes": (edit_submission(cap_bytes=10**9), {"bytes": "cap_bytes is 1000000000, but .* test it is 128000"}),
-    "bytes_code": (edit_submission(bytes_code=99), {"bytes": "bytes_code is 99"}),
+TAMPERED = {  # name -> (what is done, check -> reasons of each check that fails)
+    "bit": (flip_a_bit, {"hashes": [f"{ARTIFACT}.sha256"], "sources": ["checksum does not match"]}),
+    "bit, resealed": (flip_a_bit_and_reseal, {"sources": ["checksum does not match"]}),
+    "artifact": (another_artifact, {"sources": ["but the metrics are of", "but the score are of"], "logs": []}),
+    "numbers": (edit_submission(val_bpb=1.0, bytes_total=99, cap_bytes=10**9, bytes_code=98, record=True), {
+        "bytes": ["bytes_total is 99, but by the files and the rules", "bytes_code is 98",
+                  "cap_bytes is 1000000000, but .* test it is 128000"],
+        "logs": [r"submission.json.val_bpb is 1.0, not \d", "a key 'record' that does not belong"]}),
     "track": (edit_submission(track="cpu_10min_128kb"), {
-        "bytes": "preset 'tiny' is not one of track cpu_10min_128kb"}),
-    "no track": (edit_submission(track="mine"), {"files": "there is no track 'mine'"}),
-    "more keys": (edit_submission(record=True), {"logs": "a key 'record' that does not belong"}),
-    "readme": (remove_readme, {"files": "README.md is missing"}),
-    "link": (readme_is_a_link, {"files": "README.md is a link"}),
-    "key": (remove_a_key, {"files": "submission.json has no key 'val_loss'"}),
-    "type": (wrong_type, {"files": "submission.json.val_bpb must be a number, not '1.0'"}),
-    "log": (edit_a_log_line, {"logs": "'sliding val_bpb .*', but metrics_seed1337.jsonl gives"}),
-    "log line": (two_log_lines, {"logs": "2 lines begin with 'final_sliding_window_exact'"}),
-    "seconds": (more_seconds, {"seconds": "700.0 train seconds, track test allows 600"}),
-    "early": (fewer_seconds, {"seconds": "step 1 ended at .* after the 0.0 s", "logs": r"\[train\]"}),
-    "gap": (a_gap, {"logs": "the file is not the model that was trained"}),
-    "socket": (import_socket, {"imports": r"source/pack.py: line \d+ imports socket.create_connection"}),
-    "pickle": (add_a_pickle, {"files": "extra.pkl does not belong", "hashes": "extra.pkl is not listed",
-                              "imports": "extra.pkl: begins as a pickle"}),
-    "padded": (pad_the_program, {"program": "before or after its sources"}),
-    "program": (another_program, {"program": "its module eval_bpb is not source/eval_bpb.py"}),
-    "seed": (duplicate_a_row, {"seeds": "seed 1337 occurs 2 times"}),
-    "claim": (edit_submission(claim="record"), {"seeds": r"with 1 seed\(s\), it needs 3", "claim": "was not tested"}),
-    "score": (edit_the_score, {"logs": "score_seed1337.json.sliding.val_bpb is 1.0, not"}),
-    "not json": (text_instead("{"), {"files": "submission.json: not JSON"}),
-    "nan": (text_instead('{"val_bpb": NaN}'), {"files": "NaN is not a number"}),
-    "twice": (text_instead('{"val_bpb": 1, "val_bpb": 2}'), {"files": "a key occurs twice"}),
-    "deep": (text_instead("[" * 100_000), {"files": "submission.json: not JSON"}),
-    "list": (text_instead("[]"), {"files": "must be an object"}),
-    "big": (text_instead("9" * 10_000), {"files": "submission.json: not JSON"}),
-    "escape": (edit_submission(track="\x1b[2J"), {"files": r"no track '\\x1b\[2J'"}),
+        "bytes": ["preset 'tiny' is not one of track cpu_10min_128kb"]}),
+    "no such": (edit_submission(track="\x1b[2J", claim="mine", date="today"), {
+        "files": [r"no track '\\x1b\[2J'", "claim must be none or record, not 'mine'", "date must be as 2026-01-31"]}),
+    "files": (other_files, {
+        "files": ["README.md is missing", "requirements.txt is a link", "extra.pkl does not belong",
+                  "source/tern/more.py does not belong"],
+        "hashes": ["extra.pkl is not listed"], "imports": ["extra.pkl: begins as a pickle"]}),
+    "modules": (modules_left_out, {
+        "files": ["source/tern/entropy.py is missing", "source/data/places.py is missing"],
+        "program": ["holds the modules"], "sources": ["has no key|does not belong there"], "bytes": [], "logs": []}),
+    "not Python": (not_python, {"files": ["source/tern/metric.py: not a Python module"]}),
+    "log": (edit_log_lines, {"logs": [f"'sliding val_bpb .*', but {METRICS} gives",
+                                      "2 lines begin with 'final_sliding_window_exact"]}),
+    "seconds": (more_seconds, {"seconds": ["700.0 train seconds, track test allows 600"]}),
+    "early": (in_metrics(-1, lambda final: final["seconds"].update(train=0.0)), {
+        "seconds": ["step 1 ended at .* after the 0.0 s", "the seconds of its phases"], "logs": [r"\[train\]"]}),
+    "trained before": (in_metrics(0, lambda header: header["settings"].update(init_from="old")), {
+        "seconds": ["init_from=old: what was trained before"]}),
+    "other settings": (in_metrics(0, lambda header: header["settings"].update(num_heads=1)), {
+        "sources": ["its configuration is not"]}),
+    "environment": (in_metrics(0, lambda header: header["origin"].update(seed="environment")), {
+        "seeds": ["settings came from the environment"]}),
+    "gap": (in_metrics(-1, lambda final: final.update(roundtrip_gap=1e-9)), {
+        "logs": ["the file is not the model that was trained"]}),
+    "other data": (in_metrics(0, lambda header: header["data_sha256"].update({"a_val_0.bin": "0" * 64})), {
+        "logs": ["header.data is"]}),
+    "code": (in_metrics(-1, lambda final: final.update(bytes_code=100, bytes_total=100)), {
+        "logs": ["final.bytes_code is 100, not"]}),
+    "old schema": (in_metrics(0, lambda header: header.update(schema=1)), {"logs": ["final.bytes_code is"]}),
+    "socket": (import_socket, {"imports": [r"source/pack.py: line \d+ imports socket.create_connection"]}),
+    "padded": (pad_the_program, {"program": ["before or after its sources"], "logs": []}),
+    "program": (another_program, {"program": ["its module tern.metric is not that of source/"], "logs": []}),
+    "fewer modules": (fewer_modules, {"program": ["holds the modules"], "logs": []}),
+    "seed": (one_seed_twice, {"seeds": ["seed 1337 occurs 2 times", r"with 1 seed\(s\), it needs 3"],
+                              "claim": ["was not tested"]}),
+    "score": (edit_the_score, {"logs": [f"{SCORE}.sliding.val_bpb is 1.0, not"]}),
 }
 
 
@@ -424,10 +454,35 @@ def test_tampering_is_found_for_its_reason(copy, name, quick):
     tamper(copy)
     lines, failed = check(copy)
     found = failures(lines)
-    assert failed and found.keys() >= expected.keys(), lines
-    for check_name, reason in expected.items():
-        assert re.search(reason, found[check_name]), found
-    assert found.keys() - expected.keys() <= ({"bytes", "logs"} if name in ("artifact", "gap") else set()), found
+    assert failed and found.keys() <= expected.keys(), lines
+    for check_name, reasons in expected.items():
+        for reason in reasons:
+            assert re.search(reason, found.get(check_name, "")), (reason, lines)
+
+
+def test_json_that_cannot_be_used(submitted, tmp_path):
+    """It must read as one thing only, in whatever language it is read."""
+    good = json.loads((submitted / "submission.json").read_text())
+    without = {key: value for key, value in good.items() if key != "val_loss"}
+    for text, said in {
+        "{": "not JSON that can be used",
+        "\xff": "not JSON that can be used",
+        '{"val_bpb": NaN}': "NaN is not a number of JSON",
+        '{"val_bpb": 1e999}': "out of the range of 64 bits",
+        '{"seed": 9223372036854775808}': "9223372036854775808 is out of the range of 64 bits",
+        '{"val_bpb": 1, "val_bpb": 2}': "a key occurs twice",
+        "[" * 100_000: "not JSON that can be used",
+        "9" * 10_000: "not JSON that can be used",
+        "[]": "Expected `object`, got `array`",
+        json.dumps(without): "missing required field `val_loss`",
+        json.dumps(good | {"val_bpb": "1.0"}): "Expected `float`, got `str` - at `$.val_bpb`",
+        json.dumps(good | {"seeds": [{"seed": True}]}): "Expected `int`, got `bool` - at `$.seeds[0].seed`",
+        json.dumps(good | {"seeds": []}): "0 seeds, there must be 1 to 100",
+    }.items():
+        (tmp_path / "submission.json").write_text(text, encoding="latin-1")
+        lines, failed = check(tmp_path)
+        assert failed and lines[0].startswith("FAIL  files    submission.json: ") and said in lines[0], lines[0]
+        assert len(failures(lines)) == 1 and lines[0].isprintable()
 
 
 def test_a_forgery_without_a_flaw_is_found_by_scoring_again(copy, data_dir):
@@ -444,7 +499,7 @@ def test_nothing_of_a_folder_runs_that_failed(copy, data_dir):
     (copy / "train_gpt.py").write_text("open('ran', 'w')")
     lines, failed = check(copy, data=data_dir)
     assert failed and lines[-1].startswith("skip  score    nothing of a folder is run")
-    assert failures(lines).keys() == {"hashes", "bytes", "program"}
+    assert failures(lines).keys() == {"hashes", "bytes", "program", "logs"}
 
 
 def test_whatever_the_json_holds_gives_lines(copy, quick):
@@ -478,8 +533,11 @@ def test_whatever_the_json_holds_gives_lines(copy, quick):
 
 
 def test_check_of_no_folder(tmp_path, capsys):
-    assert pack.main(["check", str(tmp_path / "none")]) == 1
+    assert check_main([str(tmp_path / "none")]) == 1
     assert capsys.readouterr().err.startswith("error: cannot read")
+    with pytest.raises(SystemExit):
+        check_main(["--claim"])
+    assert capsys.readouterr().err.count("\n") == 1
     lines, failed = check(tmp_path)
     assert failed and lines[0] == "FAIL  files    submission.json is missing"
 
@@ -489,6 +547,7 @@ def test_check_of_no_folder(tmp_path, capsys):
 # ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fast
 def test_p_values():
     t = -2 * math.sqrt(3)  # (1.1 - 1.3) / (0.1 / sqrt 3); with 2 degrees of freedom the distribution is closed
     assert p_value([1.0, 1.1, 1.2], [1.3]) == pytest.approx(0.5 + t / (2 * math.sqrt(2 + t * t)), abs=1e-12)
@@ -501,6 +560,7 @@ def test_p_values():
     assert math.isnan(p_value([1.3, 1.3], [1.3]))
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(("bpb", "against", "reason"), [
     ([1.490, 1.491, 1.492], "1.500", None),  # 0.009 lower: t of 0.0062 is -10.7, p 0.004
     ([1.490, 1.491, 1.492], "1.495", "which must be below 0.01"),  # 0.004 lower, of which 0.0028 are asked
@@ -512,33 +572,32 @@ def test_p_values():
     ([1.490, 1.491, 1.492], "record", None),
     ([1.490, 1.491, 1.492], "other track", "a record of track cpu"),
     ([1.490, 1.491, 1.492], "other data", "other validation data"),
+    ([1.490, 1.491, 1.492], "no seeds", "has no seeds"),
 ])
-def test_a_claim_is_tested(copy, tmp_path, bpb, against, reason):
-    case = Case(copy)
-    assert not list(check_files(case))
-    row = case.summary["seeds"][0]
-    case.summary = case.summary | {"val_bpb": 1.5, "val_loss": 2.7, "seeds": [row | {"val_bpb": b} for b in bpb]}
-    case.found["claim"] = "record"
-    if against in ("record", "other track", "other data"):
-        record = {"track": "cpu" if against == "other track" else "test", "seeds": [
-            {"val_bpb": b} for b in (1.503, 1.502, 1.501)], "data_sha256": {"a_val_0.bin": "x"}}
-        if against != "other data":
-            record["data_sha256"] = case.summary["data_sha256"]
-        (tmp_path / "submission.json").write_text(json.dumps(record))
+def test_a_claim_is_tested(tmp_path, bpb, against, reason):
+    summary = {"track": "test", "val_bpb": 1.5, "val_loss": 2.7, "seeds": [{"val_bpb": b} for b in bpb],
+               "data_sha256": {"a_val_0.bin": "x", "a_train_0.bin": "y"}}
+    record = {"track": "test", "seeds": [{"val_bpb": b} for b in (1.503, 1.502, 1.501)],
+              "data_sha256": {"a_val_0.bin": "x", "a_train_0.bin": "other"}}
+    changed = {"record": {}, "other track": {"track": "cpu"}, "other data": {"data_sha256": {"a_val_0.bin": "y"}},
+               "no seeds": {"seeds": []}}
+    if against in changed:
+        (tmp_path / "submission.json").write_text(json.dumps(record | changed[against]))
         against = str(tmp_path)
-    case.against = against
     try:
-        faults = list(check_claim(case))
+        faults, text = weigh_claim(summary, True, against)
     except ValueError as e:
-        faults = [str(e)]
-    assert (reason is None and not faults) or any(reason in fault for fault in faults), faults
-    if not faults:
-        assert "0.002778 bpb: p = " in case.notes[-1]
+        faults, text = [str(e)], ""
+    if reason is None:
+        assert not faults and "0.002778 bpb: p = " in text
+    else:
+        assert any(reason in fault for fault in faults), faults
 
 
+@pytest.mark.fast
 def test_forbidden_calls_and_imports():
     def found(text: str) -> list[str]:
-        return [what.split(None, 3)[3] for what in submission.forbidden(ast.parse(text))]
+        return [what.split(None, 3)[3] for what in forbidden(ast.parse(text))]
 
     assert found("import urllib.request, os\nfrom torch import load, nn") == ["urllib.request", "torch.load"]
     assert found("def f():\n    import pickle") == ["pickle"]
