@@ -1,121 +1,102 @@
 """The runs of a matrix on the machines of a Ray cluster.
 
-    pip install '.[ray]'
     ray start --head --num-cpus=0                    # on one machine; ray start --address=HEAD:6379 on the others
     python ablations/run.py MATRIX --ray auto        # or HEAD:6379
 
-Every machine needs this project's environment (the same Python, Ray, torch and numpy), and nothing else: the code and
-the data go with the first run to each machine, and stay there under the temporary folder. A corpus of more than SHIPPED
-bytes is not sent: it must lie in the same folder on every machine, and so must a tokenizer outside the data folders. A
-run gets as many cores as the matrix has threads; timed runs, and those of a matrix without threads, get a machine. It
-gets a GPU where there are any (not measured). Results and files of runs come back to where a run on this machine would
-have put them. A run whose process or machine is lost goes to another, ATTEMPTS times.
+Every machine needs this project's environment (the same Python, Ray, torch and numpy), and nothing else: Ray brings the
+code and the data to each when it gets its first run (runtime_env). Data of more than SHIPPED bytes are not sent: such a
+folder must lie in the same place on every machine. A run gets as many cores as the matrix has threads; timed runs, and
+those of a matrix without threads, get a machine. It gets a GPU where there are any (not measured). Results and files of
+runs come back to where a run on this machine would have put them. A run whose process or machine is lost goes to
+another, ATTEMPTS times.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import json
-import os
 import shutil
-import signal
 import socket
-import subprocess
 import sys
 import tempfile
-import threading
-import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
-from matrix import ROOT, Job, MachineLost, Matrix, MatrixError, data_folders
+from ablations import formats
+from ablations.execute import Children, broken, execute
+from ablations.matrix import ROOT, Job, MachineLost, Matrix, MatrixError, data_folders, source_identity
+from ablations.results import Line
+from tern import source
+from tern.shards import open_data
 
 try:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 except ImportError:
-    raise MatrixError("--ray needs Ray: pip install '.[ray]'") from None
+    raise MatrixError("--ray needs Ray: install the one that requirements.txt names") from None
 
-CODE = ("*.py", "ablations/*.py", "data/*.py")  # what a run needs of this repository
-SHIPPED = 2**30  # bytes of a data folder that are sent to machines that do not have it
+SHIPPED = 200 << 20  # bytes of data that are sent: Ray keeps them in the head's memory, and takes half a GiB at most
 SAME = ("torch", "numpy")  # packages whose versions decide what a run computes
 ATTEMPTS = 3
-
-
-@dataclass(frozen=True)
-class Parcel:
-    """Files for other machines: a name that says what is in it, where they lie here, and their zip, if it is sent."""
-
-    name: str
-    here: str
-    zip: list  # of the reference to it: inside a list Ray does not fetch it before it is asked for
+NODE = "ray.io/node-id"  # Ray's own label of each machine
+Files = dict[str, bytes]  # name in the folder of runs -> content
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# On a machine of the cluster. These functions are sent by value, so they use nothing else of this project.
+# On a machine of the cluster
 # ---------------------------------------------------------------------------------------------------------------
 
 
 def fingerprint(folder: Path) -> str:
-    """Hash of the names and sizes of a folder's files and of its manifest, "" without any; worker.py looks closer."""
+    """Hash of the names and sizes of a folder's files and of its manifest, "" without any. run_here looks closer."""
     try:
-        files = [(p.name, p.stat().st_size) for p in sorted(folder.iterdir()) if p.is_file()]
-        manifest = (folder / "manifest.json").read_bytes() if ("manifest.json" in dict(files)) else b""
+        sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
+        manifest = (folder / "manifest.json").read_bytes() if "manifest.json" in sizes else b""
     except OSError:
         return ""
-    return hashlib.sha256(json.dumps(files).encode() + manifest).hexdigest()[:16] if files else ""
+    return hashlib.sha256(json.dumps(sizes).encode() + manifest).hexdigest()[:16] if sizes else ""
 
 
-def unpacked(parcel: Parcel) -> Path:
-    """The folder of a parcel on this machine, made when first asked for, whole or not at all."""
-    store = Path(tempfile.gettempdir()) / f"ablations-{os.getuid()}"
-    store.mkdir(mode=0o700, exist_ok=True)
-    if not (there := store / parcel.name).exists():
-        with tempfile.TemporaryDirectory(dir=store) as making:
-            zipfile.ZipFile(io.BytesIO(ray.get(parcel.zip[0]))).extractall(whole := Path(making) / "whole")
-            with contextlib.suppress(OSError):  # another run of this machine was first
-                whole.rename(there)
-    return there
-
-
-def look(versions: dict[str, str], data: list[Parcel]) -> str:
-    """Why this machine cannot take runs; empty if it can."""
-    if (mine := {name: version(name) for name in SAME}) != versions:
+def look(versions: dict[str, str], large: dict[str, str]) -> str:
+    """Why this machine cannot take runs; empty if it can. large: folder that was not sent -> its fingerprint."""
+    mine = {name: version(name) for name in SAME}
+    if mine != versions:
         return f"it has {mine}, the machine that asks {versions}: install the same"
-    missing = [p.here for p in data if not p.zip and f"data-{fingerprint(Path(p.here))}" != p.name]
-    return f"{missing[0]} is too large to be sent: copy it there" if missing else ""
+    for folder, wanted in large.items():
+        if fingerprint(Path(folder)) != wanted:
+            return f"{folder} is too large to be sent: copy it there"
+    return ""
 
 
-def run_here(order: dict, code: Parcel, data: dict[str, Parcel], matrix: bytes, taken: dict[str, bytes],
-             keep_latents: bool) -> tuple[dict | None, str, dict[str, bytes]]:
-    """Run a job; its line of results, or none and what was said; and its files by name."""
-    root = unpacked(code)
-    order = order | {"data": {path: p.here if f"data-{fingerprint(Path(p.here))}" == p.name else str(unpacked(p))
-                              for path, p in data.items()}}
+def run_here(job: Job, matrix: Matrix, threads: int, taken: Files, keep_latents: bool) -> tuple[Line, Files]:
+    """Run a job on this machine; its line of results, and its files. taken: those of its parent that it needs.
+
+    Raises MatrixError where this machine's code or data are not those of the job.
+    """
+    formats.register()
+    tokenizer = job.config.tokenizer_path
+    data = open_data(ROOT / job.config.data_path, ROOT / tokenizer if tokenizer else "")
+    if data.identity != job.data or source_identity(job.row, job.data) != job.source:
+        raise MatrixError(f"the code or the data of this machine are not those that run {job.id} is of")
     with tempfile.TemporaryDirectory(prefix="ablation-") as place:
         runs = Path(place)
-        for name, content in taken.items():
-            (runs / name).parent.mkdir(parents=True)
-            (runs / name).write_bytes(content)
-        (runs / "matrix.toml").write_bytes(matrix)
-        (runs / "order.json").write_text(json.dumps(order))
-        process = subprocess.Popen([sys.executable, str(root / "ablations" / "worker.py"), str(runs)], text=True,
-                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-                                   env=os.environ | {"ABLATIONS_PARENT": str(os.getpid())})
+        write_files(runs, taken)
         try:
-            said, _ = process.communicate()
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-        if not (runs / "line.json").exists():
-            return None, (said.strip() or "it ended without a word").splitlines()[-1], {}
-        files = {str(path.relative_to(runs)): path.read_bytes() for path in (runs / order["id"]).rglob("*")
+            line = execute(job, replace(matrix, threads=threads), runs, [], Children())
+        except Exception as e:  # whatever it is, it is this run's and not the machine's
+            line = broken(job, matrix, e)
+        files = {str(path.relative_to(runs)): path.read_bytes() for path in (runs / job.id).rglob("*")
                  if path.is_file() and (keep_latents or path.name != "checkpoint.safetensors")}
-        return json.loads((runs / "line.json").read_text()), "", files
+        return line, files
+
+
+def write_files(folder: Path, files: Files) -> None:
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -123,157 +104,171 @@ def run_here(order: dict, code: Parcel, data: dict[str, Parcel], matrix: bytes, 
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def by_value() -> None:
-    """Send what this module defines as code: the other machines cannot import it."""
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+@dataclass(frozen=True)
+class Shipment:
+    """What was put into a folder for other machines, which get it by Ray's runtime_env and work in it."""
+
+    places: dict[str, str]  # data folder or tokenizer, as the matrix names it -> where it is on every machine
+    large: dict[str, str]  # data folder that is not sent -> its fingerprint
 
 
-def zipped(files: dict[str, Path]) -> bytes:
-    """The same bytes for the same files."""
-    out = io.BytesIO()
-    with zipfile.ZipFile(out, "w") as archive:
-        for name, path in files.items():
-            archive.writestr(zipfile.ZipInfo(name), path.read_bytes())
-    return out.getvalue()
-
-
-def code_parcel() -> Parcel:
-    content = zipped({str(path.relative_to(ROOT)): path for glob in CODE for path in sorted(ROOT.glob(glob))})
-    return Parcel(f"code-{hashlib.sha256(content).hexdigest()[:16]}", str(ROOT), [ray.put(content)])
-
-
-def data_parcel(path: str) -> Parcel:
-    here = (ROOT / path).resolve()
-    files = {file.name: file for file in sorted(here.iterdir()) if file.is_file()}
-    small = sum(file.stat().st_size for file in files.values()) <= SHIPPED
-    return Parcel(f"data-{fingerprint(here)}", str(here), [ray.put(zipped(files))] if small else [])
+def load(folder: Path, matrix: Matrix) -> Shipment:
+    """Fill the folder: the code that runs need, and the data, if they are not too large."""
+    own = [path.relative_to(ROOT) for path in (ROOT / "ablations").glob("*.py")]
+    for name in (*source.code_files(), *own):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / name, folder / name)
+    places, large, room = {}, {}, SHIPPED
+    for data_path in {path: None for path, _ in data_folders(matrix)}:
+        here = (ROOT / data_path).resolve()
+        room -= sum(path.stat().st_size for path in here.iterdir() if path.is_file())
+        if room >= 0:
+            places[data_path] = f"shipped/{len(places)}"
+            shutil.copytree(here, folder / places[data_path])
+        else:
+            places[data_path] = str(here)
+            large[str(here)] = fingerprint(here)
+    for tokenizer in {name: None for _, name in data_folders(matrix) if name}:
+        places[tokenizer] = f"shipped/{len(places)}.model"
+        (folder / "shipped").mkdir(exist_ok=True)
+        shutil.copyfile(ROOT / tokenizer, folder / places[tokenizer])
+    return Shipment(places, large)
 
 
 @dataclass(frozen=True)
-class Slot:
-    """A place for one run at a time."""
+class Machines:
+    """Those that can take runs, and what one run gets of them."""
 
-    node: str  # Ray's id
-    name: str
+    ids: frozenset[str]  # Ray's
+    slots: int  # runs at a time on all of them
     cpus: int
     gpus: int
 
+    def alive(self) -> bool:
+        return any(node["Alive"] for node in ray.nodes() if node["NodeID"] in self.ids)
+
+
+def find_machines(matrix: Matrix, large: dict[str, str]) -> Machines:
+    """Raises MatrixError if no machine can take runs."""
+    versions = {name: version(name) for name in SAME}
+    fit = []
+    for node in ray.nodes():
+        if not node["Alive"] or not resource(node, "CPU"):
+            continue
+        why = ask_to_look(node, versions, large)
+        if not why and resource(node, "CPU") < matrix.threads:
+            why = f"it has {resource(node, 'CPU')} cores, and a run takes {matrix.threads} threads"
+        if why:
+            print(f"{node['NodeName']} is left out: {why}", file=sys.stderr)
+        else:
+            fit.append(node)
+    with_gpu = [node for node in fit if resource(node, "GPU")]
+    if with_gpu:  # the same run on a CPU would be another one
+        fit = with_gpu
+    if not fit:
+        raise MatrixError("no machine of the Ray cluster can take runs; ray start --address=... some")
+    each = min(resource(node, "CPU") for node in fit)
+    whole = matrix.timed or not matrix.threads
+    if not whole:
+        each = matrix.threads
+    slots = 0
+    for node in fit:
+        places = 1 if whole else resource(node, "CPU") // each
+        slots += min(places, resource(node, "GPU")) if with_gpu else places
+    print(f"Ray: {len(fit)} machines, {slots} runs at a time", flush=True)
+    return Machines(frozenset(node["NodeID"] for node in fit), slots, each, 1 if with_gpu else 0)
+
+
+def resource(node: dict, kind: str) -> int:
+    return int(node["Resources"].get(kind, 0))
+
+
+def ask_to_look(node: dict, versions: dict[str, str], large: dict[str, str]) -> str:
+    """Why a machine cannot take runs; empty if it can."""
+    where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+    asked = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=where)(look).remote(versions, large)
+    try:
+        return ray.get(asked, timeout=300)  # the first one is sent all that a run needs
+    except ray.exceptions.RayError as e:
+        return f"it does not answer ({last_words(e)})"
+
+
+def last_words(e: Exception) -> str:
+    lines = str(e).strip().splitlines()
+    return f"{type(e).__name__}: {lines[-1]}" if lines else type(e).__name__
+
 
 class Cluster:
-    """What run.run_all runs jobs on: `slots` of them at a time."""
+    """What run.Runner runs jobs on: `slots` of them at a time, where Ray finds the cores for them."""
 
-    def __init__(self, matrix: Matrix, runs: Path):
-        self.runs, self.stopped = runs, False
-        by_value()
-        self.remote = ray.remote(max_retries=0)(run_here)  # a retry by Ray itself could wait forever for a machine
-        self.code, self.matrix = code_parcel(), matrix.path.read_bytes()
-        folders = data_folders(matrix)
-        self.data = {path: data_parcel(path) for path in dict.fromkeys(path for path, _ in folders)}
-        self.tokenizers = {t: str((ROOT / t).resolve()) for _, t in folders if t}
-        self.parents = {row.init_from for row in matrix.rows} - {""}
-        self.changed, self.free = threading.Condition(), self.find_slots(matrix)
-        self.slots, self.alive = len(self.free), len(self.free)
-        machines = len({slot.node for slot in self.free})
-        print(f"Ray: {machines} machines, {self.slots} runs at a time", flush=True)
+    def __init__(self, matrix: Matrix, runs: Path, shipment: Shipment):
+        self.matrix, self.runs, self.places = matrix, runs, shipment.places
+        self.machines = find_machines(matrix, shipment.large)
+        self.slots = self.machines.slots
+        self.stopped = False
+        self.parents = {row.init_from for row in matrix.rows} - {""}  # whose latents are needed here
+        # Retries are ours: one by Ray could wait forever for a machine.
+        self.remote = ray.remote(max_retries=0)(run_here).options(
+            num_cpus=self.machines.cpus, num_gpus=self.machines.gpus, scheduling_strategy="SPREAD",
+            label_selector={NODE: f"in({', '.join(sorted(self.machines.ids))})"})
 
-    def find_slots(self, matrix: Matrix) -> list[Slot]:
-        """Places on all machines that can take runs. Raises MatrixError if there are none."""
-        slots, versions = [], {name: version(name) for name in SAME}
-        for node in ray.nodes():
-            cores, gpus = (int(node["Resources"].get(kind, 0)) for kind in ("CPU", "GPU"))
-            if not node["Alive"] or not cores:
-                continue
-            where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            try:
-                asked = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=where)(look)
-                why = ray.get(asked.remote(versions, list(self.data.values())), timeout=60)
-            except ray.exceptions.RayError as e:
-                why = f"it does not answer ({type(e).__name__})"
-            if why:
-                print(f"{node['NodeName']} is left out: {why}", file=sys.stderr)
-                continue
-            each = min(matrix.threads, cores) if matrix.threads and not matrix.timed else cores
-            places = cores // each if not gpus else 1 if matrix.timed else min(cores // each, gpus)
-            slots += [Slot(node["NodeID"], node["NodeName"], each, min(gpus, 1))] * places
-        if not slots:
-            raise MatrixError("no machine of the Ray cluster can take runs; ray start --address=... some")
-        return slots
-
-    def take(self) -> Slot:
-        """Raises MachineLost if no machine is left, InterruptedError once stopped."""
-        with self.changed:
-            while not self.free and self.alive and not self.stopped:
-                self.changed.wait(1)
-            if self.stopped:
-                raise InterruptedError
-            if not self.alive:
-                raise MachineLost("no machine is left")
-            return self.free.pop()
-
-    def give_back(self, slot: Slot) -> None:
-        """Unless its machine is gone."""
-        with self.changed:
-            if any(node["NodeID"] == slot.node and node["Alive"] for node in ray.nodes()):
-                self.free.append(slot)
-            else:
-                self.alive -= 1
-            self.changed.notify_all()
-
-    def run(self, job: Job) -> dict:
+    def run(self, job: Job) -> Line:
         """A job's line of results; its files are in runs/ID. Raises MachineLost, InterruptedError."""
+        said = ""
         for attempt in range(ATTEMPTS):
-            slot = self.take()
             try:
-                line, said, files = self.ask(slot, job)
+                line, files = self.ask(job)
             except (ray.exceptions.RayError, OSError) as e:
-                said, line = f"{type(e).__name__}: {str(e).strip().splitlines()[-1] if str(e).strip() else ''}", None
-            finally:
-                self.give_back(slot)
-            if line is not None:
-                break
-            print(f"  {job.id} {job.row.name}, seed {job.seed}: attempt {attempt + 1} on {slot.name} ended: {said}",
-                  file=sys.stderr, flush=True)
-        else:
-            raise MachineLost(f"{ATTEMPTS} times, the last one with: {said}")
-        shutil.rmtree(self.runs / job.id, ignore_errors=True)
-        for name, content in files.items():
-            (self.runs / name).parent.mkdir(parents=True, exist_ok=True)
-            (self.runs / name).write_bytes(content)
-        return line
-
-    def ask(self, slot: Slot, job: Job) -> tuple[dict | None, str, dict[str, bytes]]:
-        taken = {job.takes: (self.runs / job.takes).read_bytes()} if job.parent else {}
-        order = {"id": job.id, "row": job.row.name, "threads": slot.cpus, "tokenizers": self.tokenizers}
-        where = NodeAffinitySchedulingStrategy(slot.node, soft=False)
-        line = [job]  # and those that it starts from, whose data are part of its id
-        while line[-1].parent:
-            line.append(line[-1].parent)
-        data = {each.config.data_path: self.data[each.config.data_path] for each in line}
-        asked = self.remote.options(num_cpus=slot.cpus, num_gpus=slot.gpus, scheduling_strategy=where).remote(
-            order, self.code, data, self.matrix, taken, job.row.name in self.parents)
-        while True:
-            try:
-                return ray.get(asked, timeout=1)
-            except ray.exceptions.GetTimeoutError:
                 if self.stopped:
-                    ray.cancel(asked, force=True)
                     raise InterruptedError from None
+                said = last_words(e)
+                print(f"  {job.id} {job.row.name}, seed {job.seed}: attempt {attempt + 1} ended: {said}",
+                      file=sys.stderr, flush=True)
+                continue
+            shutil.rmtree(self.runs / job.id, ignore_errors=True)
+            write_files(self.runs, files)
+            return line
+        raise MachineLost(f"{ATTEMPTS} times, the last one with: {said}")
+
+    def ask(self, job: Job) -> tuple[Line, Files]:
+        """run_here, somewhere. Raises MachineLost if no machine is left, InterruptedError once stopped."""
+        taken = {job.takes: (self.runs / job.takes).read_bytes()} if job.parent else {}
+        keep_latents = job.row.name in self.parents
+        asked = self.remote.remote(self.moved(job), self.matrix, self.machines.cpus, taken, keep_latents)
+        while True:
+            done, _ = ray.wait([asked], timeout=2)
+            if self.stopped:
+                ray.cancel(asked, force=True)
+                raise InterruptedError
+            if done:
+                return ray.get(asked)
+            if not self.machines.alive():
+                ray.cancel(asked, force=True)
+                raise MachineLost("no machine is left")
+
+    def moved(self, job: Job) -> Job:
+        """The job with the places of data on other machines; its id does not depend on them."""
+        c = job.config
+        there = replace(c, data_path=self.places[c.data_path], tokenizer_path=self.places.get(c.tokenizer_path, ""))
+        return replace(job, config=there)
 
     def stop(self) -> None:
-        self.stopped = True  # a signal may have come while the condition is held: waiters look every second
+        self.stopped = True
 
 
 @contextlib.contextmanager
 def connect(address: str, matrix: Matrix, runs: Path) -> Iterator[Cluster]:
     """A Cluster at a Ray address. Raises MatrixError if nothing answers."""
     host, _, port = address.rpartition(":")
-    try:
-        if port.isdigit():  # Ray itself tries for minutes
-            socket.create_connection((host, int(port)), 10).close()
-        ray.init(address=address, log_to_driver=False, logging_level="error")
-    except (OSError, ValueError, RuntimeError) as e:
-        raise MatrixError(f"--ray {address}: {str(e).splitlines()[0]}") from None
-    try:
-        yield Cluster(matrix, runs)
-    finally:
-        ray.shutdown()
+    with tempfile.TemporaryDirectory(prefix="ablations-") as folder:
+        shipment = load(Path(folder), matrix)
+        try:
+            if port.isdigit():  # Ray itself tries for minutes
+                socket.create_connection((host, int(port)), 10).close()
+            ray.init(address=address, runtime_env={"working_dir": folder}, log_to_driver=False, logging_level="error")
+        except (OSError, ValueError, RuntimeError) as e:
+            raise MatrixError(f"--ray {address}: {str(e).splitlines()[0]}") from None
+        try:
+            yield Cluster(matrix, runs, shipment)
+        finally:
+            ray.shutdown()
