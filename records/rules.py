@@ -124,7 +124,7 @@ def differences(ours, theirs, where: str) -> Iterator[str]:
     elif isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
         for i, pair in enumerate(zip(ours, theirs, strict=True)):
             yield from differences(*pair, f"{where}[{i}]")
-    elif ours != theirs:
+    elif ours != theirs or isinstance(ours, bool) != isinstance(theirs, bool):  # for Python True is 1
         yield f"{where} is {str(theirs)[:80]}, not {str(ours)[:80]}"
 
 
