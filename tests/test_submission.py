@@ -408,7 +408,8 @@ TAMPERED = {  # name -> (what is done, check -> reasons of each check that fails
                                 world_size=True), {
         "bytes": ["bytes_total is 99, but by the files and the rules", "bytes_code is 98",
                   "cap_bytes is 1000000000, but .* test it is 128000"],
-        "logs": [r"submission.json.val_bpb is 1.0, not \d", "world_size is True, not 1", "a key 'record' that does not belong"]}),
+        "logs": [r"submission.json.val_bpb is 1.0, not \d", "world_size is True, not 1",
+                 "a key 'record' that does not belong"]}),
     "track": (edit_submission(track="cpu_10min_128kb"), {
         "bytes": ["preset 'tiny' is not one of track cpu_10min_128kb"]}),
     "no such": (edit_submission(track="\x1b[2J", claim="mine", date="today"), {
