@@ -73,8 +73,7 @@ def svg_of(figure: Figure, description: str) -> str:
     with matplotlib.rc_context(CHART_STYLE):
         figure.savefig(out, format="svg", metadata=NO_METADATA)
     text = out.getvalue()
-    text = text[text.index("<svg") :].rstrip()
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = " ".join(text[text.index("<svg") :].split()).replace("> <", "><")  # one line
     text = re.sub(r' id="[a-zA-Z0-9]+_[0-9]+"', "", text)  # of groups, which nothing refers to: a page has many figures
     return text.replace("<svg ", f'<svg role="img" aria-label="{html.escape(description)}" ', 1)
 
