@@ -1,7 +1,7 @@
 """train_gpt.py, or eval_bpb.py, with what lies in this folder: storage formats that lost, and techniques of patches.py.
 
     python ablations/program.py --patch xsa=2 --patch ema=0.99 -- train --preset cpu
-    python ablations/program.py -- train --preset cpu --matrix-format elastic
+    python ablations/program.py train --preset cpu --matrix-format elastic
     python ablations/program.py --patch ttt=vectors -- eval_bpb runs/RUN/model.tern --data data/packages
 
 The run's own scoring process gets the same, so that what a technique does to the model is in both.
