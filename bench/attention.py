@@ -1,4 +1,4 @@
-"""Causal attention on this CPU: torch's SDPA against train_gpt.causal_attention, in time and in exactness.
+"""Causal attention on this CPU: torch's SDPA against tern/kernels.py, in time and in exactness.
 
     python bench/attention.py                       # 8,192 tokens at several lengths and head counts
     python bench/attention.py --tiles 64x8 128x8 128x16 256x8
@@ -20,12 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # run as a script, only bench/ is on the module path
+if __package__ in (None, ""):  # run as a script, only bench/ is on the module path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import runlog  # noqa: E402
-import train_gpt  # noqa: E402
-from eval_bpb import keep_freed_memory  # noqa: E402
+from tern import kernels, machine
+from train_gpt import norm
 
 SHAPES = ((32, 2, 256), (16, 2, 512), (16, 3, 512), (8, 3, 1024), (8, 5, 1024))  # sequences, query heads, length
 HEAD_DIM, ROUNDS, GAIN = 64, 9, 1.5
@@ -54,27 +53,27 @@ def run(attention: Callable, inputs: list[Tensor], grad: Tensor) -> tuple[list[f
 
 def main() -> int:
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    p.add_argument("--tiles", nargs="+", default=[f"{train_gpt.Q_TILE}x{train_gpt.HEAD_TILE}"],
+    p.add_argument("--tiles", nargs="+", default=[f"{kernels.Q_TILE}x{kernels.HEAD_TILE}"],
                    help="queries x kv heads of a tile, such as 128x16; several are compared")
     args = p.parse_args()
-    keep_freed_memory()
-    torch.set_num_threads(runlog.cores())
+    machine.keep_freed_memory()
+    torch.set_num_threads(machine.cores())
     print("ms forward + backward, and relative errors of out, dq, dk, dv; one kv head")
     for sequences, heads, length in SHAPES:
         torch.manual_seed(0)
         shape = (sequences, heads, length, HEAD_DIM)
-        q = GAIN * train_gpt.norm(torch.randn(shape))
-        k = train_gpt.norm(torch.randn(sequences, 1, length, HEAD_DIM) + 0.7 * torch.randn(HEAD_DIM))
+        q = GAIN * norm(torch.randn(shape))
+        k = norm(torch.randn(sequences, 1, length, HEAD_DIM) + 0.7 * torch.randn(HEAD_DIM))
         inputs = [x.bfloat16() for x in (q, k, torch.randn(sequences, 1, length, HEAD_DIM))]
         grad = torch.randn(shape).bfloat16()
         _, exact = run(reference, [x.double() for x in inputs], grad.double())
-        sides = {"sdpa": (sdpa, None)} | {tile: (train_gpt.attend, tile) for tile in args.tiles}
+        sides = {"sdpa": (sdpa, None)} | {tile: (kernels.attend, tile) for tile in args.tiles}
         times: dict[str, list[list[float]]] = {name: [] for name in sides}
         errors: dict[str, list[float]] = {}
         for _ in range(ROUNDS):
             for name, (attention, tile) in sides.items():
                 if tile:
-                    train_gpt.Q_TILE, train_gpt.HEAD_TILE = map(int, tile.split("x"))
+                    kernels.Q_TILE, kernels.HEAD_TILE = map(int, tile.split("x"))
                 seconds, results = run(attention, inputs, grad)
                 times[name].append(seconds)
                 errors[name] = [float((a.double() - b).norm() / b.norm()) for a, b in zip(results, exact, strict=True)]

@@ -5,12 +5,13 @@
     python bench/commits.py /tmp/before --pairs 9 -- --train-seq-len 512    # more settings of train_gpt.py, for both
 
 Random tokens, no data needed. A turn is a few whole steps (forward, backward, update, refresh); what counts is the
-ratio within a pair of turns. Settings must be known to both checkouts.
+ratio within a pair of turns. Settings must be known to both checkouts, and either may be from before 0.1.0.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import statistics
 import subprocess
@@ -27,13 +28,19 @@ def work(checkout: str, settings: list[str]) -> None:
     sys.path.insert(0, checkout)
     import torch
 
-    import eval_bpb
     import train_gpt
+
+    try:
+        from tern.machine import keep_freed_memory
+    except ModuleNotFoundError:  # before 0.1.0
+        from eval_bpb import keep_freed_memory
 
     _, config, _, _ = train_gpt.resolve_settings(["--preset", "cpu_10min_128kb", *settings], {})
     torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
-    eval_bpb.keep_freed_memory()
-    torch.compiler.config.cache_key_tag = eval_bpb.sha256_file(train_gpt.__file__)
+    keep_freed_memory()
+    # The compiler's cache does not look into the trainer's own operators: another program must be another key.
+    sources = sorted(Path(checkout).glob("*.py")) + sorted(Path(checkout).glob("tern/*.py"))
+    torch.compiler.config.cache_key_tag = hashlib.sha256(b"".join(p.read_bytes() for p in sources)).hexdigest()
     torch.manual_seed(0)
     model = train_gpt.GPT(config)
     latents = train_gpt.Latents(model, config)
@@ -67,12 +74,13 @@ def main() -> int:
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     p.add_argument("checkout", type=Path, help="folder of the other checkout")
     p.add_argument("--pairs", type=int, default=5, help="turns of each side")
-    p.add_argument("settings", nargs="*", help="settings of train_gpt.py, after --")
-    args = p.parse_args()
+    p.epilog = "after --: settings of train_gpt.py, for both"
+    split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    args, settings = p.parse_args(sys.argv[1:split]), sys.argv[split + 1 :]
     if not (args.checkout / "train_gpt.py").is_file():
         p.error(f"{args.checkout}: no train_gpt.py there; make it with: git worktree add {args.checkout} COMMIT")
     sides = {"other": args.checkout.resolve(), "this": ROOT}
-    workers = {name: subprocess.Popen([sys.executable, __file__, "--work", str(folder), *args.settings],
+    workers = {name: subprocess.Popen([sys.executable, __file__, "--work", str(folder), *settings],
                                       stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
                for name, folder in sides.items()}
     try:

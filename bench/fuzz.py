@@ -11,6 +11,7 @@ input in a crash-* or timeout-* file.
 
 from __future__ import annotations
 
+import importlib
 import json
 import struct
 import sys
@@ -19,14 +20,12 @@ import zlib
 from dataclasses import replace
 from pathlib import Path
 
-import atheris
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only bench/ is on the module path
-
-with atheris.instrument_imports(include=["pack", "entropy"]):
-    import pack
-
 import numpy as np
+
+if __package__ in (None, ""):  # run as a script, only bench/ is on the module path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import pack
 
 LIMITS = ["-timeout=20", "-rss_limit_mb=2048", "-malloc_limit_mb=1024", "-max_len=8192"]
 
@@ -107,14 +106,28 @@ def seeds(folder: Path) -> None:
                 (folder / f"{i}{j}{name}_parts").write_bytes(b"\1" + struct.pack("<H", len(text)) + text + data[end:])
 
 
-def main() -> None:
+def main() -> int:
+    global pack
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(__doc__)
+        return 0
+    try:
+        import atheris
+    except ModuleNotFoundError:
+        print("error: atheris is not installed; run: pip install atheris==3.0.0, or make fuzz", file=sys.stderr)
+        return 1
+    with atheris.instrument_imports(include=["pack", "tern"]):  # once more, with what counts which lines are reached
+        for name in [name for name in sys.modules if name == "pack" or name.split(".")[0] == "tern"]:
+            del sys.modules[name]
+        pack = importlib.import_module("pack")
     given = [a for a in sys.argv[1:] if not a.startswith("-")]
     with tempfile.TemporaryDirectory() as folder:
         seeds(Path(folder))
         options = [a for a in sys.argv[1:] if a.startswith("-")]
         atheris.Setup([sys.argv[0], *LIMITS, *options, *given, folder], one_input)
         atheris.Fuzz()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -24,13 +24,15 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+if __package__ in (None, ""):  # run as a script, only bench/ is on the module path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from pack import read_artifact
+from tern.checkpoints import read_checkpoint
+from tern.files import sha256_file
+from tern.shards import DataError, open_data
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from eval_bpb import DataError, open_data, sha256_file  # noqa: E402
-from pack import read_artifact  # noqa: E402
-from train_gpt import load_checkpoint  # noqa: E402
-
 TRAIN = ["train_gpt.py", "--preset", "tiny", "--vocab-size", "400", "--threads", "1"]
 MATRIX = """
 name = "kills"
@@ -227,7 +229,7 @@ class Train(Case):
         names = [name for name in ("checkpoint.safetensors", "model.tern", "score.json") if (folder / name).exists()]
         self.seen[names[-1] if names else "nothing"] += met
         if "checkpoint.safetensors" in names:
-            load_checkpoint(folder)
+            read_checkpoint(folder)
         if "model.tern" in names and sha256_file(folder / "model.tern") != self.model:
             raise Lost("model.tern is there and not whole")
         if "score.json" in names:
@@ -291,17 +293,17 @@ class Pack(Case):
 
 
 class Bundle(Case):
-    """pack.py bundle of a finished run."""
+    """records/bundle.py of a finished run."""
 
     def reference(self) -> None:
         finish(*TRAIN, "--data-path", self.data, "--out-dir", self.folder, "--run-id", "run")
         self.run = tree(self.folder / "run")
-        self.timed("pack.py", "bundle", self.folder / "run", "--out", self.folder / "reference", "--name", "b")
+        self.timed("records/bundle.py", self.folder / "run", "--out", self.folder / "reference", "--name", "b")
         self.whole = tree(self.folder / "reference")
 
     def once(self, seconds: float) -> bool:
         out = self.folder / "out"
-        command = ["pack.py", "bundle", self.folder / "run", "--out", out, "--name", "b"]
+        command = ["records/bundle.py", self.folder / "run", "--out", out, "--name", "b"]
         met = kill_after(seconds, *command)
         self.seen["the new one" if out.exists() else "nothing"] += met
         if out.exists() and tree(out) != self.whole:

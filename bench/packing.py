@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import importlib.util
 import io
 import json
 import lzma
@@ -23,16 +22,18 @@ import os
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 import zlib
 from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only bench/ is on the module path
+if __package__ in (None, ""):  # run as a script, only bench/ is on the module path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import entropy
 import pack
+from tern import entropy
 
 
 def order0(codes: np.ndarray) -> float:
@@ -75,7 +76,7 @@ class Neighbours(entropy.Ternary):
         return bits
 
 
-VARIANTS = {  # name -> (constants of entropy.py, transposed?, class)
+VARIANTS = {  # name -> (constants of tern/entropy.py, transposed?, class)
     "order 0, adaptive, all tensors": (dict(LAYER=NEVER, COLUMN=NEVER, ROW=NEVER, MAX_CORRELATED=0), False, None),
     "per tensor": (dict(COLUMN=NEVER, ROW=NEVER, MAX_CORRELATED=0), False, None),
     "per tensor and column": (dict(ROW=NEVER, MAX_CORRELATED=0), False, None),
@@ -112,15 +113,16 @@ def coded(arrays: list[np.ndarray], constants: dict, transposed: bool, model: ty
     return len(data), middle - began, end - middle
 
 
-def code_bytes(*names: str) -> int:
-    """Deflated bytes of entropy.py's functions and classes of these names, without comments; no names: all of it."""
+def deflated_bytes(*names: str) -> int:
+    """Deflated bytes of tern/entropy.py's functions and classes of these names, without comments; no names: of all."""
     tree = ast.parse(Path(entropy.__file__).read_bytes())
     parts = [n for n in ast.walk(tree) if getattr(n, "name", None) in names] if names else [tree]
     return len(zlib.compress("\n".join(map(ast.unparse, parts)).encode(), 9))
 
 
 def models(paths: list[str]) -> None:
-    print(f"entropy.py deflates to {code_bytes():,} bytes, expected_sign within it to {code_bytes('expected_sign'):,}")
+    print(f"tern/entropy.py deflates to {deflated_bytes():,} bytes, expected_sign within it to "
+          f"{deflated_bytes('expected_sign'):,}")
     for path in paths:
         tensors, _ = pack.read_artifact(path)
         arrays = [t.codes for t in tensors.values() if t.format["kind"] == "ternary"]
@@ -159,20 +161,20 @@ def field_entry(t: pack.StoredTensor, latent, kinder: bool) -> dict:
     import torch
     import torch.nn.functional as F
 
-    from formats import Ternary, decode_scales, from_pack
+    from tern.groups import decode_scales, from_patterns
+    from train_gpt import param_of_file
 
-    stored, fmt = from_pack(t)
-    if isinstance(fmt, Ternary):
+    if t.format["kind"] == "ternary":
         pad = (0, -t.shape[-1] % 64)
-        codes, groups = F.pad(stored.codes, pad).numpy(), F.pad(latent.float(), pad).reshape(-1, 64)
+        codes, groups = F.pad(torch.from_numpy(t.codes), pad).numpy(), F.pad(latent.float(), pad).reshape(-1, 64)
         return {"type": "ternary", "packed": pack.pack_base3(codes), "scale": groups.abs().mean(-1).half(),
                 "shape": list(t.shape), "padded_cols": codes.shape[1], "group_size": 64, "n_trits": codes.size}
     if kinder and t.format["kind"] == "fp8":
         return {"type": "fp8", "data": torch.from_numpy(t.codes.copy())}
     if kinder and t.format["kind"] == "int":
         return {"type": "int", "packed": pack.pack_bits(t.codes, f"int{t.format['bits']}"), "shape": list(t.shape),
-                "scale": decode_scales(stored.scales, fmt.scale).half()}
-    return {"type": "fp16", "data": fmt.dequantize(stored).half()}
+                "scale": decode_scales(from_patterns(t.scales, t.format["scale"]), t.format["scale"]).half()}
+    return {"type": "fp16", "data": param_of_file(t).half()}
 
 
 def field_bytes(tensors: dict[str, pack.StoredTensor], latents: dict, kinder: bool, bare: bool = False) -> int:
@@ -239,7 +241,9 @@ def formats(data: str, runs: list[str]) -> None:
 
     import torch
 
-    from eval_bpb import ByteCounter, evaluate, open_data, read_shard
+    from tern.metric import evaluate
+    from tern.shards import open_data, read_shard
+    from tern.tokenizers import ByteCounter
     from train_gpt import GPT, Config, artifact_meta, format_of, load_checkpoint, model_from_stored, to_pack
 
     folder = open_data(data, "", need_train=False)
@@ -277,7 +281,8 @@ def formats(data: str, runs: list[str]) -> None:
 
 def bits(run: str) -> None:
     """Bits per symbol of every format, made of a run's latents after training: what pack.BITS is taken from."""
-    from train_gpt import SCALE_DTYPES, Float, Int, Ternary, load_checkpoint, to_pack
+    from tern.groups import SCALE_DTYPES
+    from train_gpt import Float, Int, Ternary, load_checkpoint, to_pack
 
     state, _ = load_checkpoint(run)
     latents = {name.removeprefix("latent/"): x for name, x in state.items() if name.startswith("latent/")}
@@ -295,13 +300,32 @@ def bits(run: str) -> None:
         print(f"{part:<10}{pack.format_label(fmt.spec()):<20}{each}", flush=True)
 
 
+READ = """import json, sys
+import numpy as np
+sys.path.insert(0, sys.argv[1])
+import pack
+tensors, meta = pack.read_artifact(sys.argv[2])
+arrays = {f"{role}/{name}": getattr(t, role) for name, t in tensors.items() for role in ("codes", "scales")}
+about = {"meta": meta, "formats": {name: t.format for name, t in tensors.items()}}
+np.savez(sys.argv[3], about=json.dumps(about), **{key: x for key, x in arrays.items() if x is not None})
+"""
+
+
 def repack(programs: str, path: str, out: str) -> None:
-    """A file of an older format in today's; the same codes and scales."""
-    spec = importlib.util.spec_from_file_location("older_pack", Path(programs) / "pack.py")
-    older = sys.modules["older_pack"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(older)
-    tensors, meta = older.read_artifact(path)
-    tensors = {n: pack.StoredTensor(t.shape, t.format, t.codes, t.scales) for n, t in tensors.items()}
+    """A file of an older format in today's; the same codes and scales. The older programs read it in a process of
+    their own, where their modules are not taken for today's."""
+    with tempfile.TemporaryDirectory() as folder:
+        held = Path(folder) / "tensors.npz"
+        done = subprocess.run([sys.executable, "-c", READ, programs, path, str(held)])
+        if done.returncode:
+            sys.exit(f"error: {programs}/pack.py does not read {path}, see above")
+        with np.load(held) as arrays:
+            about, tensors = json.loads(str(arrays["about"])), {}
+            for name, format in about["formats"].items():
+                codes = arrays[f"codes/{name}"]
+                scales = arrays.get(f"scales/{name}")
+                tensors[name] = pack.StoredTensor(codes.shape, format, codes, scales)
+    meta = about["meta"]
     print(f"{out}: {pack.write_artifact(out, tensors, meta):,} bytes, {Path(path).stat().st_size:,} before")
 
 
@@ -365,15 +389,20 @@ def time_threads(path: str) -> None:
               f"{r['tensors_sha256']}; decode by stream {r['streams']}", flush=True)
 
 
-def main() -> None:
+def main() -> int:
     commands = {"models": models, "field": field, "formats": lambda rest: formats(rest[0], rest[1:]),
                 "bits": lambda rest: bits(rest[0]), "repack": lambda rest: repack(*rest),
                 "synthetic": lambda rest: synthetic(rest[0], rest[1:]), "time": lambda rest: time_threads(rest[0]),
                 "time-once": lambda rest: print(json.dumps(time_once(rest[0])))}
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(__doc__)
+        return 0
     if len(sys.argv) < 3 or sys.argv[1] not in commands:
-        sys.exit(__doc__)
+        print(__doc__, file=sys.stderr)
+        return 2
     commands[sys.argv[1]](sys.argv[2:])
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

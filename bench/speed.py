@@ -6,7 +6,7 @@
 
 Both sides (ours, and bench/textbook.py compiled by torch.compile) live in one process and take turns, so that a slow
 minute of the machine hits both; what counts is the ratio within a pair of turns. Both start from the same latents, read
-the same shard of random tokens and use eval_bpb.keep_freed_memory. Formats are bf16 where the textbook has no other.
+the same shard of random tokens and use machine.keep_freed_memory. Formats are bf16 where the textbook has no other.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "bench")]  # also where a test imports this file
+if __package__ in (None, ""):  # run as a script, only bench/ is on the module path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import eval_bpb  # noqa: E402
-import runlog  # noqa: E402
-import textbook  # noqa: E402
-import train_gpt  # noqa: E402
+import train_gpt
+from bench import textbook
+from tern import machine
+from tern.metric import Score, evaluate
+from tern.shards import SHARD_HEADER_INTS, SHARD_MAGIC, SHARD_VERSION
 
 # Ternary weights of the three: 0.5, 2.3 and 8.0 million.
 SHAPES = {
@@ -97,8 +98,8 @@ class Ours:
     def refresh(self) -> None:
         self.latents.refresh()
 
-    def score(self, tokens: np.ndarray, seq_len: int, stride: int, batch_seqs: int) -> eval_bpb.Score:
-        return eval_bpb.evaluate(self.model, tokens, OneByteEach(), seq_len, stride, batch_seqs, self.compiled)
+    def score(self, tokens: np.ndarray, seq_len: int, stride: int, batch_seqs: int) -> Score:
+        return evaluate(self.model, tokens, OneByteEach(), seq_len, stride, batch_seqs, self.compiled)
 
 
 class Textbook:
@@ -129,7 +130,7 @@ class Textbook:
     def refresh(self) -> None:
         """Nothing: every forward quantizes."""
 
-    def score(self, tokens: np.ndarray, seq_len: int, stride: int, batch_seqs: int) -> eval_bpb.Score:
+    def score(self, tokens: np.ndarray, seq_len: int, stride: int, batch_seqs: int) -> Score:
         return textbook.evaluate_textbook(self.logits, tokens, OneByteEach(), seq_len, stride, batch_seqs)
 
 
@@ -139,8 +140,8 @@ Side = Ours | Textbook
 def random_loader(folder: Path, vocab_size: int) -> train_gpt.TokenLoader:
     """The trainer's loader over a shard of random tokens."""
     tokens = np.random.default_rng(0).integers(0, vocab_size, 2**20).astype("<u2")
-    header = np.zeros(eval_bpb.SHARD_HEADER_INTS, dtype="<i4")
-    header[:3] = eval_bpb.SHARD_MAGIC, eval_bpb.SHARD_VERSION, len(tokens)
+    header = np.zeros(SHARD_HEADER_INTS, dtype="<i4")
+    header[:3] = SHARD_MAGIC, SHARD_VERSION, len(tokens)
     path = folder / f"random_train_{vocab_size}.bin"
     path.write_bytes(header.tobytes() + tokens.tobytes())
     return train_gpt.TokenLoader((path,), vocab_size)
@@ -175,7 +176,7 @@ def measure_machine(shapes: list[str]) -> dict:
             rates[f"{shape} {name}"] = {"inputs": inputs, "outputs": outputs} | {
                 n: product_rate(c.train_batch_tokens, inputs, outputs, dtype)
                 for n, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32))}
-    return runlog.machine() | {"threads": torch.get_num_threads(), "gflops": rates}
+    return machine.describe() | {"threads": torch.get_num_threads(), "gflops": rates}
 
 
 def run_steps(side: Side, loader: train_gpt.TokenLoader) -> dict[str, list[float]]:
@@ -299,7 +300,7 @@ def measure_case(shape: str, seq_len: int, sections: list[str], pairs: int, fold
         windows = BATCH_SEQS * SCORE_BATCHES  # full batches, so that no shape is compiled for a rest
         stream = np.random.default_rng(1).integers(0, config.vocab_size, seq_len + STRIDE * (windows - 1) + 1)
 
-        def score(side: Side) -> eval_bpb.Score:
+        def score(side: Side) -> Score:
             return side.score(stream.astype(np.uint16), seq_len, STRIDE, BATCH_SEQS)
 
         case["score_compile_seconds"], scores = first(lambda side: score(side).val_loss)
@@ -365,12 +366,11 @@ def main() -> int:
     def log(text: str) -> None:
         print(f"[{time.perf_counter() - began:6.0f} s] {text}", file=sys.stderr, flush=True)
 
-    torch.set_num_threads(args.threads or runlog.cores())
-    eval_bpb.keep_freed_memory()
+    torch.set_num_threads(args.threads or machine.cores())
+    machine.keep_freed_memory()
     torch.utils.deterministic.fill_uninitialized_memory = False  # train_gpt.main's as well
     torch._inductor.config.cpp.enable_kernel_profile = True  # fused kernels get names; costs nothing unprofiled
-    # The compiler's cache does not look into the trainer's own operators: another program must be another key.
-    torch.compiler.config.cache_key_tag = eval_bpb.sha256_file(train_gpt.__file__)
+    machine.tag_compiler_cache()
     result: dict = {"cases": []}
     if "machine" in args.only:
         result["machine"] = measure_machine(shapes)

@@ -10,18 +10,14 @@ better (fused AdamW, RoPE tables made once, one compiled graph for scoring too) 
 from __future__ import annotations
 
 import math
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only bench/ is on the module path
-
-from eval_bpb import Score, sliding_windows
+from tern.metric import Score, sliding_windows
 
 
 def check_settings(config) -> None:
@@ -217,7 +213,7 @@ class TextbookOptimizer:
 
 @torch.inference_mode()
 def evaluate_textbook(logits, tokens, counter, seq_len: int, stride: int, batch_seqs: int = 32) -> Score:
-    """Score a token stream [n + 1] as eval_bpb.evaluate does: all logits of every window, then the scored ones kept.
+    """Score a token stream [n + 1] as tern.metric.evaluate does: all logits of every window, then the scored ones kept.
 
     logits: TextbookGPT.logits, or its compiled form.
     """

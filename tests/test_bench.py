@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-import eval_bpb
 import train_gpt
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
-
-import speed
-import textbook
+from bench import speed, textbook
+from conftest import ROOT
+from tern.metric import Score
 
 # Widths that the group size does not divide, more query than key heads, a layer more in the second half than in the
 # first: the corners where two implementations would come apart.
@@ -111,7 +108,7 @@ def test_sliding_scores_agree(pair, num_tokens):
     assert (ours.tokens, ours.bytes) == (other.tokens, other.bytes) == (num_tokens, num_tokens)
     assert relative(ours.val_loss, other.val_loss) < 1e-3 and relative(ours.val_bpb, other.val_bpb) < 1e-3
     assert abs(ours.val_loss - np.log(128)) > 1e-2, "a model that knows nothing hides differences"
-    assert isinstance(other, eval_bpb.Score)
+    assert isinstance(other, Score)
 
 
 def test_unsupported_settings_are_refused():
@@ -127,10 +124,22 @@ def test_kernel_classes():
         "graph_0_cpp_fused__log_softmax__to_copy__unsafe_view_div_mul_nll_loss_forward_tanh_view_9": "loss",
         "graph_2_cpp_fused__scaled_dot_product_flash_attention_for_cpu_mul_1": "elementwise",
         "aten::_scaled_dot_product_flash_attention_for_cpu_backward": "attention",
-        "train_gpt::causal_attention_backward": "attention",
+        "tern::causal_attention_backward": "attention",
         "aten::mm": "products",
         "mkldnn::_linear_pointwise": "products",
         "aten::copy_": "elementwise",
         "## Call CompiledFxGraph abc ##": None,
     }
     assert {name: speed.kernel_class(name) for name in names} == names
+
+
+PROGRAMS = sorted(p.name for p in (ROOT / "bench").glob("*.py") if "\ndef main(" in p.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_program_tells_how_it_is_used(name, tmp_path):
+    """Wherever it is started: all that it imports is there, and nothing is run or written."""
+    done = subprocess.run([sys.executable, "-B", str(ROOT / "bench" / name), "--help"], cwd=tmp_path,
+                          capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout
+    assert list(tmp_path.iterdir()) == []
