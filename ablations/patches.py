@@ -27,7 +27,7 @@ from tern import metric
 from tern.groups import decode_scales, join_groups, split_groups
 from tern.settings import ConfigError
 from tern.shards import AuditError, read_shard
-from train_gpt import GPT, MLP, Attention, Block, Float, Latents, Linear, Trainer, norm
+from train_gpt import GPT, MLP, Attention, Block, Float, Latents, Linear, Optimizer, Trainer, norm
 
 PATCHES: dict[str, Callable] = {}
 ALLOWED: dict[str, dict[str, Container]] = {}  # of each patch: the values that an argument may have
@@ -287,7 +287,13 @@ def bf16_latents() -> None:
             if bank.optimizer == "muon":
                 bank.latent = bank.latent.bfloat16()
 
+    original = Optimizer.saved
+
+    def saved(self: Optimizer, bank) -> dict[str, Tensor]:
+        return {name: x.float() for name, x in original(self, bank).items()}  # checkpoints have no bf16
+
     after(Latents, "__init__", shorten)
+    Optimizer.saved = saved
 
 
 def averaged(values: Callable[[Trainer], list[Tensor]], weight: Callable[[Trainer, int], float]) -> None:

@@ -2,45 +2,59 @@
 
 from __future__ import annotations
 
-import sys
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_end_to_end import tiny_trainer
-from test_quantizers import SMALL
 
 import eval_bpb
-import formats
 import pack
-import runlog
 import train_gpt
-from conftest import ROOT
+from ablations import formats, hooks, patches
+from conftest import tiny_trainer
+from tern import metric
+from tern.shards import open_data, read_shard
+from tern.tokenizers import ByteCounter
 
-sys.path.insert(0, str(ROOT / "ablations"))
-import patches
+SMALL = train_gpt.Config(
+    num_layers=2, model_dim=32, num_heads=2, num_kv_heads=1, mlp_hidden=80, vocab_size=64, group_size=32,
+    train_seq_len=32, train_batch_tokens=64, eval_stride=0, micro_batch_tokens=64)
+CHANGED = (train_gpt, eval_bpb, metric, train_gpt.GPT, train_gpt.Attention, train_gpt.MLP, train_gpt.Block,
+           train_gpt.Latents, train_gpt.Optimizer, train_gpt.Trainer, formats.Codebook)
+CPU = torch.device("cpu")
 
-CLASSES = [train_gpt.GPT, train_gpt.Attention, train_gpt.MLP, train_gpt.Block, train_gpt.Latents, train_gpt.Optimizer,
-           train_gpt.Trainer]
 
-
-@pytest.fixture(autouse=True)
-def unpatched():
-    """What patches replace is put back."""
-    before = [(owner, dict(vars(owner))) for owner in (*CLASSES, train_gpt, eval_bpb, runlog)]
+@contextmanager
+def restored() -> Iterator[None]:
+    """What patches and formats.register change is put back."""
+    before = [(owner, dict(vars(owner))) for owner in CHANGED]
+    tables = [(table, dict(table)) for table in (train_gpt.RULES, train_gpt.FORMATS)]
     yield
     for owner, names in before:
-        for name in [n for n in vars(owner) if n not in names]:
+        for name in [name for name in vars(owner) if name not in names]:
             delattr(owner, name)
         for name, value in names.items():
             if vars(owner).get(name) is not value:
                 setattr(owner, name, value)
+    for table, entries in tables:
+        table.clear()
+        table.update(entries)
 
 
-TRAINING = ["xsa=1", "bigram=64,8", "factored=16", "activation=relu", "activation=leaky2", "activation=gelu",
-            "activation=swiglu", "parallel", "recur=0.4", "document_mask", "orthogonal", "bf16_latents", "ema=0.5",
-            "ema_params=0.5", "swa=0.3", "muon=polar", "muon=rows", "warmdown=cosine,0.1", "warmdown=sqrt", "gptq=4"]
+@pytest.fixture(autouse=True)
+def unpatched() -> Iterator[None]:
+    with restored():
+        yield
+
+
+TRAINING = ["xsa=1", "bigram=64,8", "factored=16", "activation=leaky2", "activation=swiglu", "parallel", "recur=0.4",
+            "document_mask", "orthogonal", "bf16_latents", "ema=0.5", "ema_params=0.5", "swa=0.3", "muon=polar",
+            "warmdown=cosine,0.1", "gptq=4"]
 
 
 def logits_after_training(data_dir, folder) -> tuple[torch.Tensor, torch.Tensor]:
@@ -48,10 +62,10 @@ def logits_after_training(data_dir, folder) -> tuple[torch.Tensor, torch.Tensor]
     trainer = tiny_trainer(data_dir, folder, "--iterations", 6, "--lr-warmup-steps", 0, "--checkpoint-every", 3,
                            "--smear", 1)
     trainer.train()
-    trainer.log.close()
+    trainer.folder.close()
     pack.write_artifact(folder / "model.tern", trainer.latents.pack(trainer.order),
                         train_gpt.artifact_meta(trainer.config))
-    loaded = eval_bpb.load_artifact(folder / "model.tern", torch.device("cpu"))
+    loaded = eval_bpb.load_artifact(folder / "model.tern", CPU)
     ids = torch.from_numpy(trainer.val_tokens[:128].astype(np.int64)).view(2, 64)
     with torch.no_grad():
         return tuple(m.head(m.hidden(ids)) for m in (trainer.model, loaded))
@@ -76,12 +90,17 @@ def test_unrounded_scales_open_a_gap_by_design(plain, data_dir, tmp_path):
     assert not torch.equal(memory, file) and torch.allclose(memory, file, atol=0.5)
 
 
-@pytest.mark.parametrize("text", ["xsa=a", "xsa=1,2", "nothing", "activation", "recur=x"])
-def test_a_wrong_patch_is_one_clear_error(text):
-    with pytest.raises(ValueError, match="patch"):
+@pytest.mark.fast
+@pytest.mark.parametrize(("text", "message"), [
+    ("xsa=a", "arguments must be last: 'int' = 2"), ("xsa=1,2", "arguments must be"), ("recur=x", "arguments must be"),
+    ("activation", "arguments must be kind"), ("nothing", "there is no patch 'nothing'"),
+    ("codebook=1", "decay must be at least 0 and below 1"), ("ttt=some", "what must be all, vectors, scales, none")])
+def test_a_wrong_patch_is_one_clear_error(text, message):
+    with pytest.raises(ValueError, match=message):
         patches.parse(text)
 
 
+@pytest.mark.fast
 def test_exclusive_attention_is_orthogonal_to_the_own_value():
     patches.xsa(1)
     model = train_gpt.GPT(SMALL)
@@ -95,6 +114,7 @@ def test_exclusive_attention_is_orthogonal_to_the_own_value():
     assert torch.allclose(F.normalize(left, dim=-1).abs(), F.normalize(own, dim=-1).abs(), atol=1e-4)
 
 
+@pytest.mark.fast
 def test_bigrams_see_the_token_before_and_nothing_else():
     patches.bigram(64, 8)
     model = train_gpt.GPT(SMALL)
@@ -104,6 +124,7 @@ def test_bigrams_see_the_token_before_and_nothing_else():
     assert same == [False, False, True, True]
 
 
+@pytest.mark.fast
 def test_documents_do_not_see_each_other():
     patches.document_mask(1)
     model = train_gpt.GPT(SMALL)
@@ -124,22 +145,33 @@ def test_bf16_latents_lose_what_fp32_keeps(data_dir, tmp_path):
     before = bank.latent.clone()
     bank.latent.mul_(1 - 0.04 * 0.04)
     assert torch.equal(bank.latent, before), "decoupled weight decay changes no bf16 weight (field notes)"
-    trainer.log.close()
+    trainer.folder.close()
 
 
-@pytest.mark.parametrize("kind", ["polar", "rows"])
-def test_orthogonalisation_variants(kind):
+@pytest.mark.fast
+@pytest.mark.parametrize(("kind", "least"), [("polar", 0.85), ("rows", 0.6)])
+def test_orthogonalisation_variants(kind, least):
+    """polar comes closer to one than Muon's own coefficients reach."""
     patches.muon(kind)
     g = torch.randn(2, 24, 40, generator=torch.Generator().manual_seed(0)) * torch.logspace(-2, 0, 24)[:, None]
     values = torch.linalg.svdvals(train_gpt.newton_schulz(g, 5).float())
-    assert values.min() > 0.6 and values.max() < 1.25
-    if kind == "polar":
-        assert values.min() > 0.85, "closer to one than Muon's own coefficients reach"
+    assert values.min() > least and values.max() < 1.25
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(("kind", "half"), [("linear", 0.5), ("cosine", 0.5), ("sqrt", 1 - math.sqrt(0.5))])
+def test_warmdowns_begin_and_end_alike(kind, half):
+    config = replace(SMALL, warmdown_frac=0.5, lr_warmup_steps=3)
+    early = train_gpt.schedule(config, 1, 0.01).lr_scale
+    patches.warmdown(kind, 0.1)
+    scale = [train_gpt.schedule(config, step, progress).lr_scale for step, progress in (
+        (1, 0.01), (50, 0.5), (75, 0.75), (100, 1.0))]
+    assert scale == pytest.approx([early, 1.0, 0.1 + 0.9 * half, 0.1])
 
 
 def test_averages_are_those_of_their_definition(data_dir, tmp_path):
     seen: list[list[torch.Tensor]] = []
-    patches.before(runlog, "step", lambda self, *_: seen.append(
+    hooks.before(train_gpt.Trainer, "after_step", lambda self, plan: seen.append(
         [b.latent.clone() for b in self.latents.mine]))
     patches.ema(0.5)
     trainer = tiny_trainer(data_dir, tmp_path, "--iterations", 4)
@@ -148,13 +180,14 @@ def test_averages_are_those_of_their_definition(data_dir, tmp_path):
     for latents in seen[1:]:
         expected = 0.5 * expected + 0.5 * latents[0]
     assert torch.allclose(trainer.latents.mine[0].latent, expected, atol=1e-6)
-    trainer.log.close()
+    trainer.folder.close()
 
 
+@pytest.mark.fast
 def test_compensated_codes_have_less_error_than_rounded_ones():
     g = torch.Generator().manual_seed(0)
     x = torch.randn(400, 32, generator=g) @ torch.randn(32, 32, generator=g) / 4
-    w, fmt = torch.randn(16, 32, generator=g), formats.Int(3, 0)
+    w, fmt = torch.randn(16, 32, generator=g), train_gpt.Int(3, 0)
     stored = fmt.quantize(w)
     codes = patches.compensate(w, stored.codes, stored.scales, fmt, (x.double().mT @ x.double()), 0.01)
     scale = stored.scales.double()
@@ -165,11 +198,11 @@ def test_compensated_codes_have_less_error_than_rounded_ones():
 
 
 def test_test_time_training_scores_first(tiny_run, data_dir, monkeypatch):
-    model = eval_bpb.load_artifact(tiny_run[0] / "model.tern", torch.device("cpu"))
-    data = eval_bpb.open_data(data_dir)
-    counter, tokens = eval_bpb.ByteCounter(data.tokenizer), eval_bpb.read_shard(data.val[0])[:2000].astype(np.int64)
+    model = eval_bpb.load_artifact(tiny_run[0] / "model.tern", CPU)
+    data = open_data(data_dir)
+    counter, tokens = ByteCounter(data.tokenizer), read_shard(data.val[0])[:2000].astype(np.int64)
 
-    def score(what: str, tokens: np.ndarray, lr: float = 0.01) -> eval_bpb.Score:
+    def score(what: str, tokens: np.ndarray, lr: float = 0.01) -> metric.Score:
         return patches.score_and_train(model, tokens, counter, 64, 32, 8, what, lr, 256)
 
     plain = eval_bpb.evaluate(model, tokens, counter, 64, 32)
@@ -179,8 +212,13 @@ def test_test_time_training_scores_first(tiny_run, data_dir, monkeypatch):
         trained = score(what, tokens)
         assert trained.tokens == plain.tokens and trained.val_loss != plain.val_loss
     seen: list[torch.Tensor] = []
-    original = eval_bpb.position_losses
-    monkeypatch.setattr(eval_bpb, "position_losses", lambda *args: seen.append(original(*args)) or seen[-1])
+    original = metric.position_losses
+
+    def position_losses(*args) -> torch.Tensor:
+        seen.append(original(*args))
+        return seen[-1]
+
+    monkeypatch.setattr(metric, "position_losses", position_losses)
     changed = tokens.copy()
     changed[900:] = changed[900:][::-1]
     losses = []
@@ -190,10 +228,11 @@ def test_test_time_training_scores_first(tiny_run, data_dir, monkeypatch):
         losses.append(torch.cat(seen))
     assert torch.equal(losses[0][:768], losses[1][:768]), "what comes later has changed an earlier score"
     assert not torch.equal(losses[0], losses[1])
-    again = eval_bpb.load_artifact(tiny_run[0] / "model.tern", torch.device("cpu"))
+    again = eval_bpb.load_artifact(tiny_run[0] / "model.tern", CPU)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True)), "a copy learns"
 
 
+@pytest.mark.fast
 def test_scales_train_without_their_codes():
     w = torch.randn(4, 300).bfloat16()
     factors = patches.Factors(w, 128)
@@ -207,6 +246,7 @@ def test_scales_train_without_their_codes():
     assert torch.equal(ratio[1, 256:], torch.full((44,), 2.0)) and (ratio == 2).sum() == 44
 
 
+@pytest.mark.fast
 def test_activations_are_those_of_their_papers():
     g = torch.Generator().manual_seed(0)
     x = torch.randn(3, SMALL.model_dim, generator=g)
@@ -229,18 +269,18 @@ def test_activations_are_those_of_their_papers():
 
 
 def test_temperature_comes_from_training_tokens(tiny_run, data_dir):
-    data = eval_bpb.open_data(data_dir)
+    data = open_data(data_dir)
     patches.TRAINING_SHARDS[:] = data.train
-    model = eval_bpb.load_artifact(tiny_run[0] / "model.tern", torch.device("cpu"))
-    ids = torch.from_numpy(eval_bpb.read_shard(data.train[0])[: 16 * 64 + 1].astype(np.int64))
+    model = eval_bpb.load_artifact(tiny_run[0] / "model.tern", CPU)
+    ids = torch.from_numpy(read_shard(data.train[0])[: 16 * 64 + 1].astype(np.int64))
     with torch.no_grad():
         logits = model.head(model.hidden(ids[:-1].view(16, 64))).flatten(0, 1)
     best = patches.best_temperature(model, 64, 16)
     losses = [float(F.cross_entropy(logits / t, ids[1:])) for t in (best, best * 1.05, best / 1.05)]
     assert losses[0] == min(losses)
     patches.temperature(16)
-    counter, tokens = eval_bpb.ByteCounter(data.tokenizer), eval_bpb.read_shard(data.val[0])[:449]
-    plain = eval_bpb.load_artifact(tiny_run[0] / "model.tern", torch.device("cpu"))
+    counter, tokens = ByteCounter(data.tokenizer), read_shard(data.val[0])[:449]
+    plain = eval_bpb.load_artifact(tiny_run[0] / "model.tern", CPU)
     with_it = eval_bpb.evaluate(plain, tokens, counter, 64, 64)
     assert plain.temperature == pytest.approx(best)
     with torch.no_grad():
