@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
-from test_end_to_end import tiny_trainer
+from test_patches import SMALL, restored
 
 import pack
 import train_gpt
-from conftest import ROOT, metrics, run, tiny_args
+from ablations import formats, patches
+from conftest import NAME, ROOT, metrics, run, tiny_args, tiny_trainer
+from tern.checkpoints import CheckpointError
+from tern.settings import ConfigError
 from train_gpt import GPT, Config, Latents, Optimizer, schedule
 
-MATRICES = ["ternary", "binary", "five", "int2", "int4", "int8", "codebook2", "codebook4", "bf16", "fp8"]
-SMALL = Config(num_layers=2, model_dim=32, num_heads=2, num_kv_heads=1, mlp_hidden=80, vocab_size=64, group_size=32,
-               train_seq_len=32, train_batch_tokens=64, eval_stride=0, micro_batch_tokens=64)
+
+@pytest.fixture(autouse=True)
+def registered() -> Iterator[None]:
+    with restored():
+        formats.register()
+        yield
 
 
 def trained(config: Config, steps: int, seed: int = 0) -> tuple[GPT, Latents, Optimizer]:
@@ -38,10 +45,16 @@ def more_steps(model: GPT, latents: Latents, optimizer: Optimizer, steps: range)
         latents.refresh()
 
 
-@pytest.mark.parametrize("settings", [{"matrix_format": name} for name in MATRICES] + [
-    {"ternary_rule": "lsq", "threshold": 0.7}, {"ternary_rule": "rms"}, {"ternary_rule": "elastic"},
-    {"embed_format": "five"}, {"embed_format": "codebook4", "group_size": 0},
-    {"matrix_format": "codebook3", "commitment": 0.01, "codebook_decay": 0.9}], ids=str)
+def same_params(a: GPT, b: GPT) -> bool:
+    return all(torch.equal(p.data, q.data) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("settings", [
+    {"matrix_format": "ternary"}, {"ternary_rule": "lsq", "threshold": 0.7}, {"ternary_rule": "rms"},
+    {"matrix_format": "binary"}, {"matrix_format": "five"}, {"matrix_format": "elastic"}, {"matrix_format": "int2"},
+    {"matrix_format": "int8", "embed_format": "five"}, {"matrix_format": "codebook3"},
+    {"embed_format": "codebook4", "group_size": 0}, {"matrix_format": "fp8", "embed_format": "elastic"}], ids=str)
 def test_each_format_trains_packs_and_resumes(settings, tmp_path):
     config = replace(SMALL, **settings)
     model, latents, optimizer = trained(config, 4)
@@ -49,32 +62,93 @@ def test_each_format_trains_packs_and_resumes(settings, tmp_path):
     pack.write_artifact(tmp_path / "model.tern", latents.pack(order), train_gpt.artifact_meta(config))
     tensors, meta = pack.read_artifact(tmp_path / "model.tern")
     loaded = train_gpt.model_from_stored(tensors, meta)
-    for (name, a), (_, b) in zip(model.named_parameters(), loaded.named_parameters(), strict=True):
-        assert torch.equal(a.data, b.data), name
+    assert same_params(model, loaded)
     ids = torch.randint(64, (2, 32))
     with torch.no_grad():
         assert torch.equal(model.head(model.hidden(ids)), loaded.head(loaded.hidden(ids)))
-    formats = {name: tensors[name].format for name in ("blocks.0.mlp.fc.weight", "tok_emb.weight")}
-    assert formats == {name: train_gpt.format_of(config, name, 2).spec() for name in formats}
+    for name in ("blocks.0.mlp.fc.weight", "tok_emb.weight"):
+        assert tensors[name].format == train_gpt.format_of(config, name, 2).spec()
     state = {name: x.clone() for name, x in optimizer.state().items()}
     more_steps(model, latents, optimizer, range(4, 6))
     again, other_latents, other_optimizer = trained(config, 0, seed=1)
     other_optimizer.load_state(state, 4)
     more_steps(again, other_latents, other_optimizer, range(4, 6))
-    for (name, a), (_, b) in zip(model.named_parameters(), again.named_parameters(), strict=True):
-        assert torch.equal(a.data, b.data), name
+    assert same_params(model, again)
 
 
-def test_a_learned_scale_and_codebook_move():
-    for settings, name in (({"ternary_rule": "elastic"}, "theta"), ({"matrix_format": "codebook4"}, "codebook")):
-        _, latents, _ = trained(replace(SMALL, **settings), 3)
-        bank = next(b for b in latents.banks if "blocks.0.mlp.fc.weight" in b.names)
-        before = bank.state[name].clone()
-        bank.grad.normal_(generator=torch.Generator().manual_seed(0))
-        bank.format.learn(bank.latent, bank.grad, bank.state, 1.0)
-        assert not torch.equal(before, bank.state[name]) and torch.isfinite(bank.state[name]).all()
+# Formats that learn ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fast
+@pytest.mark.parametrize(("name", "what"), [("elastic", "theta"), ("codebook4", "codebook")])
+def test_what_a_format_learns_belongs_to_a_run(name, what):
+    """It moves with each step, is in the checkpoint and counted, and starts anew with new latents."""
+    model, latents, optimizer = trained(replace(SMALL, matrix_format=name), 3)
+    key = f"{what}/blocks.0.mlp.fc.weight"
+    state = {name: x.clone() for name, x in optimizer.state().items()}
+    more_steps(model, latents, optimizer, range(3, 4))
+    now = optimizer.state()[key]
+    assert not torch.equal(now, state[key]) and torch.isfinite(now).all()
+    assert optimizer.bytes_held() > trained(SMALL, 3)[2].bytes_held()
+    fresh = trained(replace(SMALL, matrix_format=name), 0)[2].state()
+    latents.load({name.removeprefix("latent/"): x for name, x in fresh.items() if name.startswith("latent/")}, "there")
+    assert torch.equal(optimizer.state()[key], fresh[key])
+    for wrong in ({key: state[key][:1]}, {}):
+        with pytest.raises(ValueError, match=key):
+            optimizer.load_state({n: x for n, x in state.items() if n != key} | wrong, 3)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("name", ["elastic", "codebook4"])
+def test_formats_that_learn_leave_full_precision_alone(name):
+    patches.codebook(0.99, 0.5)
+    _, latents, optimizer = trained(replace(SMALL, matrix_format=name), 0)
+    plain = trained(SMALL, 0)
+    for it in (latents, plain[1]):
+        it.flat_grad.copy_(torch.randn(len(it.flat_grad), generator=torch.Generator().manual_seed(1)))
+        for bank in it.mine:
+            bank.latent.copy_(torch.randn(bank.latent.shape, generator=torch.Generator().manual_seed(2)))
+        it.refresh(0.0)
+    optimizer.step(1.0, 0.95)
+    plain[2].step(1.0, 0.95)
+    for mine, other in zip(latents.mine, plain[1].mine, strict=True):
+        assert torch.equal(mine.latent, other.latent), mine.names
+
+
+@pytest.mark.fast
+def test_the_settings_of_codebooks_are_a_patch():
+    patches.apply(["codebook=0.9,0.01"])
+    _, latents, _ = trained(replace(SMALL, matrix_format="codebook3"), 0)
+    bank = next(b for b in latents.banks if b.optimizer == "muon")
+    assert bank.format.spec() == {"kind": "codebook", "entries": 3, "group_size": 32, "decay": 0.9, "commitment": 0.01}
+
+
+@pytest.mark.fast
+def test_an_index_of_zero_is_no_zero():
+    _, latents, _ = trained(replace(SMALL, matrix_format="codebook4"), 1)
+    zero_frac, churn = latents.refresh(measure=True)
+    assert math.isnan(zero_frac) and churn == 0
+    assert trained(SMALL, 1)[1].refresh(measure=True)[0] > 0.1
+
+
+@pytest.mark.fast
+def test_elastic_has_no_threshold():
+    with pytest.raises(ConfigError, match="threshold=0.7"):
+        replace(SMALL, matrix_format="elastic", threshold=0.7)
+
+
+def test_learning_needs_one_process(data_dir, tmp_path):
+    options = tiny_args(data_dir, tmp_path, "--matrix-format", "elastic")
+    done = run("train", *options, program="ablations/program.py", ranks=2)
+    assert done.returncode != 0
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "elastic learns beside the latents, which works in one process, not in 2" in errors[0]
+
+
+# Schedules ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.fast
 def test_when_params_are_quantized():
     late, annealed = replace(SMALL, quantize_start=0.3), replace(SMALL, quantize_start=0.2, quantize_ramp=0.5)
     at = [0.0, 0.1, 0.3, 0.45, 0.7, 1.0]
@@ -84,12 +158,13 @@ def test_when_params_are_quantized():
     assert schedule(replace(SMALL, quantize_start=1.0), 0, 0.999).quantized == 0
 
 
+@pytest.mark.fast
 def test_params_between_latent_and_stored():
     model, latents, _ = trained(SMALL, 2)
-    weight = model.blocks[0].mlp.fc.weight
+    name = "blocks.0.mlp.fc.weight"
+    weight = model.get_parameter(name)
     whole = weight.data.clone()
-    bank = next(b for b in latents.banks if "blocks.0.mlp.fc.weight" in b.names)
-    latent = bank.latent[bank.names.index("blocks.0.mlp.fc.weight")]
+    latent = next(latent for n, _, latent, _ in latents.named() if n == name)
     latents.refresh(0.0)
     assert torch.equal(weight.data, latent.bfloat16())
     latents.refresh(0.25)
@@ -98,13 +173,13 @@ def test_params_between_latent_and_stored():
     assert torch.equal(weight.data, whole)
 
 
-LATE = ("--quantize-start", 0.4, "--quantize-ramp", 0.4, "--iterations", 10, "--checkpoint-every", 5)
+LATE = ("--quantize-start", 0.4, "--quantize-ramp", 0.4, "--iterations", 10)
 
 
 def test_late_quantization_on_two_ranks_packs_what_it_scored(data_dir, tmp_path):
-    done = run(*tiny_args(data_dir, tmp_path, *LATE), ranks=2)
+    done = run(*tiny_args(data_dir, tmp_path, *LATE, "--checkpoint-every", 5), ranks=2)
     assert done.returncode == 0, done.stdout + done.stderr
-    final = metrics(tmp_path / "tiny_seed1337", "final")[0]
+    final = metrics(tmp_path / NAME, "final")[0]
     assert final["roundtrip_gap"] == 0 and final["logits_identical"]
     assert final["score"]["model"]["not_ternary_matrices"] == []
 
@@ -113,24 +188,23 @@ def test_late_quantization_resumes_in_the_middle(data_dir, tmp_path):
     whole = tiny_trainer(data_dir, tmp_path / "whole", *LATE)
     whole.train()
     cut = tiny_trainer(data_dir, tmp_path / "cut", *LATE, "--checkpoint-every", 6)
-    original = cut.save
+    save = cut.save
 
-    def save_and_stop():
-        original()
+    def save_and_stop() -> None:
+        save()
         raise KeyboardInterrupt
 
     cut.save = save_and_stop
     with pytest.raises(KeyboardInterrupt):
         cut.train()
-    cut.close()
+    cut.folder.close()
     assert cut.step == 6 and 0 < cut.quantized < 1
     on = tiny_trainer(data_dir, tmp_path / "cut", *LATE, "--checkpoint-every", 6, "--resume", "auto")
     assert on.step == 6 and on.quantized == cut.quantized
     on.train()
-    for (name, a), (_, b) in zip(whole.model.named_parameters(), on.model.named_parameters(), strict=True):
-        assert torch.equal(a.data, b.data), name
+    assert same_params(whole.model, on.model)
     for trainer in (whole, on):
-        trainer.close()
+        trainer.folder.close()
 
 
 def test_after_training_only_is_rounding_a_full_precision_run(data_dir, tmp_path):
@@ -144,9 +218,12 @@ def test_after_training_only_is_rounding_a_full_precision_run(data_dir, tmp_path
     name = "blocks.0.mlp.fc.weight"
     fmt = train_gpt.format_of(trainers[1].config, name, 2)
     assert torch.equal(rounded[name][1].codes, fmt.quantize(exact[name][0]).codes)
-    assert torch.equal(trainers[1].model.blocks[0].mlp.fc.weight.data, fmt.dequantize(rounded[name][1]))
+    assert torch.equal(trainers[1].model.get_parameter(name).data, fmt.dequantize(rounded[name][1]))
     for trainer in trainers:
-        trainer.log.close()
+        trainer.folder.close()
+
+
+# Starting from other latents ------------------------------------------------------------------------------------
 
 
 def test_training_starts_from_a_checkpoints_latents(data_dir, tmp_path, tiny_run):
@@ -155,29 +232,33 @@ def test_training_starts_from_a_checkpoints_latents(data_dir, tmp_path, tiny_run
     for name, _, latent, _ in trainer.latents.named():
         assert torch.equal(latent, theirs[f"latent/{name}"]), name
     assert trainer.step == 0
-    trainer.log.close()
+    trainer.folder.close()
 
 
 def test_a_start_that_does_not_fit_is_one_error(data_dir, tmp_path, tiny_run):
-    for more, message in ((("--mlp-hidden", 96), "not of the shape"), (("--num-layers", 3), "is missing")):
-        with pytest.raises(train_gpt.CheckpointError, match=message):
-            tiny_trainer(data_dir, tmp_path, "--init-from", tiny_run[0], *more)
-    with pytest.raises(train_gpt.CheckpointError, match="no such checkpoint"):
-        tiny_trainer(data_dir, tmp_path, "--init-from", tmp_path / "none")
+    for i, (more, message) in enumerate(((("--mlp-hidden", 96), "mlp.fc.weight is missing there, or of another shape"),
+                                         (("--num-layers", 3), "is missing there"))):
+        with pytest.raises(CheckpointError, match=message):
+            tiny_trainer(data_dir, tmp_path / str(i), "--init-from", tiny_run[0], *more)
+    with pytest.raises(CheckpointError, match="no such checkpoint"):
+        tiny_trainer(data_dir, tmp_path / "none", "--init-from", tmp_path / "nothing")
 
 
+@pytest.mark.fast
 def test_latents_of_another_model_are_refused():
     latents = trained(SMALL, 0)[1]
     own = {name: latent.clone() for name, _, latent, _ in latents.named()}
-    latents.load(own)
-    with pytest.raises(ValueError, match="this model has no blocks.9.mlp.fc.weight"):
-        latents.load(own | {"blocks.9.mlp.fc.weight": torch.zeros(2, 2)})
+    latents.load(own, "there")
+    with pytest.raises(CheckpointError, match="there: blocks.9.mlp.fc.weight .* this model has none"):
+        latents.load(own | {"blocks.9.mlp.fc.weight": torch.zeros(2, 2)}, "there")
 
+
+# What the packer expects of a format, and what a page says of it -------------------------------------------------
 
 # Rows of docs/quantizers.md: name -> settings.
 PAGE_FORMATS = {
     "ternary": {}, "ternary, lsq": {"ternary_rule": "lsq", "threshold": 0.7}, "ternary, rms": {"ternary_rule": "rms"},
-    "ternary, elastic": {"ternary_rule": "elastic"}, "binary": {"matrix_format": "binary"},
+    "ternary, elastic": {"matrix_format": "elastic"}, "binary": {"matrix_format": "binary"},
     "five": {"matrix_format": "five"}, "codebook2": {"matrix_format": "codebook2"},
     "codebook4": {"matrix_format": "codebook4"}, "codebook16": {"matrix_format": "codebook16"},
     "int2": {"matrix_format": "int2"}, "int4": {"matrix_format": "int4"}, "int6": {"matrix_format": "int6"},
@@ -188,46 +269,9 @@ PAGE_FORMATS = {
 def true_bits(settings: dict) -> float:
     """Bits per weight in a file that holds a normal matrix [512, 512] in groups of 128."""
     fmt = train_gpt.make_format(Config(**settings), "matrix_format")
-    latent = torch.randn(1, 512, 512, generator=torch.Generator().manual_seed(0))
-    stored = fmt.quantize(latent, fmt.start(latent))
-    one = train_gpt.Stored(stored.codes[0], None if stored.scales is None else stored.scales[0])
-    data = pack.encode_artifact({"w": train_gpt.to_pack(one, fmt)}, {})
+    latent = torch.randn(512, 512, generator=torch.Generator().manual_seed(0))
+    data = pack.encode_artifact({"w": train_gpt.to_pack(fmt.quantize(latent), fmt)}, {})
     return 8 * sum(stream.bytes for stream in pack.parse_header(data).streams) / latent.numel()
-
-
-@pytest.mark.parametrize("settings", [{"ternary_rule": "elastic"},
-                                      {"matrix_format": "codebook4", "commitment": 0.5}])
-def test_formats_that_learn_leave_full_precision_alone(settings):
-    _, latents, optimizer = trained(replace(SMALL, **settings), 0)
-    plain = trained(SMALL, 0)
-    for it in (latents, plain[1]):
-        it.flat_grad.copy_(torch.randn(len(it.flat_grad), generator=torch.Generator().manual_seed(1)))
-        for bank in it.mine:
-            bank.latent.copy_(torch.randn(bank.latent.shape, generator=torch.Generator().manual_seed(2)))
-    optimizer.step(1.0, 0.95, quantized=0.0)
-    plain[2].step(1.0, 0.95, quantized=0.0)
-    for mine, other in zip(latents.mine, plain[1].mine, strict=True):
-        assert torch.equal(mine.latent, other.latent), mine.names
-
-
-@pytest.mark.parametrize("rule, threshold", [("absmean", 0.0), ("absmean", 0.3), ("lsq", 0.7), ("rms", 0.5),
-                                             ("absmean", 1.2)])
-def test_a_plan_knows_what_a_threshold_does_to_the_codes(rule, threshold):
-    settings = {"ternary_rule": rule, "threshold": threshold}
-    fmt = train_gpt.make_format(Config(**settings), "matrix_format")
-    expected = pack.expected_bits(fmt.spec())
-    scales = 2.2 / 128  # of an untrained matrix: less than a trained one's
-    assert true_bits(settings) - scales == pytest.approx(expected["codes"], rel=0.012)
-
-
-@pytest.mark.parametrize("bits", [2, 4, 6, 8])
-@pytest.mark.parametrize("group", [32, 128, 512])
-def test_a_plan_knows_what_ints_of_a_matrix_take(bits, group):
-    fmt = train_gpt.make_format(Config(matrix_format=f"int{bits}", group_size=group), "matrix_format")
-    codes = fmt.quantize(torch.randn(512, 512, generator=torch.Generator().manual_seed(0))).codes
-    shares = codes.flatten().int().add(128).bincount().double() / codes.numel()
-    order0 = float(torch.special.entr(shares).sum() / math.log(2))
-    assert pack.expected_bits(fmt.spec(), shape=(512, 512))["codes"] == pytest.approx(order0, rel=0.03)
 
 
 @pytest.mark.parametrize("name", PAGE_FORMATS)
@@ -235,3 +279,23 @@ def test_true_bits_are_those_of_the_page(name):
     page = (ROOT / "docs/quantizers.md").read_text()
     row = next(line for line in page.splitlines() if line.startswith(f"| `{name}` |"))
     assert true_bits(PAGE_FORMATS[name]) == pytest.approx(float(row.split("|")[4]), rel=0.01)
+
+
+@pytest.mark.parametrize("settings", [
+    {"threshold": 0.0}, {"threshold": 1.2}, {"ternary_rule": "lsq", "threshold": 0.7}, {"ternary_rule": "rms"}],
+    ids=str)
+def test_a_plan_knows_what_a_threshold_does_to_the_codes(settings):
+    expected = pack.expected_bits(train_gpt.make_format(Config(**settings), "matrix_format").spec())
+    scales = 2.2 / 128  # of an untrained matrix: less than a trained one's
+    assert true_bits(settings) - scales == pytest.approx(expected["codes"], rel=0.012)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("group", [32, 512])
+def test_a_plan_knows_what_ints_of_a_matrix_take(bits, group):
+    fmt = train_gpt.make_format(Config(matrix_format=f"int{bits}", group_size=group), "matrix_format")
+    codes = fmt.quantize(torch.randn(512, 512, generator=torch.Generator().manual_seed(0))).codes
+    shares = codes.flatten().int().add(128).bincount().double() / codes.numel()
+    order0 = float(torch.special.entr(shares).sum() / math.log(2))
+    assert pack.expected_bits(fmt.spec(), shape=(512, 512))["codes"] == pytest.approx(order0, rel=0.03)
