@@ -165,7 +165,7 @@ def test_the_loss_in_one_pass_is_cross_entropy(softcap):
     assert logits.max() > 20 and logits.min() < -20  # where the cap of 30 bends and an exponential is large
     losses = model(ids, targets), F.cross_entropy(logits.flatten(0, 1), targets.flatten())
     mine, theirs = (torch.autograd.grad(loss, list(model.parameters())) for loss in losses)
-    assert float(losses[0]) == pytest.approx(float(losses[1]), rel=1e-6)
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-6)
     for (name, _), a, b in zip(model.named_parameters(), mine, theirs, strict=True):
         assert b.any() and error(a, b) < 1e-5, name
 

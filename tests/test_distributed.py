@@ -293,9 +293,10 @@ def test_eight_owners_have_about_the_same_work():
     """Counted in the products of Newton-Schulz alone, which are nearly all of it."""
     for preset, bound in (("pr367", 1.001), ("golf16mb", 1.03)):
         config, load = Config(**PRESETS[preset]), [0.0] * 8
+        shapes = shapes_of(config)
         for name, rank in owners(config, 8).items():
             if optimizer_of(name) == "muon":
-                load[rank] += costs.newton_schulz_flops(*shapes_of(config)[name], config.muon_backend_steps)
+                load[rank] += costs.newton_schulz_flops(*shapes[name], config.muon_backend_steps)
         assert max(load) <= bound * sum(load) / 8, preset
 
 

@@ -18,7 +18,7 @@ import torch
 
 import train_gpt
 from conftest import ROOT, clean_env, ended, run, started, tiny_args, tiny_trainer
-from tern import machine, source
+from tern import machine
 from tern.command import describe_unexpected
 from tern.finite import first_bad, first_bad_output
 from tern.metric import evaluate
@@ -264,12 +264,3 @@ def test_the_first_number_that_is_none_is_found():
     assert not any(layer._forward_hooks for layer in layers)
     good, bad = torch.zeros(2), torch.tensor([0.0, -torch.inf])
     assert first_bad([("a", good)]) is None and first_bad([("a", good), ("b", bad), ("c", bad)]) == "b"
-
-
-def test_importing_does_nothing():
-    """No module touches files, processes, streams or the environment when it is imported."""
-    names = [name.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for name in source.code_files()]
-    program = ("import os; before = dict(os.environ); "
-               f"import {', '.join(names)}; assert dict(os.environ) == before")
-    done = ended(started(sys.executable, "-c", program))
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
