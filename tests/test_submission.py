@@ -291,7 +291,7 @@ def another_artifact(folder: Path) -> None:
     tensors, meta = pack.read_artifact(folder / ARTIFACT)
     codes = tensors["blocks.1.mlp.fc.weight"].codes
     codes[0, :2] = codes[0, 1::-1] if codes[0, 0] != codes[0, 1] else 1 - abs(codes[0, :2])
-    pack.write_artifact(folder / ARTIFACT, tensors, meta)
+    pack.write_artifact(folder / ARTIFACT, tensors, meta | {"tokenizer": "0" * 64})
     forge(folder)
 
 
@@ -345,6 +345,12 @@ def in_metrics(line: int, change: Callable) -> Callable:
     return tamper
 
 
+def change_header(header: dict) -> None:
+    header["settings"].update(init_from="old", num_heads=1)
+    header["origin"].update(seed="environment")
+    header["data_sha256"].update({"a_val_0.bin": "0" * 64})
+
+
 def import_socket(folder: Path) -> None:
     """In the source, and everywhere where its hash and size stand."""
     path, line, size = folder / "source/pack.py", "import struct\n", (folder / "train_gpt.py").stat().st_size
@@ -389,6 +395,31 @@ def not_python(folder: Path) -> None:
     reseal(folder)
 
 
+def another_seed(folder: Path) -> None:
+    """The same run once more, by another name."""
+    for ours, theirs in zip(rules.seed_names(SEED).values(), rules.seed_names(7).values(), strict=True):
+        shutil.copy(folder / ours, folder / theirs)
+    edit(folder / "submission.json", lambda s: s["seeds"].append({"seed": 7}))
+    forge(folder)
+    edit(folder / "submission.json", lambda s: s["seeds"][1].update(seed=7))
+
+
+def other_texts(folder: Path) -> None:
+    substitute(folder / "requirements.txt", "numpy==", "numpy>=")
+    substitute(folder / LOG, f"{'=' * 40} tern/wire.py\n", f"{'=' * 40} tern/wire.py\nX = 1\n")
+    reseal(folder)
+
+
+def score_of_another_file(folder: Path) -> None:
+    def change(score: dict) -> None:
+        score["artifact"].update(bytes=1)
+        score["data"]["sha256"].update({"text_val_000000.bin": "0" * 64})
+
+    edit(folder / SCORE, change)
+    edit(folder / METRICS, lambda final: change(final["score"]), -1)
+    forge(folder)
+
+
 def one_seed_twice(folder: Path) -> None:
     edit(folder / "submission.json", lambda s: s["seeds"].append(s["seeds"][0]))
     forge(folder)
@@ -403,7 +434,9 @@ def edit_the_score(folder: Path) -> None:
 TAMPERED = {  # name -> (what is done, check -> reasons of each check that fails)
     "bit": (flip_a_bit, {"hashes": [f"{ARTIFACT}.sha256"], "sources": ["checksum does not match"]}),
     "bit, resealed": (flip_a_bit_and_reseal, {"sources": ["checksum does not match"]}),
-    "artifact": (another_artifact, {"sources": ["but the metrics are of", "but the score are of"], "logs": []}),
+    "artifact": (another_artifact, {
+        "sources": ["but the metrics are of", "but the score are of", "its tokenizer is not that of"],
+        "logs": ["final.bytes_model is|is of an artifact of"]}),
     "numbers": (edit_submission(val_bpb=1.0, bytes_total=99, cap_bytes=10**9, bytes_code=98, record=True,
                                 world_size=True), {
         "bytes": ["bytes_total is 99, but by the files and the rules", "bytes_code is 98",
@@ -427,18 +460,11 @@ TAMPERED = {  # name -> (what is done, check -> reasons of each check that fails
     "seconds": (more_seconds, {"seconds": ["700.0 train seconds, track test allows 600"]}),
     "early": (in_metrics(-1, lambda final: final["seconds"].update(train=0.0)), {
         "seconds": ["step 1 ended at .* after the 0.0 s", "the seconds of its phases"], "logs": [r"\[train\]"]}),
-    "trained before": (in_metrics(0, lambda header: header["settings"].update(init_from="old")), {
-        "seconds": ["init_from=old: what was trained before"]}),
-    "other settings": (in_metrics(0, lambda header: header["settings"].update(num_heads=1)), {
-        "sources": ["its configuration is not"]}),
-    "environment": (in_metrics(0, lambda header: header["origin"].update(seed="environment")), {
-        "seeds": ["settings came from the environment"]}),
-    "gap": (in_metrics(-1, lambda final: final.update(roundtrip_gap=1e-9)), {
-        "logs": ["the file is not the model that was trained"]}),
-    "other data": (in_metrics(0, lambda header: header["data_sha256"].update({"a_val_0.bin": "0" * 64})), {
-        "logs": ["header.data is"]}),
-    "code": (in_metrics(-1, lambda final: final.update(bytes_code=100, bytes_total=100)), {
-        "logs": ["final.bytes_code is 100, not"]}),
+    "header": (in_metrics(0, change_header), {
+        "seconds": ["init_from=old: what was trained before"], "seeds": ["settings came from the environment"],
+        "sources": ["its configuration is not"], "logs": ["header.data is"]}),
+    "final": (in_metrics(-1, lambda final: final.update(roundtrip_gap=1e-9, bytes_code=100, bytes_total=100)), {
+        "logs": ["the file is not the model that was trained", "final.bytes_code is 100, not"]}),
     "old schema": (in_metrics(0, lambda header: header.update(schema=1)), {"logs": ["final.bytes_code is"]}),
     "socket": (import_socket, {"imports": [r"source/pack.py: line \d+ imports socket.create_connection"]}),
     "padded": (pad_the_program, {"program": ["before or after its sources"], "logs": []}),
@@ -446,6 +472,11 @@ TAMPERED = {  # name -> (what is done, check -> reasons of each check that fails
     "fewer modules": (fewer_modules, {"program": ["holds the modules"], "logs": []}),
     "seed": (one_seed_twice, {"seeds": ["seed 1337 occurs 2 times", r"with 1 seed\(s\), it needs 3"],
                               "claim": ["was not tested"]}),
+    "another seed": (another_seed, {"seeds": ["metrics_seed7.jsonl: is of seed 1337", "have the same artifact"],
+                                    "logs": [r"seeds\[1\].seed is 7, not 1337"]}),
+    "texts": (other_texts, {"program": ["requirements.txt: not the lines of"],
+                            "sources": ["does not hold source/tern/wire.py as what ran"]}),
+    "score of another": (score_of_another_file, {"logs": ["is of an artifact of 1 bytes", f"{SCORE}: data.text_val"]}),
     "score": (edit_the_score, {"logs": [f"{SCORE}.sliding.val_bpb is 1.0, not"]}),
 }
 
@@ -493,6 +524,8 @@ def test_a_forgery_without_a_flaw_is_found_by_scoring_again(copy, data_dir):
     edit(copy / SCORE, lambda s: s["sliding"].update(val_bpb=bpb))
     edit(copy / METRICS, lambda final: final["score"]["sliding"].update(val_bpb=bpb), -1)
     forge(copy)
+    found = failures(check(copy, data=copy)[0])
+    assert found.keys() == {"score"} and "scoring again failed: error: " in found["score"], "there is no data"
     found = failures(check(copy, data=data_dir)[0])
     assert found.keys() == {"score"} and "seed 1337: scored again,.sliding.val_bpb is" in found["score"]
 
