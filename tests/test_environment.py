@@ -146,6 +146,8 @@ def test_a_closed_terminal_ends_a_run_unless_nohup_started_it(before):
     signal.signal(signal.SIGHUP, before)
     signals = Signals()
     signals.note()
+    assert (signal.getsignal(signal.SIGHUP) == signal.SIG_IGN) == (before == signal.SIG_IGN)
+    assert signal.getsignal(signal.SIGHUP) != signal.SIG_DFL  # or the next line ends all tests
     signal.raise_signal(signal.SIGHUP)
     assert signals.last == (signal.SIGHUP if before == signal.SIG_DFL else 0)
     signals.interrupt("after training")

@@ -11,6 +11,7 @@ import torch
 from torch.func import functional_call
 
 from conftest import metrics, tiny_args, tiny_trainer
+from tern.checkpoints import read_checkpoint, read_state
 from tern.processes import Ranks
 from tern.settings import ConfigError
 from tern.shards import SHARD_HEADER_INTS, SHARD_MAGIC, SHARD_VERSION, DataError, open_data
@@ -24,6 +25,7 @@ from train_gpt import (
     TrainingError,
     artifact_meta,
     format_of,
+    main,
     micro_batch_tokens,
     model_from_stored,
     newton_schulz,
@@ -501,14 +503,16 @@ class Clock:
 
 @pytest.mark.parametrize(("lengths", "val_loss_every"), [([0.7], 0), ([0.7], 3), ([0.5, 0.5, 2.0], 0)])
 def test_no_step_begins_that_would_end_after_the_cap(data_dir, tmp_path, monkeypatch, lengths, val_loss_every):
-    """A step is taken to last as long as the one before. Validations are inside the clock."""
-    clock, cap, begun = Clock(monkeypatch), 10.0, []
+    """A step is taken to last as long as the one before. Validations are inside the clock, and in what is saved."""
+    clock, cap, begun, saved = Clock(monkeypatch), 10.0, [], []
     trainer = tiny_trainer(data_dir, tmp_path, "--iterations", 10**6, "--max-wallclock-seconds", cap,
-                           "--val-loss-every", val_loss_every, "--train-log-every", 1)
+                           "--val-loss-every", val_loss_every, "--train-log-every", 1, "--checkpoint-every", 3)
 
     def compute(*_) -> None:
         if torch.is_grad_enabled():
             begun.append(clock.now - 1000)
+            if len(begun) == 4:
+                saved.append(read_state(trainer.folder.path)["elapsed"])
             clock.now += lengths[len(begun) % len(lengths)]
         else:
             clock.now += 0.01  # a batch of a validation
@@ -520,6 +524,7 @@ def test_no_step_begins_that_would_end_after_the_cap(data_dir, tmp_path, monkeyp
     steps, validations = metrics(folder, "train"), metrics(folder, "val")
     took = [step["step_seconds"] for step in steps]
     assert took == pytest.approx([lengths[(i + 1) % len(lengths)] for i in range(len(begun))])
+    assert saved == [begun[3]]
     for start, before in zip(begun[1:], took, strict=False):
         assert start + before <= cap + 1e-6
     end = metrics(folder, "phase")[-1]["seconds"]  # of the training
@@ -560,11 +565,8 @@ def test_what_is_not_finite_is_named(data_dir, tmp_path, what):
 
 @pytest.mark.parametrize("checkpoint_every", [0, 1])
 def test_a_run_that_diverges_keeps_its_last_good_checkpoint(data_dir, tmp_path, capsys, checkpoint_every):
-    import train_gpt
-    from tern.checkpoints import read_checkpoint
-
     diverge = ["--tied-embed-lr", "3e37", "--lr-warmup-steps", 0, "--checkpoint-every", checkpoint_every]
-    assert train_gpt.main(tiny_args(data_dir, tmp_path, *diverge)) == 1
+    assert main(tiny_args(data_dir, tmp_path, *diverge)) == 1
     err, folder = capsys.readouterr().err, tmp_path / "tiny_seed1337"
     assert err.startswith("error: step 2: the gradient of skip_weights is not finite") and err.count("\n") == 1, err
     assert not (folder / "model.tern").exists() and err.strip() in (folder / "log.txt").read_text()
