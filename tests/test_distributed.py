@@ -349,6 +349,30 @@ def test_a_lost_node_ends_the_run_with_one_line(data_dir, tmp_path):
     check_one_line(lose(data_dir, tmp_path, rank=1, step=3, ranks=2, nodes=2))
 
 
+@needs_proc
+@pytest.mark.parametrize("found", ["a finished run", "text that is not this tokenizer's"])
+def test_what_ends_all_ranks_is_said_once(whole, data_dir, tmp_path, found):
+    data = data_dir
+    if found == "a finished run":
+        shutil.copytree(whole.folder, tmp_path / NAME)
+        before = (tmp_path / NAME / "metrics.jsonl").read_bytes()
+    else:  # only rank 0 looks
+        data = Path(shutil.copytree(data_dir, tmp_path / "data", ignore=shutil.ignore_patterns("manifest.json")))
+        shard = next(data.glob("*_val_*.bin"))
+        tokens = np.frombuffer(shard.read_bytes(), dtype="<u2").copy()
+        tokens[512:] = np.random.default_rng(0).permutation(tokens[512:])  # 512: the header's length
+        shard.write_bytes(tokens.tobytes())
+    with Torchrun(tmp_path, args_of(data, tmp_path, "--resume", "auto"), ranks=2) as running:
+        done = running.ended(tmp_path / NAME)
+    errors = [line for line in done.err.splitlines() if line.startswith("error: ")]
+    if found == "a finished run":
+        assert done.statuses == [0] and done.out.count("is finished and left as it is") == 1 and not errors
+        assert (tmp_path / NAME / "metrics.jsonl").read_bytes() == before
+    else:
+        assert done.statuses == [1] and len(errors) == 1 and "not of this tokenizer" in errors[0], done.err
+        assert 'train_gpt.py", line' not in done.err and not (tmp_path / NAME).exists()
+
+
 # -- three ranks, step by step -----------------------------------------------------------------------------------
 
 RULES = [TINY, replace(TINY, embed_format="ternary", quantize_start=0.5, grad_clip_norm=0.1)]
