@@ -386,6 +386,7 @@ def test_a_small_model_spends_little_on_its_header():
         ({"format": TERNARY | {"scale": "log5"}}, "scales must be uint8"),
         ({"format": TERNARY | {"scale": "log5"}, "scales": np.full((5, 1), 32, np.uint8)}, "quantize"),
         ({"format": FP8}, "codes must be uint8"),
+        ({"format": FP8, "codes": np.zeros((5, 4), np.uint8)}, "the format fp8 has no scales: pass None"),
         ({"format": TERNARY | {"threshold": float("nan")}}, "finite"),
     ],
 )

@@ -864,7 +864,8 @@ def test_compressed_stream_one_byte_short_or_long_or_followed_by_more(codec):
     assert pack.decode_artifact(file(data, 100))
     for bad in (file(data, 99), file(data, 101), file(data + b"\0", 100), file(data + data, 100), file(data[:-1], 100)):
         refused(bad, codec[4:])
-    refused(file(b"", 100), codec[4:])
+    for nothing in (b"", b"\xff" * 20):
+        refused(file(nothing, 100), codec[4:])
     refused(file(data, 0), "empty stream is compressed")
 
 
