@@ -6,10 +6,10 @@
 
 bpb = (sum of the scored tokens' negative log-likelihoods in nats / ln 2) / (UTF-8 bytes of the same tokens).
 
-Three things can make such a number wrong: bytes, windows and the model. Each has its own section here, and each
-is checked on every run: the byte counter against the decoded text of every validation document, the windows by
-counting that each token is scored once, the model by tests for look-ahead, for normalisation and for ternary codes.
-If a check of the score fails, no score is printed.
+Three things can make such a number wrong: bytes, windows and the model. Each is checked on every run: the byte counter
+against the decoded text of every validation document, the windows by counting that each token is scored once (both in
+tern/metric.py), the model by tests for look-ahead, for normalisation and for ternary codes (below). If a check of the
+score fails, no score is printed.
 """
 
 from __future__ import annotations

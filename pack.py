@@ -16,7 +16,7 @@ A file is a fixed preamble, a compressed JSON header and the streams, back to ba
                                   "streams": [[codec, bytes, crc32]], "tensors": [[name, shape, format index]]}
     17 + h  ..    the streams
 
-docs/format.md is the whole format on two pages. There is one stream per format and role (codes, scales), of all tensors
+docs/format.md is the whole format. There is one stream per format and role (codes, scales), of all tensors
 of that format in order: merged streams compress better and a short table costs fewer header bytes. What follows from
 formats and shapes (which streams exist, how many symbols each holds, and with the sizes their offsets) is derived by
 `layout` and not stored, so that no file can contradict itself; the names of repeated layers are derived from the
@@ -125,7 +125,10 @@ BITS: dict[str, float] = {
 
 @dataclass(frozen=True)
 class Kind:
-    """What the packer has to know of a kind of storage format. A new one is a row in KINDS, and nothing else here."""
+    """What the packer has to know of a kind of storage format: its row in KINDS, with its expected bits in BITS.
+
+    Nothing else here changes for a new kind whose codes are symbols that there are (SYMBOLS).
+    """
 
     symbol: Callable[[dict], str]  # format -> symbol kind of its codes
     expected: Callable[[dict, str, tuple[int, ...]], float]  # format, part of the model, shape -> bits of a code
@@ -883,7 +886,7 @@ def read_bytes(path: str | Path) -> bytes:
     try:
         info = os.stat(path)
         if not stat.S_ISREG(info.st_mode):  # before opening: a pipe would wait for ever
-            raise ArtifactError(f"{path}: not a file; give the artifact itself, for example {Path(path) / 'model.bin'}")
+            raise ArtifactError(f"{path}: not a file; give the artifact itself, for example {Path(path) / 'model.tern'}")
         if info.st_size > MAX_FILE:
             raise ArtifactError(f"{path}: {info.st_size} bytes are not an artifact; at most {MAX_FILE} are read")
         return Path(path).read_bytes()

@@ -7,14 +7,15 @@
 
 Settings resolve as defaults < preset < environment (upper-case names) < command line.
 
-The one idea: every parameter has three forms, and only `Latents.refresh` converts between them:
+The one idea: every parameter has three forms, and in training only `Latents.refresh` goes from one to the next:
 
     latent (fp32, the optimizer's) --quantize--> stored (codes + scales, the file's) --dequantize--> param (bf16)
 
 The model trains on params that are already dequantize(quantize(latent)), unless --quantize-start or --quantize-ramp
-puts that off; its forward is a plain dense GPT. The straight-through estimator (Bengio et al., arXiv 1308.3432) is the
-optimizer step: the gradient of the param is applied to the latent and the param is refreshed. The artifact holds the
-codes and scales of the last refresh, so the model rebuilt from the file is the model that was trained, bit for bit.
+puts that off; nothing in its forward knows of quantization. The straight-through estimator (Bengio et al., arXiv
+1308.3432) is the optimizer step: the gradient of the param is applied to the latent and the param is refreshed. The
+artifact holds the codes and scales of the last refresh, so the model that is rebuilt from the file is, bit for bit, the
+one in memory at the end of training.
 
 Read on in this order: settings, storage formats, model, latents and optimizer, data, checkpoints, the loop, main.
 """
@@ -64,7 +65,7 @@ from tern.wire import from_wire, to_wire
 
 @dataclass(frozen=True)
 class Config:
-    """Every setting. The names are PR 367's environment variables in lower case, then ours."""
+    """Every setting, by topic. Those that PR 367 has as environment variables have their names, in lower case."""
 
     # run
     run_id: str = setting("", "name of the run's folder; empty: <preset>_seed<seed>", free=True)
@@ -86,22 +87,22 @@ class Config:
     warmdown_frac: float = setting(0.5, "share of the run that warms down, where warmdown_iters is 0", 0, 1)
     train_batch_tokens: int = setting(16384, "tokens per step over all processes", 1)
     micro_batch_tokens: int = setting(65536, "tokens per forward and process at most; more are accumulated in fp32", 1)
-    train_seq_len: int = setting(512, "tokens per sequence", 1, 65536)
+    train_seq_len: int = setting(512, "tokens per sequence", 1, 65536, in_file=True)
     seq_ramp_start: int = setting(0, "sequence length at the start, doubling to the full one; 0: no ramp", 0)
     seq_ramp_frac: float = setting(0.25, "share of the run over which the sequence length grows", 0, 1)
     batch_ramp_start: int = setting(0, "tokens per step at the start, growing to the full batch; 0: no ramp", 0)
     batch_ramp_frac: float = setting(0.20, "share of the run over which the batch grows", 0, 1)
     # model
-    vocab_size: int = setting(1024, "must be the tokenizer's", 1, 65536)
-    num_layers: int = setting(4, "blocks, at least 2; the first half feeds U-Net skips to the second", 2, 1024)
-    model_dim: int = setting(128, "width of the residual stream", 1, 1 << 20)
-    num_heads: int = setting(2, "query heads", 1)
-    num_kv_heads: int = setting(1, "key and value heads (GQA)", 1)
-    mlp_mult: int = setting(3, "MLP hidden width in units of model_dim, where mlp_hidden is 0", 0)
-    mlp_hidden: int = setting(0, "MLP hidden width, any number; 0: mlp_mult * model_dim", 0)
-    rope_base: float = setting(10000.0, "RoPE base frequency", 1e-30)
-    logit_softcap: float = setting(30.0, "logits are softcap * tanh(logits / softcap)", 1e-30)
-    smear: bool = setting(False, "SmearGate: each embedding is blended with the one before, by learned gates")
+    vocab_size: int = setting(1024, "must be the tokenizer's", 1, 65536, in_file=True)
+    num_layers: int = setting(4, "blocks; the first half feeds U-Net skips to the second", 2, 1024, in_file=True)
+    model_dim: int = setting(128, "width of the residual stream", 1, 1 << 20, in_file=True)
+    num_heads: int = setting(2, "query heads", 1, in_file=True)
+    num_kv_heads: int = setting(1, "key and value heads (GQA)", 1, in_file=True)
+    mlp_mult: int = setting(3, "MLP hidden width in units of model_dim, where mlp_hidden is 0", 0, in_file="changed")
+    mlp_hidden: int = setting(0, "MLP hidden width, any number; 0: mlp_mult * model_dim", 0, in_file=True)
+    rope_base: float = setting(10000.0, "RoPE base frequency", 1e-30, in_file="changed")
+    logit_softcap: float = setting(30.0, "logits are softcap * tanh(logits / softcap)", 1e-30, in_file="changed")
+    smear: bool = setting(False, "SmearGate: embeddings blended with the one before by learned gates", in_file="changed")
     qk_gain_init: float = setting(1.5, "initial gain of normalised queries, learned per head", -1e6, 1e6)
     tied_embed_init_std: float = setting(0.005, "initial standard deviation of the tied embedding", 1e-30)
     # storage formats
@@ -195,7 +196,7 @@ PRESETS: dict[str, dict] = {
 }
 
 # ---------------------------------------------------------------------------------------------------------------
-# Storage formats: latent -> stored -> param. Nothing else here quantizes or dequantizes
+# Storage formats: latent -> stored -> param. A weight is rounded to a code, a scale to its dtype, their product to bf16
 # ---------------------------------------------------------------------------------------------------------------
 
 
@@ -409,7 +410,7 @@ def format_of_file(spec: dict) -> Format:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Model: a plain dense GPT, PR 367's architecture
+# Model: PR 367's GPT. Nothing in it knows of quantization
 # ---------------------------------------------------------------------------------------------------------------
 
 
@@ -608,6 +609,7 @@ class Latents:
         for bank, view in zip(self.banks, self.wire.split([len(b.wire) for b in self.banks]), strict=True):
             bank.wire = view
         self.mine = [b for b in self.banks if b.owner == self.ranks.rank]
+        self.others = [b for b in self.banks if b.owner != self.ranks.rank]
         spans = [[b for b in self.banks if b.owner == r] for r in range(self.ranks.world)]
         self.grad_segments = self.flat_grad[:-1].split([sum(b.grad.numel() for b in span) for span in spans])
         self.wire_segments = self.wire.split([sum(len(b.wire) for b in span) for span in spans])
@@ -637,40 +639,46 @@ class Latents:
     def refresh(self, quantized: float = 1.0, measure: bool = False) -> tuple[float, float]:
         """params <- dequantize(quantize(latent)), eager: a compiler may drop a rounding (pytorch issue 185337).
 
-        quantized < 1: only so far from the latent towards that, rounded to bf16. What is stored is quantized all the
-        way. Returns (zero_frac, churn) of the block matrices' codes, or NaN unless measure. churn: share of the codes
-        that this refresh changed.
+        quantized < 1: only so far from the latent towards that. What is stored is quantized all the way. Returns
+        (zero_frac, churn) of the block matrices' codes, or NaN unless measure.
         """
-        counts = torch.zeros(3, dtype=torch.int64, device=self.flat_grad.device)  # zeros, changed, all
-        mixed: dict[int, Tensor] = {}  # id of a bank -> param
+        before = [bank.stored for bank in self.mine]
         for bank in self.mine:
-            stored = bank.format.quantize(bank.latent)
-            if measure and bank.optimizer == "muon" and not isinstance(bank.format, Float):
-                counts[0] += (stored.codes == 0).sum()
-                counts[1] += (stored.codes != bank.stored.codes).sum()
-                counts[2] += stored.codes.numel()
-            bank.stored = stored
-            if quantized < 1:
-                mixed[id(bank)] = bank.latent.float().lerp(bank.format.dequantize(stored).float(), quantized).bfloat16()
-            if self.ranks.world > 1:
-                wire = to_wire(stored.codes, stored.scales, bank.format.kind == "ternary")
-                if mixed:
-                    wire = mixed[id(bank)].flatten().view(torch.uint8)
-                bank.wire[: len(wire)].copy_(wire)
-        works = [self.ranks.broadcast(segment, r) for r, segment in enumerate(self.wire_segments)]
-        for bank in sorted(self.banks, key=lambda b: b.owner != self.ranks.rank):  # one's own while others arrive
+            bank.stored = bank.format.quantize(bank.latent)
+        arrivals = self.exchange(quantized)
+        for bank in [*self.mine, *self.others]:  # one's own while others arrive
             if bank.stored is None:
-                self.ranks.wait(works[bank.owner])
-            if quantized == 1:
-                param = bank.format.dequantize(self.stored(bank))
-            elif id(bank) in mixed:
-                param = mixed[id(bank)]
-            else:
-                param = bank.wire[: 2 * bank.grad.numel()].clone().view(torch.bfloat16).view(bank.grad.shape)
+                self.ranks.wait(arrivals[bank.owner])
+            param = bank.format.dequantize(self.stored(bank)) if quantized == 1 else self.mixed(bank, quantized)
             torch._foreach_copy_([p.data for p in bank.params], list(param.unbind()))
-        self.ranks.wait(works[self.ranks.rank])
-        if not measure:
-            return math.nan, math.nan
+        self.ranks.wait(arrivals[self.ranks.rank])
+        return self.zero_frac_and_churn(before) if measure else (math.nan, math.nan)
+
+    def mixed(self, bank: Bank, quantized: float) -> Tensor:
+        """The param, bf16, on the way from the latent (0) to the stored value (1); another rank's from the wire."""
+        if bank.stored is None:
+            return bank.wire[: 2 * bank.grad.numel()].clone().view(torch.bfloat16).view(bank.grad.shape)
+        return bank.latent.float().lerp(bank.format.dequantize(bank.stored).float(), quantized).bfloat16()
+
+    def exchange(self, quantized: float) -> list[dist.Work | None]:
+        """Begin to send what this rank owns to the others: codes and scales, or params that are not there yet."""
+        for bank in self.mine if self.ranks.world > 1 else []:
+            if quantized == 1:
+                wire = to_wire(bank.stored.codes, bank.stored.scales, bank.format.kind == "ternary")
+            else:
+                wire = self.mixed(bank, quantized).flatten().view(torch.uint8)
+            bank.wire[: len(wire)].copy_(wire)
+        return [self.ranks.broadcast(segment, rank) for rank, segment in enumerate(self.wire_segments)]
+
+    def zero_frac_and_churn(self, before: list[Stored]) -> tuple[float, float]:
+        """Shares of the block matrices' codes that are zero, and that are not what they were before; NaN without codes.
+        Collective."""
+        counts = torch.zeros(3, dtype=torch.int64, device=self.flat_grad.device)  # zeros, changed, all
+        for bank, old in zip(self.mine, before, strict=True):
+            if bank.optimizer == "muon" and not isinstance(bank.format, Float):
+                counts[0] += (bank.stored.codes == 0).sum()
+                counts[1] += (bank.stored.codes != old.codes).sum()
+                counts[2] += old.codes.numel()
         zeros, changed, total = self.ranks.sum(counts).tolist()
         return (zeros / total, changed / total) if total else (math.nan, math.nan)
 
@@ -727,8 +735,9 @@ class Latents:
             for row in zip(bank.names, latent, stored.codes, scales, strict=True):
                 yield row[0], bank.format, row[1], Stored(row[2], row[3])
 
-    def first_non_finite(self, order: list[str]) -> str | None:
-        """The first latent, else the first gradient, in the model's order, that is not finite; None if all are."""
+    def first_non_finite(self, order: list[str]) -> tuple[str, str] | None:
+        """("weights" or "gradient", name) of the first latent, else the first gradient, in the model's order, that is
+        not finite; None if all are."""
         if all(bool(torch.isfinite(x.sum())) for x in (self.flat_grad, *(b.latent for b in self.mine))):
             return None
         latents = {n: x for b in self.mine for n, x in zip(b.names, b.latent, strict=True)}
@@ -736,7 +745,7 @@ class Latents:
         for what, tensors in (("weights", latents), ("gradient", grads)):
             name = first_bad((name, tensors[name]) for name in order if name in tensors)
             if name is not None:
-                return f"the {what} of {name}"
+                return what, name
         return None
 
     def wire_bytes_per_ternary_weight(self) -> float:
@@ -776,11 +785,11 @@ class Optimizer:
         self.momentum = [torch.zeros_like(b.latent) for b in self.muon]
         self.adam_banks = [b for b in latents.mine if b.optimizer != "muon"]
         lrs = {"embed": config.tied_embed_lr, "scalar": config.scalar_lr}
-        groups = [{"params": [b.latent], "lr": lrs[b.optimizer], "base_lr": lrs[b.optimizer]} for b in self.adam_banks]
+        each = [{"params": [b.latent], "lr": lrs[b.optimizer], "base_lr": lrs[b.optimizer]} for b in self.adam_banks]
         for b in self.adam_banks:
             b.latent.grad = b.grad
         betas = (config.beta1, config.beta2)
-        self.adam = torch.optim.AdamW(groups or [torch.zeros(0)], betas=betas, eps=config.adam_eps, weight_decay=0.0,
+        self.adam = torch.optim.AdamW(each or [torch.zeros(0)], betas=betas, eps=config.adam_eps, weight_decay=0.0,
                                       fused=True)  # a rank may own no vector, which AdamW does not allow
         held = [n for b in (*self.muon, *self.adam_banks) for n in b.names]
         assert len(held) == len(set(held)) == sum(len(b.names) for b in latents.mine), "not one group per parameter"
@@ -792,8 +801,8 @@ class Optimizer:
         works = latents.reduce()
         if self.config.grad_clip_norm > 0:
             own = latents.grad_segments[latents.ranks.rank]
-            norm = latents.ranks.sum(own.square().sum()).sqrt()
-            own *= (self.config.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0)
+            total = latents.ranks.sum(own.square().sum()).sqrt()
+            own *= (self.config.grad_clip_norm / (total + 1e-6)).clamp(max=1.0)
         lr = self.config.matrix_lr * lr_scale
         for bank, buffer in zip(self.muon, self.momentum, strict=True):
             buffer.mul_(momentum).add_(bank.grad)
@@ -969,36 +978,20 @@ def param_of_file(tensor: pack.StoredTensor) -> Tensor:
     return format_of_file(spec).dequantize(Stored(groups.from_patterns(tensor.codes, spec["kind"]), scales))
 
 
-# What a model is rebuilt from, and so what an artifact's configuration holds; the rest of a run is in its log.
-MODEL_SETTINGS = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_hidden", "train_seq_len")
-# Likewise, where they are not these values; older files name the first three in any case.
-MODEL_OPTIONS = {"mlp_mult": 3, "rope_base": 10000.0, "logit_softcap": 30.0, "smear": False}
-
-
 def artifact_meta(config: Config, data: DataFolder | None = None) -> dict:
     """What an artifact says of its model: configuration, sha256 of the tokenizer, identity of the data (16 digits).
 
     Without data, as where only the size counts, the names are of nothing.
     """
-    held = {name: getattr(config, name) for name in MODEL_SETTINGS}
-    held |= {name: getattr(config, name) for name, without in MODEL_OPTIONS.items()
-             if getattr(config, name) != without}
     nothing = hashlib.sha256(b"").hexdigest()
     tokenizer, identity = (data.tokenizer_sha256, data.identity) if data else (nothing, nothing)
-    return {"config": held, "tokenizer": tokenizer, "data": identity[:16]}
+    return {"config": settings.for_file(config), "tokenizer": tokenizer, "data": identity[:16]}
 
 
 def model_from_stored(tensors: dict[str, pack.StoredTensor], meta: dict) -> GPT:
     """The model of an artifact. Raises ConfigError unless its tensors are exactly those of its configuration."""
-    try:
-        held = meta["config"]
-        chosen = {name: held[name] for name in MODEL_SETTINGS} | {n: held[n] for n in MODEL_OPTIONS if n in held}
-        activation_bits = held.get("activation_bits", 16)  # an option of files before 0.1.0
-        config = Config(**(MODEL_OPTIONS | chosen), eval_stride=0, train_batch_tokens=chosen["train_seq_len"])
-    except (KeyError, TypeError, AttributeError) as e:
-        raise ConfigError(f"the artifact's configuration is not one of this trainer: {e!r}") from None
-    if activation_bits != 16:
-        raise ConfigError("the model has int8 activations, which this trainer no longer has")
+    held = settings.from_file(Config, meta.get("config"))
+    config = Config(**held, eval_stride=0, train_batch_tokens=held["train_seq_len"])
     if config.num_layers > len(tensors):  # do not build what the file cannot hold
         raise ConfigError(f"{config.num_layers} layers cannot be made of {len(tensors)} tensors")
     with torch.device("meta"):
@@ -1124,8 +1117,8 @@ class Trainer:
         """Write the checkpoint of all ranks on rank 0, after each has seen that its own part is worth keeping."""
         bad = self.latents.first_non_finite(self.order)
         if int(self.ranks.sum(torch.tensor(int(bad is not None), dtype=torch.int64, device=self.device))):
-            raise TrainingError(f"step {self.step}: {bad or 'what another rank owns'} is not finite; the last good "
-                                "checkpoint is kept")
+            what = "the {} of {}".format(*bad) if bad else "what another rank owns"
+            raise TrainingError(f"step {self.step}: {what} is not finite; the last good checkpoint is kept")
         if self.quantized < 1:
             self.latents.refresh()  # for the codes of every rank
         stored = self.latents.pack(self.order)
@@ -1230,7 +1223,7 @@ class Trainer:
             if self.finished:
                 break
             if signum:
-                self.stop_for(signum)
+                raise self.interrupted(signum)
             plan = schedule(c, self.step, progress)
             micro_batches = max(plan.batch_tokens // (self.world * self.micro_tokens), 1)
             self.forward_backward(plan.seq_len, micro_batches)
@@ -1242,8 +1235,8 @@ class Trainer:
             self.quantized = plan.quantized
             logged = c.train_log_every > 0 and (self.step <= 10 or self.step % c.train_log_every == 0)
             zero_frac, churn = self.latents.refresh(self.quantized, measure=logged)
-            self.count_step(micro_batches * self.world * self.micro_tokens)
             self.after_step(plan)
+            self.count_step(micro_batches * self.world * self.micro_tokens)
             self.report_step(plan, progress, loss, zero_frac, churn, logged)
             if c.val_loss_every > 0 and self.step % c.val_loss_every == 0:
                 self.validate_in_training()
@@ -1277,13 +1270,13 @@ class Trainer:
         progress, over, signum = word.tolist()
         return progress, bool(over), int(signum)
 
-    def stop_for(self, signum: int) -> None:
-        """Save, and raise Interrupted."""
+    def interrupted(self, signum: int) -> Exception:
+        """Save; what a signal ends the run with."""
         self.save()
         if self.folder.unsaved:
-            raise TrainingError(f"stopped by signal {signum} after step {self.step}, and {self.folder.unsaved}")
-        raise Interrupted(signum, f"stopped by signal {signum} after step {self.step}, checkpoint in "
-                          f"{self.folder.checkpoint}: the same command with --resume auto continues")
+            return TrainingError(f"stopped by signal {signum} after step {self.step}, and {self.folder.unsaved}")
+        return Interrupted(signum, f"stopped by signal {signum} after step {self.step}, checkpoint in "
+                           f"{self.folder.checkpoint}: the same command with --resume auto continues")
 
     def forward_backward(self, seq_len: int, micro_batches: int) -> None:
         """Accumulate this rank's share of a step's gradients and loss, which are means, in latents.flat_grad."""
@@ -1338,13 +1331,14 @@ class Trainer:
 
     def diverged(self, loss: float, seq_len: int) -> TrainingError:
         """The error of a step whose loss or gradient is not finite: it names the first bad tensor, and what is left."""
-        first = self.latents.first_non_finite(self.order)  # of this rank
-        if first is None or not first.startswith("the weights"):  # a bad activation makes all gradients bad
+        bad, first = self.latents.first_non_finite(self.order), "the sum of the gradients, or another rank's,"
+        if bad is not None:
+            first = "the {} of {}".format(*bad)
+        if bad is None or bad[0] == "gradient":  # a bad activation makes all gradients bad
             ids, targets = self.loader.batch(1, seq_len, 0, self.rank, self.world)
             module = first_bad_output(self.model, ids.to(self.device), targets.to(self.device))
             if module is not None:
                 first = f"the output of {module or 'the model'}"
-        first = first or "the sum of the gradients, or another rank's,"
         return TrainingError(f"step {self.step + 1}: {first} is not finite (loss {loss}); "
                              f"{self.folder.what_is_left()}; lower the learning rates or check the data")
 

@@ -11,6 +11,7 @@ import io
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -24,7 +25,7 @@ BETTER, WORSE = "#1b7837", "#b2182b"
 PALETTE = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 OTHER = "#b8b8b8"  # for what comes after the palette
 
-CHART_STYLE = {
+CHART_STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans", "font.size": 9, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": GRID,
     "axes.grid": True, "axes.axisbelow": True, "grid.color": GRID, "grid.linewidth": 0.7, "xtick.color": INK,
     "ytick.color": INK, "xtick.major.size": 0, "ytick.major.size": 0, "axes.spines.top": False,
@@ -56,7 +57,7 @@ def name_on_the_right(axes: Axes, points: Sequence[tuple[float, float, str]]) ->
     """Write the name of each (x, y, name) beside the axes, near its height, with a line to its point."""
     low, high = axes.get_ylim()
     ordered = sorted(points, key=lambda point: point[1])
-    gap = LINE_OF_NAMES / (axes.figure.get_figheight() - 0.8)  # as a share of the axes' height
+    gap = LINE_OF_NAMES / (axes.get_figure(root=True).get_figheight() - 0.8)  # as a share of the axes' height
     steps = gap * np.arange(len(ordered))
     wanted = np.array([(y - low) / (high - low) for _, y, _ in ordered])
     heights = isotonic_regression(wanted - steps).x + steps  # the nearest that leave a gap

@@ -17,12 +17,14 @@ class ConfigError(Foreseen):
     status, shared = 2, True
 
 
-def setting(default, why: str, low: float = -math.inf, high: float = math.inf, free: bool = False):
+def setting(default, why: str, low: float = -math.inf, high: float = math.inf, free: bool = False,
+            in_file: bool | str = False):
     """A field of the dataclass: its default, which also says its type, the reason for it, and the range of a number.
 
-    free: it changes no formula, so a run may be resumed with another value.
+    free: it changes no formula, so a run may be resumed with another value. in_file: a model is rebuilt from it, so an
+    artifact has it; "changed": only where it is not the default, which is what files without it mean.
     """
-    return field(default=default, metadata={"why": why, "low": low, "high": high, "free": free})
+    return field(default=default, metadata={"why": why, "low": low, "high": high, "free": free, "in_file": in_file})
 
 
 def need(ok: bool, config, name: str, rule: str) -> None:
@@ -47,6 +49,25 @@ def check_types(config) -> None:
 def formula(config) -> dict:
     """The settings that decide what a run computes."""
     return {f.name: getattr(config, f.name) for f in fields(config) if not f.metadata["free"]}
+
+
+def for_file(config) -> dict:
+    """The settings that an artifact has."""
+    return {f.name: getattr(config, f.name) for f in fields(config)
+            if f.metadata["in_file"] is True or f.metadata["in_file"] and getattr(config, f.name) != f.default}
+
+
+def from_file(config_class: type[Any], held: object) -> dict:
+    """What an artifact says, as arguments for the settings' class. Raises ConfigError unless it says just what a model
+    is rebuilt from: with a setting of another version that is left out it would be another model."""
+    known = {f.name: f.metadata["in_file"] for f in fields(config_class) if f.metadata["in_file"]}
+    held = held if isinstance(held, dict) else {}
+    missing = [name for name, needed in known.items() if needed is True and name not in held]
+    wrong = missing or [name for name in held if name not in known]
+    if wrong:
+        raise ConfigError(f"the artifact's configuration is not one of this trainer: {str(wrong[0])[:40]!a} is "
+                          + ("missing" if missing else "not known"))
+    return held
 
 
 def differences(theirs: object, config) -> list[str]:
