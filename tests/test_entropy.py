@@ -117,7 +117,6 @@ LARGE = {
 }
 
 
-@fast
 @pytest.mark.parametrize(("kind", "shapes"), LARGE.values(), ids=LARGE)
 def test_round_trip_of_large_and_odd_shapes(kind, shapes):
     check_round_trip([filled(kind, shape, "random", i) for i, shape in enumerate(shapes)], kind)
@@ -553,7 +552,6 @@ def test_the_range_coder_is_this_one(seed):
             decoder.finish()
 
 
-@fast
 def test_every_probability_is_split_by_this_rule():
     """All 65,535, each with both bits: one that is split elsewhere would change all bytes after it."""
     p = np.repeat(np.arange(1, ONE), 2)
