@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -103,7 +104,7 @@ def read_results(path: Path) -> list[Line]:
     return list(lines.values())
 
 
-def what_of_lines(lines: list[Line]) -> dict[str, str]:
+def what_of_lines(lines: Sequence[Line]) -> dict[str, str]:
     """Id of a line -> hash of what its run was of, as Job.what. A line whose parent is not there before it has none:
     what it started from is part of what it is."""
     what: dict[str, str] = {}
