@@ -161,10 +161,10 @@ def test_round_trip(kind, shapes, data):
 @given(st.sampled_from(KINDS), ARRAYS, st.binary(max_size=60))
 def test_any_bytes_give_arrays_or_a_decode_error(kind, shapes, data):
     try:
-        arrays = entropy.decode(data, shapes, kind)
+        found = [x.shape for x in entropy.decode(data, shapes, kind)]
     except entropy.DecodeError:
-        return
-    assert [x.shape for x in arrays] == shapes
+        found = None
+    assert found in (None, shapes)
 
 
 @fast
