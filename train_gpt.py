@@ -102,7 +102,7 @@ class Config:
     mlp_hidden: int = setting(0, "MLP hidden width, any number; 0: mlp_mult * model_dim", 0, in_file=True)
     rope_base: float = setting(10000.0, "RoPE base frequency", 1e-30, in_file="changed")
     logit_softcap: float = setting(30.0, "logits are softcap * tanh(logits / softcap)", 1e-30, in_file="changed")
-    smear: bool = setting(False, "SmearGate: embeddings blended with the one before by learned gates", in_file="changed")
+    smear: bool = setting(False, "SmearGate: embeddings blended with the one before, by gates", in_file="changed")
     qk_gain_init: float = setting(1.5, "initial gain of normalised queries, learned per head", -1e6, 1e6)
     tied_embed_init_std: float = setting(0.005, "initial standard deviation of the tied embedding", 1e-30)
     # storage formats
