@@ -7,9 +7,9 @@
 bpb = (sum of the scored tokens' negative log-likelihoods in nats / ln 2) / (UTF-8 bytes of the same tokens).
 
 Three things can make such a number wrong: bytes, windows and the model. Each is checked on every run: the byte counter
-against the decoded text of every validation document, the windows by counting that each token is scored once (both in
-tern/metric.py), the model by tests for look-ahead, for normalisation and for ternary codes (below). If a check of the
-score fails, no score is printed.
+against the decoded text of every validation document (tern/audits.py), the windows by counting that each token is
+scored once (tern/metric.py), the model by tests for look-ahead, for normalisation and for ternary codes (below). If a
+check of the score fails, no score is printed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from torch import Tensor
 
 import pack
 import train_gpt
-from tern import command, machine, metric, processes
+from tern import audits, command, machine, metric, processes
 from tern.files import write_atomic
 from tern.metric import Score, evaluate, position_losses, sliding_windows
 from tern.processes import LaunchError, Place
@@ -211,7 +211,7 @@ def score_file(args: argparse.Namespace, device: torch.device) -> dict:
     counter = ByteCounter(data.tokenizer)
     if artifact_tokenizer(meta) is None:
         check_provable(data)
-    text = metric.audit_validation(data, counter)
+    text = audits.audit_validation(data, counter)
     tokens = text.tokens
     proof = audit_ternary(tensors)
     model = load_tensors(tensors, meta, args.artifact, device)

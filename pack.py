@@ -886,7 +886,7 @@ def read_bytes(path: str | Path) -> bytes:
     try:
         info = os.stat(path)
         if not stat.S_ISREG(info.st_mode):  # before opening: a pipe would wait for ever
-            raise ArtifactError(f"{path}: not a file; give the artifact itself, for example {Path(path) / 'model.tern'}")
+            raise ArtifactError(f"{path}: not a file; give the artifact itself, as {Path(path) / 'model.tern'}")
         if info.st_size > MAX_FILE:
             raise ArtifactError(f"{path}: {info.st_size} bytes are not an artifact; at most {MAX_FILE} are read")
         return Path(path).read_bytes()

@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pack
-from tern import checkpoints, foreign, groups, machine, metric, processes, runlog, settings, source
+from tern import audits, checkpoints, foreign, groups, machine, metric, processes, runlog, settings, source
 from tern.checkpoints import CheckpointError
 from tern.command import steady_streams
 from tern.ending import report_end
@@ -406,7 +406,10 @@ def format_of_file(spec: dict) -> Format:
         return Dequantizer(spec["group_size"], spec["scale"])
     if kind not in FORMATS:
         raise ConfigError(f"storage format {kind!r} is none of this trainer's: ablations/program.py may know it")
-    return FORMATS[kind](**{name: value for name, value in spec.items() if name != "kind"})
+    try:
+        return FORMATS[kind](**{name: value for name, value in spec.items() if name != "kind"})
+    except TypeError as e:
+        raise ConfigError(f"storage format {spec}: {e}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1069,7 +1072,7 @@ class Trainer:
                                        "settings": settings.formula(c)}, self.device)
         self.val_tokens = np.concatenate([read_shard(path) for path in self.data.val])
         self.folder.take_together(self.ranks, self.device, lambda: self.notices.extend(
-            metric.audit_before_training(self.data, self.counter)))
+            audits.audit_before_training(self.data, self.counter)))
         self.log = self.folder.log
         loaded = load_checkpoint(self.folder.checkpoint) if self.folder.resumes else None
         self.loader = TokenLoader(self.data.train, c.vocab_size)

@@ -3,7 +3,7 @@
     python bench/origin.py DATA DATA [DATA ...]
 
 Prints the share of a split's tokens that come again when the text that a tokenizer makes of them is encoded, which is
-what tern.metric.audit_origin refuses below REPRODUCED; "-" where the split holds ids that the tokenizer does not have.
+what tern.audits.audit_origin refuses below REPRODUCED; "-" where the split holds ids that the tokenizer does not have.
 """
 
 from __future__ import annotations

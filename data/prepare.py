@@ -43,21 +43,21 @@ if __name__ == "__main__":
         if signal.getsignal(_number) != signal.SIG_IGN:  # as nohup sets it
             signal.signal(_number, stop_at_once)
 
-import numpy as np  # noqa: E402
-import sentencepiece  # noqa: E402
+import numpy as np
+import sentencepiece
 
 ROOT = Path(__file__).resolve().parent.parent
 # `python data/prepare.py` puts data/ on the module path, not the repository root that holds data/ and tern/.
-if str(ROOT) not in sys.path:
+if __package__ in (None, ""):
     sys.path.insert(0, str(ROOT))
 
-from data.messages import Progress, printable, say  # noqa: E402
-from data.places import Place, Stopped, file_hashes, handlers, reason_of, stop, up_to_date  # noqa: E402
-from data.textfiles import SPLIT_BYTES, TEXT_RULES, cut_place, text_documents, text_kind  # noqa: E402
-from tern.command import Parser, describe_unexpected, say_error, steady_streams  # noqa: E402
-from tern.files import folder_identity, sha256_file  # noqa: E402
-from tern.metric import audit_origin  # noqa: E402
-from tern.shards import (  # noqa: E402
+from data.messages import Progress, printable, say
+from data.places import Place, Stopped, file_hashes, handlers, reason_of, stop, up_to_date
+from data.textfiles import SPLIT_BYTES, TEXT_RULES, cut_place, text_documents, text_kind
+from tern.audits import audit_origin
+from tern.command import Parser, describe_unexpected, say_error, steady_streams
+from tern.files import folder_identity, sha256_file
+from tern.shards import (
     SHARD_HEADER_INTS,
     SHARD_MAGIC,
     SHARD_VERSION,
@@ -65,7 +65,7 @@ from tern.shards import (  # noqa: E402
     DataError,
     read_shard,
 )
-from tern.tokenizers import ByteCounter, open_tokenizer  # noqa: E402
+from tern.tokenizers import ByteCounter, open_tokenizer
 
 FORMAT = 1
 BOS = 1

@@ -20,8 +20,9 @@ import pack
 import train_gpt
 from conftest import ROOT, VOCAB, ended, is_one_error, run, small_corpus, started
 from eval_bpb import audit_model, audit_ternary, load_artifact, sample
+from tern.audits import audit_bytes
 from tern.files import folder_identity
-from tern.metric import audit_bytes, evaluate, sliding_windows
+from tern.metric import evaluate, sliding_windows
 from tern.processes import end_process
 from tern.shards import AuditError, DataError, open_data, read_shard
 from tern.tokenizers import ByteCounter

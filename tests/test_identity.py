@@ -17,8 +17,8 @@ import eval_bpb
 import pack
 import train_gpt
 from conftest import VOCAB, is_one_error, prepared, small_corpus, tiny_args
+from tern.audits import audit_bytes, audit_origin
 from tern.checkpoints import write_checkpoint
-from tern.metric import audit_bytes, audit_origin
 from tern.shards import AuditError, DataError, open_data, read_shard
 from tern.tokenizers import (
     ByteCounter,
