@@ -16,8 +16,8 @@ pytestmark = pytest.mark.fast
 class Oven:
     """A program's settings, one of each type."""
 
-    degrees: int = setting(180, "how hot", 0, 300)
-    minutes: float = setting(45.0, "how long; 100% is done", 0)
+    degrees: int = setting(180, "how hot", 0, 300, in_file=True)
+    minutes: float = setting(45.0, "how long; 100% is done", 0, in_file="changed")
     fan: bool = setting(False, "whether air moves")
     bread_name: str = setting("", "what it is", free=True)
 
@@ -99,3 +99,14 @@ def test_another_value_of_a_free_setting_is_the_same_run():
     assert settings.differences(theirs, Oven(190)) == ["degrees=180 (now 190)", "fan=True (now False)"]
     assert settings.differences({"degrees": 180}, Oven()) == []  # as saved before the others were there
     assert settings.differences("rubbish", Oven(fan=True)) == ["fan=False (now True)"]
+
+
+def test_a_file_has_what_it_is_rebuilt_from_and_nothing_else():
+    assert settings.for_file(Oven(fan=True)) == {"degrees": 180}
+    for oven in (Oven(), Oven(200, 9.0)):
+        assert Oven(**settings.from_file(Oven, settings.for_file(oven))) == oven
+    for held, said in (({}, "'degrees' is missing"), ({"minutes": 9.0}, "'degrees' is missing"), (None, "missing"),
+                       ({"degrees": 1, "fan": True}, "'fan' is not known"), ({"degrees": 1, "\n": 2}, "is not known")):
+        with pytest.raises(ConfigError, match=said) as e:
+            settings.from_file(Oven, held)
+        assert "\n" not in str(e.value)

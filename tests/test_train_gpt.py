@@ -294,16 +294,18 @@ def test_smear_is_half_of_the_token_before_at_first():
     assert "smear" not in artifact_meta(TINY)["config"]
 
 
-def test_an_artifact_with_an_option_that_is_gone_is_refused():
+def test_an_artifact_that_says_more_or_less_than_this_trainer_knows_is_refused():
     model, latents, _ = make()
     packed, meta = latents.pack([n for n, _ in model.named_parameters()]), artifact_meta(TINY)
     ids = torch.arange(40)[None]
+    older = meta["config"] | {"rope_base": 10000.0, "mlp_mult": 3}  # named in any case, once
     with torch.no_grad():
-        assert torch.equal(model_from_stored(packed, meta).hidden(ids), model.hidden(ids))
-        older = meta | {"config": meta["config"] | {"activation_bits": 16}}
-        assert torch.equal(model_from_stored(packed, older).hidden(ids), model.hidden(ids))
-    with pytest.raises(ConfigError, match="int8 activations"):
-        model_from_stored(packed, meta | {"config": meta["config"] | {"activation_bits": 8}})
+        for config in (meta["config"], older):
+            assert torch.equal(model_from_stored(packed, meta | {"config": config}).hidden(ids), model.hidden(ids))
+    less = {name: value for name, value in older.items() if name != "num_heads"}
+    for config in (older | {"activation_bits": 8}, less, [], None):  # activations of 8 bits are another model
+        with pytest.raises(ConfigError, match="configuration is not one of this trainer"):
+            model_from_stored(packed, meta | {"config": config})
 
 
 # -- the step ----------------------------------------------------------------------------------------------------
