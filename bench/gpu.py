@@ -29,7 +29,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import fields
 from pathlib import Path
 
@@ -391,8 +391,10 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> int:
     args = parse_args(argv)
     try:
-        with tempfile.TemporaryDirectory(prefix="gpu_", ignore_cleanup_errors=True) as folder:
-            args.work = args.work or folder
+        with ExitStack() as stack:
+            if not args.work:
+                folder = tempfile.TemporaryDirectory(prefix="gpu_", ignore_cleanup_errors=True)
+                args.work = stack.enter_context(folder)
             for name in (args.out, args.work):
                 Path(name).mkdir(parents=True, exist_ok=True)
             if args.stage:
