@@ -1018,6 +1018,11 @@ def predicted_bytes(config: Config) -> dict[str, tuple[dict, int, float]]:
     return pack.predicted_bytes(rows, artifact_meta(config))
 
 
+def model_bytes(config: Config) -> int:
+    """Of the model's file, as predicted."""
+    return round(sum(size for *_, size in predicted_bytes(config).values()))
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # The loop
 # ---------------------------------------------------------------------------------------------------------------

@@ -54,6 +54,7 @@ from ablations import formats
 from ablations import patches as techniques
 from tern import source
 from tern.errors import Foreseen
+from tern.settings import changed, largest
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -374,11 +375,6 @@ def data_folders(matrix: Matrix) -> list[tuple[str, str]]:
     return list(dict.fromkeys(found))
 
 
-def model_bytes(config: train_gpt.Config) -> int:
-    """Of the model's file, as predicted."""
-    return round(sum(size for *_, size in train_gpt.predicted_bytes(config).values()))
-
-
 @functools.cache
 def solved(config: train_gpt.Config, name: str, size: int, patches: tuple[str, ...] = ()) -> train_gpt.Config:
     """config with the setting called name as large as a model file of so many bytes allows, as predicted.
@@ -389,24 +385,13 @@ def solved(config: train_gpt.Config, name: str, size: int, patches: tuple[str, .
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             return pool.submit(solved_with_patches, config, name, size, patches).result()
 
-    def with_value(value: int) -> train_gpt.Config | None:
-        try:
-            return replace(config, **{name: value})
-        except train_gpt.ConfigError:
-            return None
-
     def fits(value: int) -> bool:
-        other = with_value(value)
-        return other is None or model_bytes(other) <= size
+        other = changed(config, name, value)
+        return other is None or train_gpt.model_bytes(other) <= size
 
     now = config.hidden_dim if name == "mlp_hidden" else getattr(config, name)
-    step, low, high = SOLVABLE[name], 0, 1  # in steps: low fits, or is 0
-    while fits(high * step) and high * step < 1000 * now:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle * step) else (low, middle)
-    best = with_value(low * step) if low else None
+    value = largest(fits, now, SOLVABLE[name])
+    best = changed(config, name, value) if value else None
     if best is None:
         raise train_gpt.ConfigError(f"no {name} makes a model of {size:,} bytes; make the rest smaller")
     return best

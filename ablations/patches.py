@@ -299,6 +299,10 @@ def bf16_latents() -> None:
 def averaged(values: Callable[[Trainer], list[Tensor]], weight: Callable[[Trainer, int], float]) -> None:
     """Keep averages of values, one tensor per bank, moved by weight(trainer, averages so far) of each step (0: not),
     and let them be the latents in the end."""
+    def refuse(self: Trainer, *_) -> None:
+        raise ConfigError("resume='auto': an average is in no checkpoint, and would begin anew; train from the start, "
+                          "under another --run-id")
+
     def follow(self: Trainer, plan) -> None:
         so_far = getattr(self, "averages", 0)
         share = weight(self, so_far)
@@ -312,10 +316,13 @@ def averaged(values: Callable[[Trainer], list[Tensor]], weight: Callable[[Traine
             torch._foreach_lerp_(self.average, now, share)
 
     def use(self: Trainer) -> None:
+        if not hasattr(self, "average"):
+            raise ConfigError("no step was averaged: train longer, or begin to average earlier")
         for bank, x in zip(self.latents.mine, self.average, strict=True):
             bank.latent.copy_(x)
         self.latents.refresh()
 
+    before(Trainer, "restore", refuse)
     after(Trainer, "after_step", follow)
     before(Trainer, "settle", use)
 

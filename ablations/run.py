@@ -37,7 +37,6 @@ from ablations.matrix import (
     MatrixError,
     data_folders,
     jobs,
-    model_bytes,
     read_matrix,
     source_identity,
 )
@@ -45,6 +44,7 @@ from ablations.results import Line, Results, read_results
 from tern.command import Parser, say_error
 from tern.errors import Foreseen
 from tern.shards import open_data
+from train_gpt import model_bytes
 
 
 def prepare_data(matrix: Matrix) -> dict[tuple[str, str], str]:

@@ -17,7 +17,7 @@ import numpy as np
 if __package__ in (None, ""):  # run as a script, only bench/ is on the module path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tern.metric import reproduced
+from tern.audits import reproduced
 from tern.shards import open_data, read_shard
 from tern.tokenizers import ByteCounter
 

@@ -432,6 +432,19 @@ def check_seeds(c: Case) -> Iterator[str]:
                    + ("unknown" if spread is None else f"{spread:.6f}"))
 
 
+def check_machine(c: Case) -> Iterator[str]:
+    """A record of a track needs the track's machine; elsewhere another one is noted."""
+    machine, track = c.runs[0].machine, c.track  # the same of all seeds
+    gpus = 0 if c.runs[0].settings.device == "cpu" else len(machine.gpu)
+    said = f"{machine.cores} cores, {gpus} GPUs"
+    if (track.cores and machine.cores > track.cores) or gpus > track.gpus:
+        rule = f"track {track.name} has at most {track.cores or 'any number of'} cores and {track.gpus} GPUs"
+        if c.submission.claim == "record":
+            yield f"a record is claimed on {said}: {rule} (taskset -c 0,1 leaves a run two cores, --device cpu no GPU)"
+        said += f", which is more than a record may have: {rule}"
+    c.notes.append(said)
+
+
 def check_seconds(c: Case) -> Iterator[str]:
     limits = {"train": c.track.train_seconds, "score": c.track.score_seconds}
     for run in c.runs:
@@ -601,6 +614,7 @@ CHECKS = {
     "logs": (check_logs, "logs, metrics, scores and submission.json agree; roundtrip gap 0"),
     "seeds": (check_seeds, "distinct seeds of the same settings, enough for the claim"),
     "claim": (check_claim, "the claim"),
+    "machine": (check_machine, "the machine"),
     "seconds": (check_seconds, "training and scoring within the track's time"),
     "imports": (check_imports, "no network and no pickle in the program, no pickle among the files"),
     "score": (check_score, "every artifact scored again, the same digits"),

@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 if __package__ in (None, ""):
@@ -21,8 +20,8 @@ if __package__ in (None, ""):
 import pack
 from records import costs
 from tern import command, source
-from tern.settings import ConfigError
-from train_gpt import Config, predicted_bytes, resolve_settings
+from tern.settings import ConfigError, changed, largest
+from train_gpt import Config, model_bytes, predicted_bytes, resolve_settings
 
 # PR 367 of openai/parameter-golf: its README and submission.json
 PR367_TERNARY, PR367_BYTES = 67_239_936, 15_882_274
@@ -34,38 +33,12 @@ LARGEST = {  # setting -> (what it is, in steps of)
 }
 
 
-def model_bytes(config: Config) -> int:
-    return round(sum(size for *_, size in predicted_bytes(config).values()))
-
-
 def ternary_weights(config: Config) -> int:
     return sum(n for spec, n, _ in codes(config) if spec["kind"] == "ternary")
 
 
 def codes(config: Config) -> list[tuple[dict, int, float]]:
     return [row for part, row in predicted_bytes(config).items() if part.endswith(" codes")]
-
-
-def largest(fits: Callable[[int], bool], start: int, step: int) -> int:
-    """The largest multiple of step, or start itself, that fits; fits must hold up to it. 0 if none does.
-
-    Raises nothing; tries numbers up to 1,000 times the start at most.
-    """
-    low, high = 0, 1  # in units of step: low fits or is 0
-    while fits(high * step) and high * step < 1000 * start:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle * step) else (low, middle)
-    return low * step
-
-
-def changed(config: Config, name: str, value: int) -> Config | None:
-    """config with one setting changed; None where that is no valid configuration."""
-    try:
-        return replace(config, **{name: value})
-    except ConfigError:
-        return None
 
 
 def report(preset: str, config: Config, gpus: tuple[int, ...] = (1, 8)) -> str:

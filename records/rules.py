@@ -44,10 +44,12 @@ class Track:
     count_code: bool  # whether the cap covers code plus model, or the model alone
     train_seconds: float  # at most
     score_seconds: float
+    cores: int = 0  # of a record's machine, at most; 0: any
+    gpus: int = 8  # likewise
 
 
 OFFICIAL = Track("10min_16mb", 16_000_000, True, 600.0, 600.0)
-CPU = Track("cpu_10min_128kb", 128_000, False, 600.0, 600.0)
+CPU = Track("cpu_10min_128kb", 128_000, False, 600.0, 600.0, cores=2, gpus=0)
 TRACKS = {  # preset of train_gpt.py -> track
     "cpu": CPU,  # three of its ten minutes
     "cpu_10min_128kb": CPU,

@@ -29,7 +29,7 @@ def describe() -> dict:
     """Versions and hardware, as a run's header has them."""
     gpu = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
-        "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+        "python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__,
         "platform": f"{platform.system()} {platform.machine()}", "cpu": torch.backends.cpu.get_cpu_capability(),
         "cores": cores(), "gpu": gpu,
     }

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import field, fields
+from collections.abc import Callable, Mapping
+from dataclasses import field, fields, replace
 from typing import Any
 
 from tern.command import Parser
@@ -118,3 +118,25 @@ def resolve(config_class: type[Any], presets: Mapping[str, dict], default_preset
         if origin.get(name) == "environment":
             raise ConfigError(f"{e} (from the environment, {name.upper()})") from None
         raise
+
+
+def changed(config, name: str, value):
+    """config with one setting changed; None where that is no valid configuration."""
+    try:
+        return replace(config, **{name: value})
+    except ConfigError:
+        return None
+
+
+def largest(fits: Callable[[int], bool], start: int, step: int) -> int:
+    """The largest multiple of step that fits; fits must hold up to it. 0 if none does.
+
+    Tries numbers up to some 1,000 times the start.
+    """
+    low, high = 0, 1  # in units of step: low fits or is 0
+    while fits(high * step) and high * step < 1000 * start:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle * step) else (low, middle)
+    return low * step

@@ -29,7 +29,7 @@ from ablations import diagnose, execute, matrix, program, report, results, stats
 from ablations import run as runner
 from conftest import NAME, PATIENCE, ROOT, run, started, tiny_args
 from tern.shards import AuditError
-from train_gpt import Config, make_format, resolve_settings, to_pack
+from train_gpt import Config, make_format, model_bytes, resolve_settings, to_pack
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -262,7 +262,7 @@ def test_widths_are_solved_for_equal_bytes(tmp_path):
     m = read(tmp_path, text + row("gated", 'patches = ["bigram=256,16"]'))
     configs = {r.name: matrix.configure(m, r, 1) for r in m.rows}
     for name in ("a", "int8", "binary", "bf16"):
-        assert 0.95 * 90000 < matrix.model_bytes(configs[name]) <= 90000, name
+        assert 0.95 * 90000 < model_bytes(configs[name]) <= 90000, name
     widths = [configs[name].hidden_dim for name in ("binary", "a", "int8", "bf16")]
     assert widths == sorted(widths, reverse=True) and len(set(widths)) == 4
     assert 0.5 < configs["gated"].hidden_dim / configs["a"].hidden_dim < 0.98, "the table takes bytes"
