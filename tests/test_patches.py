@@ -288,3 +288,11 @@ def test_temperature_comes_from_training_tokens(tiny_run, data_dir):
         ids = torch.from_numpy(tokens.astype(np.int64))
         logits = train_gpt.GPT.head(plain, plain.hidden(ids[:-1].view(7, 64))).flatten(0, 1)
     assert with_it.val_loss == pytest.approx(float(F.cross_entropy(logits / best, ids[1:])), rel=1e-5)
+def test_an_average_is_refused_where_a_run_is_resumed(data_dir, tmp_path):
+    args = ("--iterations", 4, "--checkpoint-every", 2)
+    first = tiny_trainer(data_dir, tmp_path, *args)
+    first.train()
+    first.folder.close()
+    patches.ema(0.5)
+    with pytest.raises(train_gpt.ConfigError, match="an average is in no checkpoint"):
+        tiny_trainer(data_dir, tmp_path, *args, "--resume", "auto")

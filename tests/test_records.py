@@ -99,3 +99,15 @@ def test_every_folder_of_records_is_one_of_these():
     assert FASTER in RECORDS and all((folder / "submission.json").is_file() for folder in [*RECORDS, FIRST])
     assert not {path.name for path in (ROOT / "records").iterdir() if path.is_dir()} - {
         *(folder.parent.name for folder in RECORDS), "history", "__pycache__"}
+
+
+def test_a_record_on_another_machine_than_the_track_s_is_refused(tmp_path):
+    folder = tmp_path / FASTER.name
+    shutil.copytree(FASTER, folder)
+    for path in folder.glob("metrics_seed*.jsonl"):
+        header, _, rest = path.read_text(encoding="utf-8").partition("\n")
+        record = json.loads(header)
+        record["machine"]["cores"] = 64
+        path.write_text(json.dumps(record) + "\n" + rest, encoding="utf-8")
+    lines, failed = check(folder, "1.489313")
+    assert failed and [line for line in lines if line.startswith("FAIL  machine") and "64 cores" in line]
