@@ -14,7 +14,7 @@ import torch
 
 import pack
 import train_gpt
-from conftest import NAME, Held, is_one_error, metrics, run, tiny_args, tiny_trainer
+from conftest import NAME, Held, hook_after_steps, is_one_error, metrics, run, tiny_args, tiny_trainer
 from eval_bpb import load_artifact
 from tern import source
 from tern.checkpoints import FILE, read_checkpoint, read_state
@@ -161,14 +161,12 @@ COMPILED = ["--compile", 1, "--threads", 2, "--warmup-steps", 1, "--iterations",
 @pytest.fixture(scope="module")
 def compiled_run(data_dir, tmp_path_factory) -> train_gpt.Trainer:
     """A run in this process, compiled and on two threads, from beginning to end."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    trainer = tiny_trainer(data_dir, tmp_path_factory.mktemp("compiled"), *COMPILED)
-    with closing(trainer.folder):
-        trainer.train()
-        trainer.finish()
+    threads, seen = torch.get_num_threads(), []
+    with pytest.MonkeyPatch.context() as patch:
+        hook_after_steps(patch, seen.append)
+        assert train_gpt.main(tiny_args(data_dir, tmp_path_factory.mktemp("compiled"), *COMPILED)) == 0
     torch.set_num_threads(threads)
-    return trainer
+    return seen[-1]
 
 
 @needs_compiler
