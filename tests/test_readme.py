@@ -17,6 +17,7 @@ def test_the_readme_is_short_and_begins_with_a_sentence_and_two_commands():
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     assert len(lines) <= 120
     assert [line for line in lines if len(line) > 100] == []
+    assert not [line for line in lines if "@@" in line or "to be filled" in line]
     assert lines[0].endswith(".") and lines[2].startswith("    make run") and lines[3].startswith("    make test")
 
 
