@@ -118,3 +118,51 @@ def cross_entropy(logits: Tensor, targets: Tensor, cap: float) -> Tensor:
     # With a cap of 40 no exponential leaves fp32, so that the maximum need not be looked for first.
     shift = torch.full_like(logits[..., :1], cap) if cap <= 40 else logits.detach().amax(-1, keepdim=True)
     return ((logits - shift).exp().sum(-1).log() + shift[..., 0] - target.sum(-1)).mean()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The MLP on a GPU
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("tern::relu_squared_mlp", mutates_args=())
+def relu_squared_mlp(x: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(z = a down^T, scale, a = relu(x up^T)^2) of x [rows, dim], bf16 on a GPU; scale [rows, 1], fp32, is such that
+    scale * a is norm(a), so scale * z is norm(a) down^T."""
+    from tern import fused
+
+    a, sums = fused.up_squared(x, up)
+    scale = torch.rsqrt(sums / a.shape[1] + torch.finfo(torch.float32).eps)  # the eps of F.rms_norm
+    return a @ down.mT, scale[:, None], a
+
+
+@torch.library.custom_op("tern::relu_squared_mlp_backward", mutates_args=())
+def relu_squared_mlp_backward(dz: Tensor, dscale: Tensor, x: Tensor, up: Tensor, down: Tensor, scale: Tensor, a: Tensor
+                              ) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, up and down."""
+    from tern import fused
+
+    dz = dz.contiguous()
+    pull = dscale * scale.pow(3) / -a.shape[1]  # d scale / d a = -scale^3 a / len(a)
+    du = fused.down_backward(dz, down, a, pull[:, 0].contiguous())
+    return du @ up, du.mT @ x, dz.mT @ a
+
+
+@relu_squared_mlp.register_fake
+def _(x, up, down):
+    return x.new_empty(x.shape[0], down.shape[0]), x.new_empty(x.shape[0], 1, dtype=torch.float32), x.new_empty(
+        x.shape[0], up.shape[0])
+
+
+@relu_squared_mlp_backward.register_fake
+def _(dz, dscale, x, up, down, scale, a):
+    return torch.empty_like(x), torch.empty_like(up), torch.empty_like(down)
+
+
+def keep_for_backward(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs, *output[1:])
+    ctx.mark_non_differentiable(output[2])
+
+
+relu_squared_mlp.register_autograd(
+    lambda ctx, dz, dscale, _: relu_squared_mlp_backward(dz, dscale, *ctx.saved_tensors), setup_context=keep_for_backward)

@@ -1,0 +1,396 @@
+"""Changes to the training step, each tried alone on one GPU before the trainer has it.
+
+    python bench/gpu_try.py --out RESULTS --seconds 150
+    python bench/gpu_try.py --out RESULTS --device cpu --tokens 256     # toy shapes: does every change run?
+
+Of forward and backward: pr367's model with four blocks, compiled, on 65,536 tokens. Every change is a process of its
+own; they compile side by side, several at a time, and are then timed one after the other. Of optimizer and refresh: the
+whole of pr367's weights. RESULTS/try.json has all figures, with kernels by kind; RESULTS/try.txt what was printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
+
+if __package__ in (None, ""):  # run as a script, only bench/ is on the module path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import train_gpt
+from bench import gpu_step
+from bench.gpu_card import Clock
+from tern import command, kernels, machine
+
+AT_A_TIME, REPEATS, PROFILED, E4M3 = 5, 12, 2, torch.float8_e4m3fn
+
+# ---------------------------------------------------------------------------------------------------------------
+# Changes of forward and backward
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def base(stack: ExitStack) -> None:
+    """The trainer as it is."""
+
+
+def by(backend: SDPBackend):
+    def change(stack: ExitStack) -> None:
+        stack.enter_context(sdpa_kernel(backend))
+
+    return change
+
+
+def fused_mlp(stack: ExitStack) -> None:
+    """relu squared and its norm inside the products (tern/fused.py); the norm before the MLP has no effect."""
+    def forward(self, x: Tensor) -> Tensor:
+        z, scale, _ = kernels.relu_squared_mlp(x.flatten(0, -2), self.fc.weight, self.proj.weight)
+        return (z * scale).to(x.dtype).view(x.shape)
+
+    train_gpt.MLP.forward = forward
+
+
+def free_mlp(stack: ExitStack) -> None:
+    """No norm before the MLP: relu squared and a norm after it leave nothing of a row's scale."""
+    train_gpt.MLP.forward = lambda self, x: self.proj(train_gpt.norm(self.fc(x).relu().square()))
+
+
+def late_norm(stack: ExitStack) -> None:
+    """The norm of attention's output after the product."""
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, last: int) -> Tensor:
+        batch, _ = x.shape[:2]
+        x = train_gpt.norm(x)
+        heads = self.split_heads(F.linear(x, torch.cat((self.c_q.weight, self.c_k.weight, self.c_v.weight))))
+        q, k, v = heads.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
+        q = train_gpt.rotate(train_gpt.norm(q), cos, sin) * self.q_gain[:, None, None]
+        y = self.attend(q, train_gpt.rotate(train_gpt.norm(k), cos, sin), v).transpose(1, 2).reshape(batch, last, -1)
+        scale = torch.rsqrt(y.float().square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps)
+        return (self.proj(y) * scale).to(y.dtype)
+
+    train_gpt.Attention.forward = forward
+
+
+def tuned(stack: ExitStack) -> None:
+    """Inductor searches tile sizes of its kernels by measuring them."""
+    torch._inductor.config.coordinate_descent_tuning = True
+
+
+def other_reductions(stack: ExitStack) -> None:
+    """Sums over rows and over columns of one tensor in one kernel, or apart, whichever is not torch's default."""
+    torch._inductor.config.triton.mix_order_reduction = not torch._inductor.config.triton.mix_order_reduction
+
+
+def by_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [rows, k] in e4m3 and a scale for each row."""
+    scale = x.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / 448
+    return (x.float() / scale).to(E4M3), scale
+
+
+def product8(a: Tensor, b: Tensor) -> Tensor:
+    """a b^T of a [m, k], b [n, k], each rounded by rows."""
+    (a8, sa), (b8, sb) = by_rows(a), by_rows(b)
+    return torch._scaled_mm(a8, b8.t(), sa, sb.t(), out_dtype=torch.bfloat16, use_fast_accum=True)
+
+
+class Forward8(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return product8(x, w)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        x, w = ctx.saved_tensors
+        return dy @ w, dy.t() @ x
+
+
+class Both8(Forward8):
+    @staticmethod
+    def forward(ctx, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return product8(x, w)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        x, w = ctx.saved_tensors
+        return product8(dy, w.t().contiguous()), dy.t() @ x
+
+
+def in_eight_bits(function: type[torch.autograd.Function]):
+    """Products of the blocks in e4m3, a scale per row: what a format with one scale per row would allow."""
+    def change(stack: ExitStack) -> None:
+        usual = F.linear
+
+        def linear(x: Tensor, w: Tensor, bias=None) -> Tensor:
+            if w.shape[0] == 1024 or x.dtype != torch.bfloat16:  # the head
+                return usual(x, w)
+            return function.apply(x.flatten(0, -2), w).view(*x.shape[:-1], -1)
+
+        train_gpt.F.linear = linear
+        train_gpt.Linear.forward = lambda self, x: linear(x, self.weight)
+
+    return change
+
+
+CUDNN, FLASH = by(SDPBackend.CUDNN_ATTENTION), by(SDPBackend.FLASH_ATTENTION)
+CHANGES = {  # name -> changes; the first of each batch that compiles together is what the others are compared with
+    "base": (base,), "flash": (FLASH,), "cudnn": (CUDNN,), "cudnn, free mlp": (CUDNN, free_mlp),
+    "cudnn, fused mlp": (CUDNN, fused_mlp), "cudnn, late norm": (CUDNN, late_norm),
+    "cudnn, other reductions": (CUDNN, other_reductions), "cudnn, fp8 forward": (CUDNN, in_eight_bits(Forward8)),
+    "cudnn, fp8 both": (CUDNN, in_eight_bits(Both8)),
+    "cudnn, fused mlp, late norm": (CUDNN, fused_mlp, late_norm), "cudnn, tuned": (CUDNN, tuned),
+}
+
+
+def config(args: argparse.Namespace, layers: int) -> train_gpt.Config:
+    toy = {} if args.device == "cuda" else dict(
+        model_dim=64, num_heads=2, num_kv_heads=1, mlp_hidden=160, train_seq_len=64, compile=False)
+    return train_gpt.Config(**train_gpt.PRESETS["pr367"] | dict(num_layers=layers) | toy
+                            | dict(train_batch_tokens=args.tokens))
+
+
+def time_change(args: argparse.Namespace) -> dict:
+    """Forward and backward under one change: said when compiled, timed when told to."""
+    c, device = config(args, 4), torch.device(args.device)
+    with ExitStack() as stack:
+        for change in CHANGES[args.change]:
+            change(stack)
+        torch.manual_seed(0)
+        model = train_gpt.GPT(c).to(device)
+        for p in model.parameters():
+            if not p.any():
+                torch.nn.init.normal_(p, std=0.02)
+        latents = train_gpt.Latents(model, c)
+        machine.prepare_compiler(1)
+        loss_of = torch.compile(model, dynamic=False, fullgraph=True) if args.device == "cuda" else model
+        ids, targets = torch.randint(c.vocab_size, (2, args.tokens // c.train_seq_len, c.train_seq_len), device=device)
+
+        def step() -> Tensor:
+            loss = loss_of(ids, targets)
+            loss.backward()
+            for p in model.parameters():
+                p.grad = None
+            return loss
+
+        began = time.perf_counter()
+        loss = float(step())
+        model_loss = float(model(ids[:1], targets[:1]))
+        compiled = time.perf_counter() - began
+        for _ in range(3):
+            step()
+        machine.synchronize(device)
+        print("ready", flush=True)
+        sys.stdin.readline()
+        clock = Clock(device)
+        seconds = clock.median(step, REPEATS)
+        found = {"ms": 1000 * seconds, "compile_seconds": compiled, "loss": loss, "loss_eager_one_row": model_loss,
+                 "latents": sum(b.grad.numel() for b in latents.banks)}
+        if args.device == "cuda":
+            found["peak_GiB"] = torch.cuda.max_memory_allocated() / 2**30
+            found["mix_order_reduction"] = torch._inductor.config.triton.mix_order_reduction
+            found["profile"] = asdict(profiled(step, Path(args.out) / "trace.json"))
+        return found
+
+
+def profiled(step, trace: Path) -> gpu_step.Profile:
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        for _ in range(PROFILED):
+            step()
+        torch.cuda.synchronize()
+    profiler.export_chrome_trace(str(trace))
+    found = gpu_step.read_profile(json.loads(trace.read_text(encoding="utf-8")), PROFILED, longest=30)
+    trace.unlink()
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Optimizer and refresh; the MLP's kernels alone
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def time_update(args: argparse.Namespace) -> dict:
+    """Milliseconds of the parts of an update of all of pr367's weights, as they are and compiled."""
+    device = torch.device(args.device)
+    c, clock = config(args, 12 if args.device == "cuda" else 2), Clock(device)
+    model = train_gpt.GPT(c).to(device)
+    latents = train_gpt.Latents(model, c)
+    optimizer = train_gpt.Optimizer(latents, c)
+    latents.flat_grad.normal_()
+    found: dict[str, object] = {}
+
+    def put(name: str, function) -> None:
+        found[name] = 1000 * clock.median(function, 8)
+        print(f"{name:<40}{found[name]:>9.3f} ms", flush=True)
+
+    def update() -> None:
+        optimizer.step(1e-3, 0.95)
+
+    def accumulate() -> None:
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        latents.accumulate(torch.zeros((), device=device), 1)
+
+    put("accumulate, with zeros", accumulate)
+    put("optimizer", update)
+    put("refresh", latents.refresh)
+    put("total loss", latents.total_loss)
+    for bank in latents.banks:
+        if bank.latent.numel() > 2**20 or args.device == "cpu":
+            shape = tuple(bank.latent.shape)
+            put(f"quantize {shape}", lambda bank=bank: bank.format.quantize(bank.latent))
+            put(f"dequantize {shape}", lambda bank=bank: bank.format.dequantize(bank.stored))
+            if bank.optimizer == "muon":
+                put(f"Newton-Schulz {shape}", lambda bank=bank: train_gpt.newton_schulz(bank.grad, 5))
+    if args.device == "cuda":
+        usual = train_gpt.newton_schulz
+        train_gpt.newton_schulz = torch.compile(usual, dynamic=False)
+        put("optimizer, Newton-Schulz compiled", update)
+        train_gpt.newton_schulz = usual
+        scalars = [torch.full((), x, device=device) for x in (0.95, -1e-5)]
+        together, muon = torch.compile(muon_update, dynamic=False), list(zip(optimizer.muon, optimizer.momentum))
+
+        def all_muon(update) -> None:
+            for bank, buffer in muon:
+                update(bank.latent, buffer, bank.grad, *scalars)
+
+        put("Muon alone", lambda: all_muon(muon_update))
+        put("Muon alone, compiled", lambda: all_muon(together))
+        put("AdamW alone", optimizer.adam.step)
+        quantize = torch.compile(train_gpt.Ternary.quantize, dynamic=False)
+        dequantize = torch.compile(train_gpt.Ternary.dequantize, dynamic=False)
+        for bank in optimizer.muon:
+            bank.latent.normal_()
+            shape = tuple(bank.latent.shape)
+            a, b = bank.format.quantize(bank.latent), quantize(bank.format, bank.latent)
+            pa, pb = bank.format.dequantize(a), dequantize(bank.format, a)
+            found[f"compiled differs {shape}"] = [int((a.codes != b.codes).sum()), int((a.scales != b.scales).sum()),
+                                                  int((pa != pb).sum())]
+            put(f"quantize compiled {shape}", lambda bank=bank: quantize(bank.format, bank.latent))
+            put(f"dequantize compiled {shape}", lambda bank=bank, a=a: dequantize(bank.format, a))
+    return found
+
+
+def muon_update(latent: Tensor, buffer: Tensor, grad: Tensor, momentum: Tensor, scale: Tensor) -> None:
+    with torch.no_grad():
+        buffer.mul_(momentum).add_(grad)
+        latent.add_(train_gpt.newton_schulz(grad + buffer * momentum, 5).float() * scale)
+
+
+def time_kernels(args: argparse.Namespace) -> dict:
+    """The MLP's two products with what follows them, for several sizes of tiles, beside torch's products alone."""
+    from tern import fused
+
+    c, device = config(args, 2), torch.device(args.device)
+    clock, found = Clock(device), {}
+    x, dz = (torch.randn(args.tokens, c.model_dim, device=device).bfloat16() for _ in range(2))
+    up, down = (0.03 * torch.randn(*shape, device=device).bfloat16()
+                for shape in ((c.hidden_dim, c.model_dim), (c.model_dim, c.hidden_dim)))
+    pull = torch.randn(args.tokens, device=device)
+
+    def put(name: str, function) -> None:
+        found[name] = 1000 * clock.median(function, 10)
+        print(f"{name:<52}{found[name]:>8.3f} ms", flush=True)
+
+    a, sums = fused.up_squared(x, up)
+    right = (x.double() @ up.double().mT).relu().square()
+    found["error of up"] = float((a - right).norm() / right.norm())
+    found["error of sums"] = float((sums - right.square().sum(1)).norm() / right.square().sum(1).norm())
+    right = 2 * a.double().sqrt() * (dz.double() @ down.double() + pull.double()[:, None] * a.double())
+    found["error of down"] = float((fused.down_backward(dz, down, a, pull) - right).norm() / right.norm())
+    del right
+    print({name: error for name, error in found.items()}, flush=True)
+    put("product up alone", lambda: x @ up.mT)
+    put("product down backward alone", lambda: dz @ down)
+    for tile in ((128, 256, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 64, 4, 4), (256, 128, 64, 8, 3),
+                 (128, 128, 64, 8, 3), (128, 256, 32, 8, 4)):
+        fused.ROWS, fused.COLS, fused.INNER, fused.WARPS, fused.STAGES = tile
+        try:
+            put(f"up, tile {tile}", lambda: fused.up_squared(x, up))
+            put(f"down backward, tile {tile}", lambda: fused.down_backward(dz, down, a, pull))
+        except Exception as e:
+            found[f"tile {tile}"] = repr(e)[:200]
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# All of them
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def start(args: argparse.Namespace, change: str) -> subprocess.Popen:
+    words = [sys.executable, __file__, "--out", args.out, "--device", args.device, "--tokens", args.tokens,
+             "--change", change]
+    log = open(Path(args.out) / "try_log.txt", "ab")
+    return subprocess.Popen(list(map(str, words)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
+                            env=os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "4"})
+
+
+def run_all(args: argparse.Namespace) -> int:
+    out, began, results = Path(args.out), time.monotonic(), {}
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+        with open(out / "try.txt", "a", encoding="utf-8") as f:
+            f.write(line + "\n")
+
+    names = args.only or [*CHANGES, "kernels", "update"]
+    names.sort(key=lambda name: name not in ("kernels", "update"))  # they need no compiler's minute
+    for first in range(0, len(names), AT_A_TIME):
+        batch = {name: start(args, name) for name in names[first : first + AT_A_TIME]}
+        for process in batch.values():  # until each is compiled, or dead
+            for line in process.stdout:
+                if line.startswith("ready"):
+                    break
+        for name, process in batch.items():
+            try:
+                left = max(args.seconds - (time.monotonic() - began), 1.0)
+                said, _ = process.communicate("go\n", timeout=left)
+                results[name] = json.loads(said.splitlines()[-1])
+                kinds = {k: round(v, 2) for k, v in results[name].get("profile", {}).get("kinds", {}).items() if v}
+                figures = {k: v for k, v in results[name].items() if k != "profile"}
+                say(f"{name:<28}{json.dumps(figures)} {json.dumps(kinds)}")
+            except Exception as e:
+                process.kill()
+                say(f"{name:<28}FAILED {e!r}")
+            (out / "try.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+        if time.monotonic() - began > args.seconds:
+            break
+    return int(len(results) < len(names))
+
+
+def main(argv: list[str]) -> int:
+    p = command.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    p.add_argument("--out", required=True)
+    p.add_argument("--seconds", type=float, default=150.0)
+    p.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    p.add_argument("--tokens", type=int, default=65_536)
+    p.add_argument("--only", nargs="+", choices=[*CHANGES, "kernels", "update"], default=[])
+    p.add_argument("--change", default="", choices=["", *CHANGES, "kernels", "update"])
+    args = p.parse_args(argv)
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    if not args.change:
+        return run_all(args)
+    command.follow(os.getppid())
+    if args.change in ("kernels", "update"):
+        print("ready", flush=True)
+        sys.stdin.readline()
+        found = time_kernels(args) if args.change == "kernels" else time_update(args)
+    else:
+        found = time_change(args)
+    print(json.dumps(found), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
