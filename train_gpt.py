@@ -47,7 +47,7 @@ from tern.errors import Foreseen
 from tern.files import folder_identity
 from tern.finite import first_bad, first_bad_output
 from tern.groups import SCALE_DTYPES, VALUE_DTYPES, join_groups, split_groups
-from tern.kernels import attend, cross_entropy, rope_tables, rotate
+from tern.kernels import attend, cross_entropy, fuses, relu_squared_mlp, rope_tables, rotate, split_and_rotate
 from tern.metric import evaluate
 from tern.processes import Place, RankLost, Ranks
 from tern.runfolder import RunFolder
@@ -373,6 +373,11 @@ class Float(Format):
 FORMATS: dict[str, type[Format]] = {"ternary": Ternary, "int": Int, "fp8": Float, "bf16": Float, "fp16": Float}
 
 
+def quantize(fmt: Format, latent: Tensor) -> Stored:
+    """What the file would hold of a latent: fmt.quantize, as a function that can be compiled."""
+    return fmt.quantize(latent)
+
+
 def make_format(config: Config, name: str) -> Format:
     """The format that the setting `name` (matrix_format, embed_format or vector_format) asks for."""
     value = getattr(config, name)
@@ -448,10 +453,13 @@ class Attention(nn.Module):
         """The output at the last positions of x [batch, time, model_dim]: [batch, last, model_dim]."""
         batch, time = x.shape[:2]
         x = norm(x)
-        # One product over matrices that stay apart for Muon; joining them copies weights, not activations.
-        if last == time:
-            heads = self.split_heads(F.linear(x, torch.cat((self.c_q.weight, self.c_k.weight, self.c_v.weight))))
-            q, k, v = heads.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
+        if last == time:  # one product over matrices that stay apart for Muon; joining them copies weights alone
+            qkv = F.linear(x, torch.cat((self.c_q.weight, self.c_k.weight, self.c_v.weight)))
+            if fuses(qkv):
+                rotated = split_and_rotate(qkv, self.q_gain, cos, sin, self.heads, self.kv_heads)
+                y = self.attend(*(x.transpose(1, 2) for x in rotated))
+                return self.proj(norm(y.transpose(1, 2).reshape(batch, last, -1)))
+            q, k, v = self.split_heads(qkv).split((self.heads, self.kv_heads, self.kv_heads), dim=1)
         else:
             q = self.split_heads(self.c_q(x[:, -last:]))
             heads = self.split_heads(F.linear(x, torch.cat((self.c_k.weight, self.c_v.weight))))
@@ -469,6 +477,8 @@ class MLP(nn.Module):
         self.proj = Linear(c.hidden_dim, c.model_dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        if fuses(x, *self.fc.weight.shape):
+            return relu_squared_mlp(x, self.fc.weight, self.proj.weight)
         return self.proj(norm(self.fc(norm(x)).relu().square()))
 
 
@@ -616,6 +626,7 @@ class Latents:
         spans = [[b for b in self.banks if b.owner == r] for r in range(self.ranks.world)]
         self.grad_segments = self.flat_grad[:-1].split([sum(b.grad.numel() for b in span) for span in spans])
         self.wire_segments = self.wire.split([sum(len(b.wire) for b in span) for span in spans])
+        self.quantize = quantize
         self.refresh()
         covered = sorted(n for b in self.banks for n in b.names)
         assert covered == sorted(n for n, _ in model.named_parameters()), "a parameter has no format, or two"
@@ -640,14 +651,15 @@ class Latents:
 
     @torch.no_grad()
     def refresh(self, quantized: float = 1.0, measure: bool = False) -> tuple[float, float]:
-        """params <- dequantize(quantize(latent)), eager: a compiler may drop a rounding (pytorch issue 185337).
+        """params <- dequantize(quantize(latent)).
 
+        The second half is eager, as where the file is read: a compiler may drop a rounding (pytorch issue 185337).
         quantized < 1: only so far from the latent towards that. What is stored is quantized all the way. Returns
         (zero_frac, churn) of the block matrices' codes, or NaN unless measure.
         """
         before = [bank.stored for bank in self.mine]
         for bank in self.mine:
-            bank.stored = bank.format.quantize(bank.latent)
+            bank.stored = self.quantize(bank.format, bank.latent)
         arrivals = self.exchange(quantized)
         for bank in [*self.mine, *self.others]:  # one's own while others arrive
             if bank.stored is None:
@@ -707,14 +719,21 @@ class Latents:
         return Stored(*from_wire(bank.wire, bank.like.codes, bank.like.scales, bank.format.kind == "ternary"))
 
     @torch.no_grad()
-    def accumulate(self, loss: Tensor, micro_batches: int) -> None:
-        """Add the params' bf16 gradients and the loss, over micro_batches, to the fp32 sums; clear the gradients."""
+    def accumulate(self, loss: Tensor, micro_batches: int, first: bool = False) -> None:
+        """Add the params' bf16 gradients and the loss, over micro_batches, to the fp32 sums, or begin these with the
+        first; clear the gradients."""
         for bank in self.banks:
-            grads = [p.grad.float() for p in bank.params]
-            torch._foreach_add_(list(bank.grad.unbind()), grads, alpha=1 / micro_batches)
+            sums, grads = list(bank.grad.unbind()), [p.grad for p in bank.params]
+            if first:
+                torch._foreach_copy_(sums, grads)
+                if micro_batches > 1:
+                    torch._foreach_mul_(sums, 1 / micro_batches)
+            else:
+                torch._foreach_add_(sums, [g.float() for g in grads], alpha=1 / micro_batches)
             for p in bank.params:
                 p.grad = None
-        self.flat_grad[-1] += loss.detach() / micro_batches
+        loss = loss.detach() / micro_batches
+        self.flat_grad[-1] = loss if first else self.flat_grad[-1] + loss
 
     @torch.no_grad()
     def total_loss(self) -> tuple[float, bool]:
@@ -771,12 +790,21 @@ def newton_schulz(g: Tensor, steps: int) -> Tensor:
     x = g.bfloat16()
     tall = x.shape[-2] > x.shape[-1]
     if tall:
-        x = x.mT
+        x = x.mT.contiguous()
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         xx = x @ x.mT
-        x = a * x + (b * xx + c * xx @ xx) @ x
+        x = torch.baddbmm(x, torch.baddbmm(xx, xx, xx, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
+
+
+def muon_update(latent: Tensor, buffer: Tensor, grad: Tensor, momentum: Tensor, rate: Tensor, decay: Tensor,
+                steps: int) -> None:
+    """Muon with Nesterov momentum on a bank of matrices; momentum, rate and decay are numbers (compiled: no constants).
+    """
+    buffer.mul_(momentum).add_(grad)
+    update = newton_schulz(grad + momentum * buffer, steps)
+    latent.mul_(1 - decay).sub_(rate * update.float())
 
 
 class Optimizer:
@@ -785,6 +813,7 @@ class Optimizer:
     def __init__(self, latents: Latents, config: Config):
         self.config, self.latents = config, latents
         self.muon = [b for b in latents.mine if b.optimizer == "muon"]
+        self.muon_update = muon_update
         self.momentum = [torch.zeros_like(b.latent) for b in self.muon]
         self.adam_banks = [b for b in latents.mine if b.optimizer != "muon"]
         lrs = {"embed": config.tied_embed_lr, "scalar": config.scalar_lr}
@@ -806,19 +835,28 @@ class Optimizer:
             own = latents.grad_segments[latents.ranks.rank]
             total = latents.ranks.sum(own.square().sum()).sqrt()
             own *= (self.config.grad_clip_norm / (total + 1e-6)).clamp(max=1.0)
-        lr = self.config.matrix_lr * lr_scale
         for bank, buffer in zip(self.muon, self.momentum, strict=True):
-            buffer.mul_(momentum).add_(bank.grad)
-            update = newton_schulz(bank.grad.add(buffer, alpha=momentum), self.config.muon_backend_steps)
-            rows, cols = update.shape[-2:]
-            bank.latent.mul_(1 - lr * self.config.muon_wd)
-            bank.latent.add_(update.float(), alpha=-lr * max(1, rows / cols) ** 0.5)
+            self.update_bank(bank.latent, buffer, bank.grad, lr_scale, momentum)
         for group in self.adam.param_groups if self.adam_banks else []:
             group["lr"] = group["base_lr"] * lr_scale
         self.adam.step()
         for work in works:
             latents.ranks.wait(work)
         latents.flat_grad.zero_()
+
+    def update_bank(self, latent: Tensor, buffer: Tensor, grad: Tensor, lr_scale: float, momentum: float) -> None:
+        """Muon of matrices stacked as [n, rows, cols]."""
+        c, (rows, cols) = self.config, latent.shape[-2:]
+        lr = c.matrix_lr * lr_scale
+        numbers = (momentum, lr * max(1, rows / cols) ** 0.5, lr * c.muon_wd)
+        self.muon_update(latent, buffer, grad, *(latent.new_full((), x) for x in numbers), c.muon_backend_steps)
+
+    @torch.no_grad()
+    def compile(self) -> None:
+        """Have the update of matrices compiled, now: nothing is updated."""
+        self.muon_update = torch.compile(muon_update, dynamic=False)
+        for bank in self.muon:
+            self.update_bank(*(torch.zeros_like(bank.latent) for _ in range(3)), 0.0, 0.0)
 
     def moments(self, bank: Bank) -> dict[str, Tensor]:
         """The optimizer's fp32 state of a bank that this rank owns, in the latent's shape."""
@@ -1205,6 +1243,10 @@ class Trainer:
         try:
             machine.prepare_compiler(len(sequence_lengths(self.config)))  # one graph per length
             self.compiled = torch.compile(self.model, dynamic=False, fullgraph=True)
+            if self.device.type == "cuda":  # a CPU does these as fast without
+                self.optimizer.compile()
+                self.latents.quantize = torch.compile(quantize, dynamic=False)
+                self.latents.refresh(self.quantized)
         except Exception as e:
             self.go_on_without_compiler(e)
 
@@ -1290,10 +1332,10 @@ class Trainer:
         """Accumulate this rank's share of a step's gradients and loss, which are means, in latents.flat_grad."""
         for micro in range(micro_batches):
             rows = self.micro_tokens // seq_len
-            ids, targets = self.loader.batch(rows, seq_len, micro, self.rank, self.world)
-            loss = self.compiled(ids.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True))
+            batch = self.loader.batch(rows, seq_len, micro, self.rank, self.world)
+            loss = self.compiled(*(machine.to_device(x, self.device) for x in batch))
             loss.backward()
-            self.latents.accumulate(loss, micro_batches * self.world)
+            self.latents.accumulate(loss, micro_batches * self.world, first=micro == 0)
 
     def count_step(self, tokens: int) -> None:
         """Take the step's tokens and time into account."""

@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,11 +37,17 @@ KERNEL, MODEL_LOSS, MODEL_GRADIENT = 1e-2, 2e-3, 1e-1  # relative errors that bf
 
 def check_correct(stage: Stage) -> None:
     torch.manual_seed(0)
-    checks = {"attention": check_attention, "RoPE": check_rope, "loss": check_loss, "8-bit products": check_eight_bits,
-              "compiled": check_compiled, "operators": check_operators, "runs": check_runs}
-    for name, check in checks.items():
-        with stage.part(name):
-            check(stage)
+    checks = {"attention": check_attention, "RoPE": check_rope, "loss": check_loss, "fused kernels": check_fused,
+              "8-bit products": check_eight_bits, "compiled": check_compiled, "operators": check_operators}
+    with ThreadPoolExecutor(max(2, machine.cores() // 2)) as pool:
+        runs: dict[str, Future] = {}
+        with stage.part("runs, begun"):  # as processes, while this one checks kernels
+            runs = begin_runs(stage, pool)
+        for name, check in checks.items():
+            with stage.part(name):
+                check(stage)
+        with stage.part("runs"):
+            check_runs(stage, runs)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -112,6 +118,43 @@ def check_loss(stage: Stage) -> None:
         (loss, gradient), exact = (with_gradients(f, [hidden], one) for f in (ours, right))
         stage.check(f"loss of {preset}", error_of([loss], exact[:1]), 1e-3)
         stage.check(f"loss of {preset}, gradient", error_of([gradient], exact[1:]), KERNEL)
+
+
+def check_fused(stage: Stage) -> None:
+    """The kernels of tern/fused.py: the MLP, and queries, keys and values from their joint product."""
+    for preset in PRESETS:
+        c, device = stage.config(preset), stage.device
+        dim, heads, kv_heads, half = c.model_dim, c.num_heads, c.num_kv_heads, c.model_dim // c.num_heads // 2
+
+        def mlp(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+            return F.linear(train_gpt.norm(F.linear(train_gpt.norm(x), up).relu().square()), down)
+
+        def split(qkv: Tensor, gain: Tensor, *tables: Tensor, sizes=(heads, kv_heads)) -> Tensor:
+            return torch.cat(kernels.split_and_rotate(qkv, gain, *tables, *sizes), 2)
+
+        def split_exactly(qkv: Tensor, gain: Tensor, *tables: Tensor, sizes=(heads, kv_heads)) -> Tensor:
+            q, k, v = qkv.unflatten(-1, (sum(sizes) + sizes[1], -1)).transpose(1, 2).split((*sizes, sizes[1]), dim=1)
+            q, k = (kernels.rotate(train_gpt.norm(x), *tables) for x in (q, k))
+            return torch.cat((q * gain[:, None, None], k, v), 1).transpose(1, 2)
+
+        tokens = torch.zeros(1, c.train_seq_len, dtype=torch.long, device=device)
+        tables = [x.bfloat16() for x in kernels.rope_tables(tokens, half, c.rope_base)]
+        shapes = {"MLP": ((2, c.train_seq_len, dim), (c.hidden_dim, dim), (dim, c.hidden_dim)),
+                  "heads": ((2, c.train_seq_len, dim + 4 * kv_heads * half), (heads,))}
+        for what, ours, right, more in (("MLP", kernels.relu_squared_mlp, mlp, []),
+                                        ("heads", split, split_exactly, tables)):
+            inputs = [torch.randn(*shape, device=device).bfloat16() for shape in shapes[what]]
+            gradient = torch.randn_like(right(*inputs, *more)) if stage.cuda else inputs[0]
+            try:
+                found = with_gradients(lambda *x, f=ours, more=more: f(*x, *more), inputs, gradient)
+            except (ImportError, *gpu_card.NOT_THERE) as e:
+                stage.missing(f"{what} of {preset}, fused", e)
+                continue
+            exact = with_gradients(lambda *x, f=right, more=more: f(*x, *(t.double() for t in more)),
+                                   [x.double() for x in inputs], gradient.double())
+            for name, a, b in zip(("output", "gradient of x", "of the next input", "of the last"), found, exact,
+                                  strict=False):
+                stage.check(f"{what} of {preset}, fused, {name}", error_of([a], [b]), KERNEL)
 
 
 def check_eight_bits(stage: Stage) -> None:
@@ -198,12 +241,12 @@ def check_operators(stage: Stage) -> None:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def check_runs(stage: Stage) -> None:
+def begin_runs(stage: Stage, pool: ThreadPoolExecutor) -> dict[str, Future]:
     """Whole runs of the trainer as processes, side by side: the file, a seed again, a kill, groups of processes."""
     data, vocab = stage.any_data()
-    out, backend, alone = stage.work / "checked", "nccl" if stage.cuda else "gloo", {"deterministic": True}
+    backend, alone = "nccl" if stage.cuda else "gloo", {"deterministic": True}
     settings = dict(preset="tiny") | stage.sizes.checked | dict(
-        vocab_size=vocab, data_path=data, out_dir=out, device=stage.device.type, threads=1,
+        vocab_size=vocab, data_path=data, out_dir=stage.work / "checked", device=stage.device.type, threads=1,
         checkpoint_every=SAVED_EVERY)
 
     def train(name: str, how: dict | None = None, ranks: int = 1, status: int = 0, seconds: float = 1e6,
@@ -217,31 +260,34 @@ def check_runs(stage: Stage) -> None:
         train("killed", alone, resume="auto")
 
     tasks: dict[str, Callable[[], None]] = {
+        "killed": killed,
         "whole": lambda: train("whole"),
         "group_of_one": lambda: train("group_of_one", alone | {"group": backend}),
-        "killed": killed,
         "again": lambda: train("again"),
         "two_ranks": lambda: train("two_ranks", {"one_device": "gloo"}, ranks=2, compile=False),
     }
     if stage.cuda:  # which may hang or refuse
         tasks["two_ranks_nccl"] = lambda: train("two_ranks_nccl", {"one_device": "nccl"}, 2, seconds=60, compile=False)
-    finals: dict[str, dict] = {}
-    with ThreadPoolExecutor(max(2, machine.cores() // 3)) as pool:
-        for name, future in [(name, pool.submit(task)) for name, task in tasks.items()]:
-            error = future.exception()
-            if name == "two_ranks_nccl" and error is not None:
-                stage.missing("two ranks of NCCL on one card", error)
-            elif error is not None:
-                stage.fail(f"run {name}", error)
-            else:
-                final = finals[name] = records(out / name)[-1]
-                stage.check(f"run {name}: gap between memory and file, bpb", abs(final["roundtrip_gap"]), 0.0)
-                stage.check(f"run {name}: logits not equal bit for bit", float(not final["logits_identical"]), 0.0)
-    compare_runs(stage, finals, out, backend)
+    return {name: pool.submit(task) for name, task in tasks.items()}
+
+
+def check_runs(stage: Stage, runs: dict[str, Future]) -> None:
+    out, finals = stage.work / "checked", {}
+    for name, future in runs.items():
+        error = future.exception()
+        if name == "two_ranks_nccl" and error is not None:
+            stage.missing("two ranks of NCCL on one card", error)
+        elif error is not None:
+            stage.fail(f"run {name}", error)
+        else:
+            final = finals[name] = records(out / name)[-1]
+            stage.check(f"run {name}: gap between memory and file, bpb", abs(final["roundtrip_gap"]), 0.0)
+            stage.check(f"run {name}: logits not equal bit for bit", float(not final["logits_identical"]), 0.0)
+    compare_runs(stage, finals, out, "nccl" if stage.cuda else "gloo")
     if "whole" in finals:
         path = stage.work / "score_by_the_cpu.json"
-        stage.run("eval_bpb.py", out / "whole" / "model.tern", "--data", data, "--stride", 0, "--json", path,
-                  CUDA_VISIBLE_DEVICES="")
+        stage.run("eval_bpb.py", out / "whole" / "model.tern", "--data", stage.any_data()[0], "--stride", 0, "--json",
+                  path, CUDA_VISIBLE_DEVICES="")
         on_cpu, here = (s["chunked"]["val_bpb"] for s in (json.loads(path.read_text()), finals["whole"]["score"]))
         stage.check("score, bpb by the CPU", abs(on_cpu / here - 1), 1e-3)
 

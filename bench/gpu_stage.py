@@ -58,7 +58,7 @@ ON_GPU = Sizes(
     checked=dict(num_layers=4, model_dim=256, num_heads=4, num_kv_heads=2, mlp_hidden=832, train_seq_len=512,
                  train_batch_tokens=16_384, group_size=128, compile=True, iterations=20, eval_stride=0),
     vocab=1024, stride=64, score_batches=(32, 256), score_seconds=4.0,
-    run=dict(preset="cpu", max_wallclock_seconds=20.0),
+    run=dict(preset="cpu", max_wallclock_seconds=8.0),
     matrix=dict(preset="cpu", eval_stride=0, checkpoint_every=0), iterations=1000, seeds=16)
 TOY = Sizes(
     rows=64, copied=2**20, repeats=2, attention=((2, 2, 1, 64, 16),),
@@ -79,7 +79,7 @@ class Stage:
 
     def __init__(self, name: str, args: argparse.Namespace):
         self.name, self.args, self.out, self.work = name, args, Path(args.out), Path(args.work)
-        self.device, self.cuda = torch.device(args.device), args.device == "cuda"
+        self.device, self.cuda = torch.device(args.device, 0), args.device == "cuda"
         self.sizes, self.clock = ON_GPU if self.cuda else TOY, Clock(self.device)
         self.began = time.monotonic()
         self.result = empty_result(name) | {
@@ -223,7 +223,7 @@ def make_data(folder: Path, vocab: int) -> Path:
     if (folder / "manifest.json").exists():
         return folder
     rng, documents = random.Random(vocab), 240 if vocab <= TOY.vocab else 4000
-    words = ["".join(rng.choices("etaoinshrdlucmfwyp", k=rng.randint(2, 8))) for _ in range(3 * vocab)]
+    words = ["".join(rng.choices("etaoinshrdlucmfwyp", k=rng.randint(2, 9))) for _ in range(8 * vocab)]
     follow = {word: rng.choices(words, k=4) for word in words}
     text = folder.with_suffix(".jsonl")
     with open(text, "w", encoding="utf-8") as f:

@@ -52,16 +52,22 @@ def by(backend: SDPBackend):
     return change
 
 
-def fused_mlp(stack: ExitStack) -> None:
-    """relu squared and its norm inside the products (tern/fused.py); the norm before the MLP has no effect."""
-    def forward(self, x: Tensor) -> Tensor:
-        z, scale, _ = kernels.relu_squared_mlp(x.flatten(0, -2), self.fc.weight, self.proj.weight)
-        return (z * scale).to(x.dtype).view(x.shape)
-
-    train_gpt.MLP.forward = forward
+def plain_mlp(stack: ExitStack) -> None:
+    """The MLP as products and Inductor's kernels."""
+    train_gpt.fuses = lambda x, *widths: not widths and kernels.fuses(x)
 
 
-def free_mlp(stack: ExitStack) -> None:
+def plain_heads(stack: ExitStack) -> None:
+    """Norm, RoPE and gain of the heads as Inductor's kernels."""
+    train_gpt.fuses = lambda x, *widths: bool(widths) and kernels.fuses(x, *widths)
+
+
+def plain(stack: ExitStack) -> None:
+    """Without the kernels of tern/fused.py."""
+    train_gpt.fuses = lambda *_: False
+
+
+def no_norm(stack: ExitStack) -> None:
     """No norm before the MLP: relu squared and a norm after it leave nothing of a row's scale."""
     train_gpt.MLP.forward = lambda self, x: self.proj(train_gpt.norm(self.fc(x).relu().square()))
 
@@ -143,13 +149,12 @@ def in_eight_bits(function: type[torch.autograd.Function]):
     return change
 
 
-CUDNN, FLASH = by(SDPBackend.CUDNN_ATTENTION), by(SDPBackend.FLASH_ATTENTION)
-CHANGES = {  # name -> changes; the first of each batch that compiles together is what the others are compared with
-    "base": (base,), "flash": (FLASH,), "cudnn": (CUDNN,), "cudnn, free mlp": (CUDNN, free_mlp),
-    "cudnn, fused mlp": (CUDNN, fused_mlp), "cudnn, late norm": (CUDNN, late_norm),
-    "cudnn, other reductions": (CUDNN, other_reductions), "cudnn, fp8 forward": (CUDNN, in_eight_bits(Forward8)),
-    "cudnn, fp8 both": (CUDNN, in_eight_bits(Both8)),
-    "cudnn, fused mlp, late norm": (CUDNN, fused_mlp, late_norm), "cudnn, tuned": (CUDNN, tuned),
+FLASH = by(SDPBackend.FLASH_ATTENTION)
+CHANGES = {
+    "base": (base,), "plain": (plain,), "plain mlp": (plain_mlp,), "plain heads": (plain_heads,),
+    "plain, flash": (plain, FLASH), "plain, no norm": (plain, no_norm), "plain, late norm": (plain, late_norm),
+    "plain, other reductions": (plain, other_reductions), "tuned": (tuned,),
+    "plain, fp8 forward": (plain, in_eight_bits(Forward8)), "plain, fp8 both": (plain, in_eight_bits(Both8)),
 }
 
 
@@ -239,7 +244,7 @@ def time_update(args: argparse.Namespace) -> dict:
     def accumulate() -> None:
         for p in model.parameters():
             p.grad = torch.zeros_like(p)
-        latents.accumulate(torch.zeros((), device=device), 1)
+        latents.accumulate(torch.zeros((), device=device), 1, first=True)
 
     put("accumulate, with zeros", accumulate)
     put("optimizer", update)
@@ -253,38 +258,25 @@ def time_update(args: argparse.Namespace) -> dict:
             if bank.optimizer == "muon":
                 put(f"Newton-Schulz {shape}", lambda bank=bank: train_gpt.newton_schulz(bank.grad, 5))
     if args.device == "cuda":
-        usual = train_gpt.newton_schulz
-        train_gpt.newton_schulz = torch.compile(usual, dynamic=False)
-        put("optimizer, Newton-Schulz compiled", update)
-        train_gpt.newton_schulz = usual
-        scalars = [torch.full((), x, device=device) for x in (0.95, -1e-5)]
-        together, muon = torch.compile(muon_update, dynamic=False), list(zip(optimizer.muon, optimizer.momentum))
-
-        def all_muon(update) -> None:
-            for bank, buffer in muon:
-                update(bank.latent, buffer, bank.grad, *scalars)
-
-        put("Muon alone", lambda: all_muon(muon_update))
-        put("Muon alone, compiled", lambda: all_muon(together))
-        put("AdamW alone", optimizer.adam.step)
-        quantize = torch.compile(train_gpt.Ternary.quantize, dynamic=False)
-        dequantize = torch.compile(train_gpt.Ternary.dequantize, dynamic=False)
+        put("Muon", lambda: all_of_muon(optimizer))
+        put("AdamW", optimizer.adam.step)
+        optimizer.compile()
+        put("Muon, compiled", lambda: all_of_muon(optimizer))
+        put("optimizer, compiled", update)
+        quantize = latents.quantize = torch.compile(train_gpt.quantize, dynamic=False)
+        put("refresh, quantize compiled", latents.refresh)
         for bank in optimizer.muon:
             bank.latent.normal_()
-            shape = tuple(bank.latent.shape)
             a, b = bank.format.quantize(bank.latent), quantize(bank.format, bank.latent)
-            pa, pb = bank.format.dequantize(a), dequantize(bank.format, a)
-            found[f"compiled differs {shape}"] = [int((a.codes != b.codes).sum()), int((a.scales != b.scales).sum()),
-                                                  int((pa != pb).sum())]
-            put(f"quantize compiled {shape}", lambda bank=bank: quantize(bank.format, bank.latent))
-            put(f"dequantize compiled {shape}", lambda bank=bank, a=a: dequantize(bank.format, a))
+            found[f"compiled differs {tuple(bank.latent.shape)}"] = [int((a.codes != b.codes).sum()),
+                                                                     int((a.scales != b.scales).sum())]
     return found
 
 
-def muon_update(latent: Tensor, buffer: Tensor, grad: Tensor, momentum: Tensor, scale: Tensor) -> None:
+def all_of_muon(optimizer: train_gpt.Optimizer) -> None:
     with torch.no_grad():
-        buffer.mul_(momentum).add_(grad)
-        latent.add_(train_gpt.newton_schulz(grad + buffer * momentum, 5).float() * scale)
+        for bank, buffer in zip(optimizer.muon, optimizer.momentum, strict=True):
+            optimizer.update_bank(bank.latent, buffer, bank.grad, 1e-3, 0.95)
 
 
 def time_kernels(args: argparse.Namespace) -> dict:
@@ -309,17 +301,30 @@ def time_kernels(args: argparse.Namespace) -> dict:
     right = 2 * a.double().sqrt() * (dz.double() @ down.double() + pull.double()[:, None] * a.double())
     found["error of down"] = float((fused.down_backward(dz, down, a, pull) - right).norm() / right.norm())
     del right
-    print({name: error for name, error in found.items()}, flush=True)
+    print(found, flush=True)
     put("product up alone", lambda: x @ up.mT)
     put("product down backward alone", lambda: dz @ down)
-    for tile in ((128, 256, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 64, 4, 4), (256, 128, 64, 8, 3),
-                 (128, 128, 64, 8, 3), (128, 256, 32, 8, 4)):
-        fused.ROWS, fused.COLS, fused.INNER, fused.WARPS, fused.STAGES = tile
-        try:
-            put(f"up, tile {tile}", lambda: fused.up_squared(x, up))
-            put(f"down backward, tile {tile}", lambda: fused.down_backward(dz, down, a, pull))
-        except Exception as e:
-            found[f"tile {tile}"] = repr(e)[:200]
+    for tile, flat, split in (((128, 256, 64, 8, 3), False, False), ((128, 256, 64, 8, 3), True, False),
+                              ((128, 256, 64, 8, 3), False, True), ((128, 256, 64, 8, 3), True, True),
+                              ((128, 256, 64, 8, 4), False, True), ((256, 128, 64, 8, 4), False, True),
+                              ((256, 128, 64, 8, 3), True, True)):
+        fused.TILE, fused.FLAT, fused.SPLIT = tile, flat, split
+        for name, function in (("up", lambda: fused.up_squared(x, up)),
+                               ("down backward", lambda: fused.down_backward(dz, down, a, pull))):
+            try:
+                put(f"{name}, tile {tile}, flat {flat}, split {split}", function)
+            except Exception as e:
+                found[f"{name}, {tile}, {flat}, {split}"] = repr(e)[:200]
+    width = c.model_dim + 2 * c.num_kv_heads * (c.model_dim // c.num_heads)
+    qkv = torch.randn(args.tokens // c.train_seq_len, c.train_seq_len, width, device=device).bfloat16()
+    gain, half = torch.ones(c.num_heads, device=device).bfloat16(), c.model_dim // c.num_heads // 2
+    tables = kernels.rope_tables(qkv[:, :, 0], half, c.rope_base).bfloat16()
+    for fused.HEAD_ROWS in (8, 16, 32):
+        put(f"heads, {fused.HEAD_ROWS} rows",
+            lambda: fused.split_and_rotate(qkv, gain, *tables, c.num_heads, c.num_kv_heads))
+        grads = fused.split_and_rotate(qkv, gain, *tables, c.num_heads, c.num_kv_heads)
+        put(f"heads backward, {fused.HEAD_ROWS} rows",
+            lambda grads=grads: fused.split_and_rotate_backward(qkv, gain, *tables, *grads))
     return found
 
 

@@ -121,14 +121,19 @@ def cross_entropy(logits: Tensor, targets: Tensor, cap: float) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The MLP on a GPU
+# For a GPU: ops around the kernels of tern/fused.py, which needs Triton
 # ---------------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("tern::relu_squared_mlp", mutates_args=())
-def relu_squared_mlp(x: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(z = a down^T, scale, a = relu(x up^T)^2) of x [rows, dim], bf16 on a GPU; scale [rows, 1], fp32, is such that
-    scale * a is norm(a), so scale * z is norm(a) down^T."""
+def fuses(x: Tensor, *widths: int) -> bool:
+    """Whether the fused kernels serve x and matrices of these widths: bf16 on a GPU that has tensor maps (Hopper)."""
+    return (x.device.type == "cuda" and x.dtype == torch.bfloat16 and all(width % 8 == 0 for width in widths)
+            and torch.cuda.get_device_properties(x.device).major >= 9)
+
+
+@torch.library.custom_op("tern::relu_squared_products", mutates_args=())
+def relu_squared_products(x: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(z = a down^T, scale, a = relu(x up^T)^2) of x [rows, dim]; scale [rows, 1], fp32, makes scale * a norm(a)."""
     from tern import fused
 
     a, sums = fused.up_squared(x, up)
@@ -136,10 +141,10 @@ def relu_squared_mlp(x: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tenso
     return a @ down.mT, scale[:, None], a
 
 
-@torch.library.custom_op("tern::relu_squared_mlp_backward", mutates_args=())
-def relu_squared_mlp_backward(dz: Tensor, dscale: Tensor, x: Tensor, up: Tensor, down: Tensor, scale: Tensor, a: Tensor
-                              ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, up and down."""
+@torch.library.custom_op("tern::relu_squared_products_backward", mutates_args=())
+def relu_squared_products_backward(dz: Tensor, dscale: Tensor, x: Tensor, up: Tensor, down: Tensor, scale: Tensor,
+                                   a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, up and down from those of z and scale."""
     from tern import fused
 
     dz = dz.contiguous()
@@ -148,21 +153,65 @@ def relu_squared_mlp_backward(dz: Tensor, dscale: Tensor, x: Tensor, up: Tensor,
     return du @ up, du.mT @ x, dz.mT @ a
 
 
-@relu_squared_mlp.register_fake
+@relu_squared_products.register_fake
 def _(x, up, down):
-    return x.new_empty(x.shape[0], down.shape[0]), x.new_empty(x.shape[0], 1, dtype=torch.float32), x.new_empty(
-        x.shape[0], up.shape[0])
+    rows = x.shape[0]
+    return (x.new_empty(rows, down.shape[0]), x.new_empty(rows, 1, dtype=torch.float32),
+            x.new_empty(rows, up.shape[0]))
 
 
-@relu_squared_mlp_backward.register_fake
+@relu_squared_products_backward.register_fake
 def _(dz, dscale, x, up, down, scale, a):
     return torch.empty_like(x), torch.empty_like(up), torch.empty_like(down)
 
 
-def keep_for_backward(ctx, inputs, output) -> None:
+def keep_products(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs, *output[1:])
     ctx.mark_non_differentiable(output[2])
 
 
-relu_squared_mlp.register_autograd(
-    lambda ctx, dz, dscale, _: relu_squared_mlp_backward(dz, dscale, *ctx.saved_tensors), setup_context=keep_for_backward)
+relu_squared_products.register_autograd(
+    lambda ctx, dz, dscale, _: relu_squared_products_backward(dz, dscale, *ctx.saved_tensors),
+    setup_context=keep_products)
+
+
+def relu_squared_mlp(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """norm(relu(x up^T)^2) down^T of x [batch, time, dim]; a row's scale has no effect (the eps of the norm aside)."""
+    z, scale, _ = relu_squared_products(x.flatten(0, -2), up, down)
+    return (z * scale).to(x.dtype).view(x.shape)
+
+
+@torch.library.custom_op("tern::split_and_rotate", mutates_args=())
+def split_and_rotate(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int
+                     ) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v [batch, time, heads or kv heads, head_dim] of qkv [batch, time, (heads + 2 kv heads) * head_dim]: q and k
+    normalised and rotated by cos, sin [time, head_dim / 2], q times gain [heads]."""
+    from tern import fused
+
+    return fused.split_and_rotate(qkv, gain, cos, sin, heads, kv_heads)
+
+
+@torch.library.custom_op("tern::split_and_rotate_backward", mutates_args=())
+def split_and_rotate_backward(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, dq: Tensor, dk: Tensor, dv: Tensor
+                              ) -> tuple[Tensor, Tensor]:
+    """Gradients of qkv and gain."""
+    from tern import fused
+
+    return fused.split_and_rotate_backward(qkv, gain, cos, sin, dq.contiguous(), dk.contiguous(), dv.contiguous())
+
+
+@split_and_rotate.register_fake
+def _(qkv, gain, cos, sin, heads, kv_heads):
+    dim = qkv.shape[2] // (heads + 2 * kv_heads)
+    q, k, v = (qkv.new_empty(*qkv.shape[:2], n, dim) for n in (heads, kv_heads, kv_heads))
+    return q, k, v
+
+
+@split_and_rotate_backward.register_fake
+def _(qkv, gain, cos, sin, dq, dk, dv):
+    return torch.empty_like(qkv), torch.empty_like(gain)
+
+
+split_and_rotate.register_autograd(
+    lambda ctx, *grads: (*split_and_rotate_backward(*ctx.saved_tensors, *grads), None, None, None, None),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:4]))

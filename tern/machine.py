@@ -78,6 +78,11 @@ def compute_deterministically(device: torch.device) -> None:
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
+def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """x of the host's memory, there; a GPU fetches it when it comes to it, and the host does not wait."""
+    return x if device.type == "cpu" else x.pin_memory().to(device, non_blocking=True)
+
+
 def synchronize(device: torch.device) -> None:
     """Wait for what the device has been asked to do."""
     if device.type == "cuda":
