@@ -1241,7 +1241,8 @@ class Trainer:
             self.log.line("notice      no C++ compiler found, so torch.compile is off; training will be slower")
             return
         try:
-            machine.prepare_compiler(len(sequence_lengths(self.config)))  # one graph per length
+            # One graph per length of the model, and one per bank of what follows.
+            machine.prepare_compiler(max(len(sequence_lengths(self.config)), len(self.latents.banks)))
             self.compiled = torch.compile(self.model, dynamic=False, fullgraph=True)
             if self.device.type == "cuda":  # a CPU does these as fast without
                 self.optimizer.compile()

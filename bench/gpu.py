@@ -29,7 +29,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import fields
 from pathlib import Path
 
@@ -68,6 +68,11 @@ VALIDATION_TOKENS, GPUS = 62_021_632, 8  # the competition's validation text and
 
 
 def measure_machine(stage: Stage) -> None:
+    with gpu_card.alone(stage.args.lock):
+        measure_card(stage)
+
+
+def measure_card(stage: Stage) -> None:
     with stage.part("versions"):
         found = versions(stage)
         stage.put("versions", found, *(f"{name:<14}{said}" for name, said in found.items()))
@@ -156,7 +161,7 @@ class OneByteEach:
 
 
 def measure_scoring(stage: Stage) -> None:
-    for preset in PRESETS:
+    for preset in stage.args.presets:
         for batch in stage.sizes.score_batches:
             with stage.part(f"{preset}, {batch} windows at a time"):
                 measure_score(stage, preset, batch)
@@ -184,8 +189,9 @@ def measure_score(stage: Stage, preset: str, batch: int) -> None:
         return stride * batch * batches / score.seconds
 
     rate_of(2)  # compiles
-    rate = rate_of(4)
-    rate = rate_of(max(round(rate * stage.sizes.score_seconds / (stride * batch)), 4))
+    with gpu_card.alone(stage.args.lock):
+        rate = rate_of(4)
+        rate = rate_of(max(round(rate * stage.sizes.score_seconds / (stride * batch)), 4))
     seconds = VALIDATION_TOKENS / rate / GPUS
     stage.put(f"{preset}, {batch} windows", {"tokens_per_second": rate, "stride": stride, "extrapolated": seconds},
               f"{preset}, window {c.train_seq_len}, stride {stride}, {batch} windows at a time: {rate:,.0f} tokens/s; "
@@ -286,6 +292,9 @@ STAGES: dict[str, tuple[Callable[[Stage], None], float]] = {
 }
 
 
+UNTIMED = ("correct", "runs")  # with --lock they run beside each other, and beside nothing that is measured
+
+
 def run_here(args: argparse.Namespace) -> int:
     """One stage in this process; its result says all."""
     command.follow(os.getppid())
@@ -297,7 +306,8 @@ def run_here(args: argparse.Namespace) -> int:
         stage.fail(stage.name, "torch finds no CUDA device; --device cpu shows whether the stages work")
     else:
         machine.prepare_device(stage.device)
-        with stage.part(stage.name):
+        shared = gpu_card.alone(args.lock, shared=True) if stage.name in UNTIMED else nullcontext()
+        with stage.part(stage.name), shared:
             STAGES[stage.name][0](stage)
     stage.result["status"] = "failed" if stage.result["failures"] else "ok"
     stage.save()
@@ -341,8 +351,9 @@ def run_all(args: argparse.Namespace) -> int:
         path = out / f"{name}.json"
         path.unlink(missing_ok=True)  # of a time before
         words = [sys.executable, str(Path(__file__).resolve()), "--stage", name, "--seconds", f"{limit:.1f}"]
-        for option in ("out", "work", "device", "data", "against", "matrix"):
+        for option in ("out", "work", "device", "data", "against", "matrix", "lock"):
             words += [f"--{option}", getattr(args, option)]
+        words += ["--presets", *args.presets, *(["--batches", *map(str, args.batches)] if args.batches else [])]
         how = supervise(words, limit, out / "log.txt")
         result = json.loads(path.read_text(encoding="utf-8")) if path.exists() else empty_result(name)
         if how:
@@ -380,6 +391,11 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     p.add_argument("--seconds", type=float, default=560.0, help="time for all stages (default 560)")
     p.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: toy shapes")
     p.add_argument("--only", nargs="+", choices=STAGES, default=list(STAGES), metavar="STAGE", help="some stages")
+    p.add_argument("--presets", nargs="+", choices=PRESETS, default=list(PRESETS), metavar="PRESET",
+                   help="of stages train and score")
+    p.add_argument("--batches", nargs="+", type=int, default=[], metavar="TOKENS", help="per step, of stage train")
+    p.add_argument("--lock", default="", metavar="FILE",
+                   help="hold this file while measuring: several of these may then compile side by side")
     p.add_argument("--data", default="", metavar="DIR", help="folder of shards; without it text is made up")
     p.add_argument("--against", default="", metavar="SCRIPT", help="another trainer, to be run in stage train")
     p.add_argument("--matrix", default="", metavar="TOML", help="the matrix of stage runs, in place of its own")

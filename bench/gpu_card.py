@@ -5,15 +5,31 @@ Used by gpu.py: its stage machine measures how fast these are, its stage correct
 
 from __future__ import annotations
 
+import fcntl
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+@contextmanager
+def alone(lock: str, shared: bool = False) -> Iterator[None]:
+    """Hold the file `lock`, alone or with others that share it; without a name nothing is held.
+
+    Of several programs on one card, which may compile side by side, one at a time measures.
+    """
+    if not lock:
+        yield
+        return
+    with open(lock, "ab") as f:
+        fcntl.flock(f, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+        yield
 
 
 class Clock:

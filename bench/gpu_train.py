@@ -10,6 +10,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 import train_gpt
 from bench import gpu_step, textbook
+from bench.gpu_card import alone
 from bench.gpu_stage import PRESETS, Stage, flags
 from tern.shards import open_data
 from tern.signals import Interrupted
@@ -27,8 +29,8 @@ PROFILED = 2  # steps
 
 
 def measure_training(stage: Stage) -> None:
-    for batch in stage.sizes.batches:
-        for preset in PRESETS:
+    for batch in stage.args.batches or stage.sizes.batches:
+        for preset in stage.args.presets:
             with stage.part(f"{preset}, {batch:,} tokens a step"):
                 measure_batch(stage, preset, batch)
         if stage.args.against and batch == stage.sizes.batches[0]:
@@ -99,22 +101,23 @@ def measure_steps(stage: Stage, name: str, trainer: train_gpt.Trainer) -> Iterat
     """Its steps, then a profile, then steps and the textbook's, turn about."""
     tokens = trainer.config.train_batch_tokens
     count = max(stage.sizes.steps * stage.sizes.batches[0] // tokens, 3)
-    if stage.cuda:
-        torch.cuda.reset_peak_memory_stats()
-    for _ in range(max(count // 2, 2)):
-        yield  # until it is warm
-    marks = []
-    for _ in range(count):
-        start = stage.clock.mark()
-        yield
-        marks.append((start, stage.clock.mark()))
-    times = [stage.clock.seconds(*pair) for pair in marks]
-    seconds = statistics.median(times)
-    put_rate(stage, name, trainer, times)
-    with stage.part(f"{name}: profile"):
-        yield from measure_profile(stage, name, trainer, seconds)
-    with stage.part(f"{name}: textbook"):
-        yield from measure_turns(stage, name, trainer, max(count // stage.sizes.pairs, 1))
+    with alone(stage.args.lock):
+        if stage.cuda:
+            torch.cuda.reset_peak_memory_stats()
+        for _ in range(max(count // 2, 2)):
+            yield  # until it is warm
+        marks = []
+        for _ in range(count):
+            start = stage.clock.mark()
+            yield
+            marks.append((start, stage.clock.mark()))
+        times = [stage.clock.seconds(*pair) for pair in marks]
+        put_rate(stage, name, trainer, times)
+        with stage.part(f"{name}: profile"):
+            yield from measure_profile(stage, name, trainer, statistics.median(times))
+    if tokens == stage.sizes.batches[0] and trainer.preset == PRESETS[0]:
+        with stage.part(f"{name}: textbook"):
+            yield from measure_turns(stage, name, trainer, max(count // stage.sizes.pairs, 1))
 
 
 def put_rate(stage: Stage, name: str, trainer: train_gpt.Trainer, times: list[float]) -> None:
@@ -172,24 +175,37 @@ def in_range(name: str, function: Callable) -> Callable:
 
 def measure_turns(stage: Stage, name: str, trainer: train_gpt.Trainer, steps: int) -> Iterator[None]:
     """So many steps of the trainer, then of the textbook, several times."""
+    if not memory_comes(stage):
+        stage.missing(f"{name}: textbook", "memory for a second model on the card")
+        return
     book = Textbook(trainer)
     for _ in range(2):
         book.step()
     rates = []
-    for _ in range(stage.sizes.pairs):
-        start = stage.clock.mark()
-        for _ in range(steps):
-            yield
-        between = stage.clock.mark()
-        for _ in range(steps):
-            book.step()
-        end = stage.clock.mark()
-        rates.append((stage.clock.seconds(start, between) / steps, stage.clock.seconds(between, end) / steps))
+    with alone(stage.args.lock):
+        for _ in range(stage.sizes.pairs):
+            start = stage.clock.mark()
+            for _ in range(steps):
+                yield
+            between = stage.clock.mark()
+            for _ in range(steps):
+                book.step()
+            end = stage.clock.mark()
+            rates.append((stage.clock.seconds(start, between) / steps, stage.clock.seconds(between, end) / steps))
     ratio = statistics.median(theirs / ours for ours, theirs in rates)
     ours, theirs = (statistics.median(side) for side in zip(*rates, strict=True))
     stage.put(f"{name}: textbook", {"pairs": rates, "ratio": ratio},
               f"textbook: {1000 * theirs:.2f} ms/step where ours takes {1000 * ours:.2f}, turn about: {ratio:.2f} "
               f"times as long, median of {len(rates)} pairs")
+
+
+def memory_comes(stage: Stage) -> bool:
+    """Wait for as much free memory as this process took; whether it is there while a third of the time is left."""
+    while stage.cuda and torch.cuda.mem_get_info()[0] < torch.cuda.max_memory_allocated():
+        if stage.left() < stage.args.seconds / 3:
+            return False
+        time.sleep(1.0)
+    return True
 
 
 class Textbook:

@@ -14,9 +14,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-# Of a tile: rows, columns, depth of a step, warps, stages of the loads' pipeline. Found on an H100 (LOG.md).
-TILE = (128, 256, 64, 8, 3)
-FLAT, SPLIT = True, False
+# Of a kernel's tiles: rows, columns, depth of a step, warps, stages of the loads' pipeline; whether that runs on from
+# tile to tile, and whether a tile is stored as two halves. Found on an H100 (LOG.md, one H100).
+UP = (128, 256, 64, 8, 3, False, False)
+DOWN = (128, 256, 64, 8, 3, False, False)
 
 # ---------------------------------------------------------------------------------------------------------------
 # The MLP
@@ -82,18 +83,19 @@ def down_backward_kernel(dz, down, squares, pull, du, rows, cols, inner, ROWS: t
             du.store([row, col], (2.0 * tl.sqrt(a) * (acc + factor * a)).to(du.dtype))
 
 
-def launch(kernel, rows: int, cols: int, inner: int, left: Tensor, right: Tensor, transposed: bool, *rest) -> None:
+def launch(kernel, tile: tuple, rows: int, cols: int, inner: int, left: Tensor, right: Tensor, transposed: bool, *rest
+           ) -> None:
     """One program for each multiprocessor, which takes tile after tile; rest: other tensors, [rows, cols] or of rows.
     """
-    size_r, size_c, size_k, warps, stages = TILE
+    size_r, size_c, size_k, warps, stages, flat, split = tile
     tiles = triton.cdiv(rows, size_r) * triton.cdiv(cols, size_c)
     at_once = torch.cuda.get_device_properties(left.device).multi_processor_count if left.is_cuda else 4
     blocks = [TensorDescriptor.from_tensor(left, [size_r, size_k]),
               TensorDescriptor.from_tensor(right, [size_c, size_k] if transposed else [size_k, size_c])]
     for x in rest:
         whole = x.shape == (rows, cols)
-        blocks.append(TensorDescriptor.from_tensor(x, [size_r, size_c // 2 if SPLIT else size_c]) if whole else x)
-    kernel[(min(tiles, at_once),)](*blocks, rows, cols, inner, size_r, size_c, size_k, FLAT, SPLIT, num_warps=warps,
+        blocks.append(TensorDescriptor.from_tensor(x, [size_r, size_c // 2 if split else size_c]) if whole else x)
+    kernel[(min(tiles, at_once),)](*blocks, rows, cols, inner, size_r, size_c, size_k, flat, split, num_warps=warps,
                                    num_stages=stages)
 
 
@@ -101,8 +103,8 @@ def up_squared(x: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """(a = relu(x up^T)^2, sums of a^2 over its rows in fp32) of x [rows, inner] and up [cols, inner]."""
     (rows, inner), cols = x.shape, up.shape[0]
     a = x.new_empty(rows, cols)
-    sums = x.new_empty(triton.cdiv(cols, TILE[1]), rows, dtype=torch.float32)
-    launch(up_kernel, rows, cols, inner, x, up, True, a, sums)
+    sums = x.new_empty(triton.cdiv(cols, UP[1]), rows, dtype=torch.float32)
+    launch(up_kernel, UP, rows, cols, inner, x, up, True, a, sums)
     return a, sums.sum(0)
 
 
@@ -110,7 +112,7 @@ def down_backward(dz: Tensor, down: Tensor, a: Tensor, pull: Tensor) -> Tensor:
     """Gradient of x up^T, from dz [rows, inner] that of a down^T, down [inner, cols], a [rows, cols], and pull [rows]
     fp32: what the scale of a row adds to the gradient of a, over a."""
     du = torch.empty_like(a)
-    launch(down_backward_kernel, *a.shape, dz.shape[1], dz, down, False, a, pull, du)
+    launch(down_backward_kernel, DOWN, *a.shape, dz.shape[1], dz, down, False, a, pull, du)
     return du
 
 

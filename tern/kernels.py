@@ -136,7 +136,7 @@ def relu_squared_products(x: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, 
     """(z = a down^T, scale, a = relu(x up^T)^2) of x [rows, dim]; scale [rows, 1], fp32, makes scale * a norm(a)."""
     from tern import fused
 
-    a, sums = fused.up_squared(x, up)
+    a, sums = fused.up_squared(x.contiguous(), up)
     scale = torch.rsqrt(sums / a.shape[1] + torch.finfo(torch.float32).eps)  # the eps of F.rms_norm
     return a @ down.mT, scale[:, None], a
 
@@ -188,7 +188,7 @@ def split_and_rotate(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, heads:
     normalised and rotated by cos, sin [time, head_dim / 2], q times gain [heads]."""
     from tern import fused
 
-    return fused.split_and_rotate(qkv, gain, cos, sin, heads, kv_heads)
+    return fused.split_and_rotate(qkv.contiguous(), gain, cos.contiguous(), sin.contiguous(), heads, kv_heads)
 
 
 @torch.library.custom_op("tern::split_and_rotate_backward", mutates_args=())
