@@ -49,8 +49,10 @@ from tern.finite import first_bad, first_bad_output
 from tern.groups import SCALE_DTYPES, VALUE_DTYPES, join_groups, split_groups
 from tern.kernels import attend, cross_entropy, fuses, relu_squared_mlp, rope_tables, rotate, split_and_rotate
 from tern.metric import evaluate
+from tern.muon import muon_update
 from tern.processes import Place, RankLost, Ranks
 from tern.runfolder import RunFolder
+from tern.schedule import StepPlan, schedule, sequence_lengths
 from tern.scoring import score_in_fresh_process
 from tern.settings import ConfigError, need, setting
 from tern.shards import AuditError, DataFolder, TokenStream, open_data, read_shard
@@ -736,11 +738,9 @@ class Latents:
         self.flat_grad[-1] = loss if first else self.flat_grad[-1] + loss
 
     @torch.no_grad()
-    def total_loss(self) -> tuple[float, bool]:
-        """(the loss over all ranks, whether every rank's loss and gradients are finite). Waits for the device."""
-        word = torch.stack((self.flat_grad[-1], self.flat_grad.sum()))
-        loss, total = self.ranks.sum(word).tolist()
-        return loss, math.isfinite(loss) and math.isfinite(total)
+    def loss_word(self) -> Tensor:
+        """The loss over all ranks, and the sum of all gradients, which is finite only if each of them is."""
+        return self.ranks.sum(torch.stack((self.flat_grad[-1], self.flat_grad.sum())))
 
     def reduce(self) -> list[dist.Work | None]:
         """Begin to sum the gradients on their owners and wait for this rank's own; the rest is to be waited for."""
@@ -779,32 +779,6 @@ class Latents:
         """Every parameter as pack.py writes it, in the model's order."""
         packed = {name: to_pack(stored, fmt) for name, fmt, _, stored in self.named()}
         return {name: packed[name] for name in order}
-
-
-def newton_schulz(g: Tensor, steps: int) -> Tensor:
-    """Approximately orthogonalise each matrix of g [n, rows, cols] in bf16: U V^T of its SVD, singular values ~1.
-
-    Quintic iteration and coefficients of Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
-    """
-    a, b, c = 3.4445, -4.7750, 2.0315
-    x = g.bfloat16()
-    tall = x.shape[-2] > x.shape[-1]
-    if tall:
-        x = x.mT.contiguous()
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
-        xx = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(xx, xx, xx, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
-
-
-def muon_update(latent: Tensor, buffer: Tensor, grad: Tensor, momentum: Tensor, rate: Tensor, decay: Tensor,
-                steps: int) -> None:
-    """Muon with Nesterov momentum on a bank of matrices; momentum, rate and decay are numbers (compiled: no constants).
-    """
-    buffer.mul_(momentum).add_(grad)
-    update = newton_schulz(grad + momentum * buffer, steps)
-    latent.mul_(1 - decay).sub_(rate * update.float())
 
 
 class Optimizer:
@@ -848,15 +822,17 @@ class Optimizer:
         """Muon of matrices stacked as [n, rows, cols]."""
         c, (rows, cols) = self.config, latent.shape[-2:]
         lr = c.matrix_lr * lr_scale
-        numbers = (momentum, lr * max(1, rows / cols) ** 0.5, lr * c.muon_wd)
-        self.muon_update(latent, buffer, grad, *(latent.new_full((), x) for x in numbers), c.muon_backend_steps)
+        rate = lr * max(1, rows / cols) ** 0.5
+        beta, rate, decay = (latent.new_full((), x) for x in (momentum, rate, lr * c.muon_wd))
+        self.muon_update(latent, buffer, grad, beta, rate, decay, c.muon_backend_steps)
 
     @torch.no_grad()
     def compile(self) -> None:
         """Have the update of matrices compiled, now: nothing is updated."""
         self.muon_update = torch.compile(muon_update, dynamic=False)
         for bank in self.muon:
-            self.update_bank(*(torch.zeros_like(bank.latent) for _ in range(3)), 0.0, 0.0)
+            latent, buffer, grad = (torch.zeros_like(bank.latent) for _ in range(3))
+            self.update_bank(latent, buffer, grad, 0.0, 0.0)
 
     def moments(self, bank: Bank) -> dict[str, Tensor]:
         """The optimizer's fp32 state of a bank that this rank owns, in the latent's shape."""
@@ -912,7 +888,7 @@ class Optimizer:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Data loading and schedules
+# Data loading
 # ---------------------------------------------------------------------------------------------------------------
 
 
@@ -931,42 +907,6 @@ class TokenLoader:
         start = self.position + (micro * world + rank) * rows * seq_len
         span = torch.from_numpy(self.stream.read(start, rows * seq_len + 1))
         return span[:-1].view(rows, seq_len), span[1:].view(rows, seq_len)
-
-
-@dataclass(frozen=True)
-class StepPlan:
-    lr_scale: float  # of every learning rate, in [0, 1]
-    momentum: float  # Muon's
-    seq_len: int  # tokens
-    batch_tokens: int  # over all ranks, before rounding down to whole micro-batches
-    quantized: float  # how far params are from latents (0) to what is stored (1), after the step
-
-
-def sequence_lengths(config: Config) -> list[int]:
-    """The lengths that a run goes through: doublings from seq_ramp_start to train_seq_len."""
-    start = min(config.seq_ramp_start or config.train_seq_len, config.train_seq_len)
-    return [start << k for k in range((config.train_seq_len // start).bit_length())]
-
-
-def schedule(config: Config, step: int, progress: float) -> StepPlan:
-    """Everything that changes during a run, from the step and the progress in [0, 1] of the clock or the count."""
-    c = config
-    steps_in_all = step / progress if step and progress else math.inf
-    warmup = (step + 1) / c.lr_warmup_steps if c.lr_warmup_steps else 1.0
-    down = c.warmdown_iters / steps_in_all if c.warmdown_iters else c.warmdown_frac
-    warmdown = max(1 - progress, 0.0) / down if down else 1.0
-    warm = min(step / c.muon_momentum_warmup_steps, 1.0) if c.muon_momentum_warmup_steps else 1.0
-    momentum = c.muon_momentum_warmup_start + warm * (c.muon_momentum - c.muon_momentum_warmup_start)
-
-    def ramp(share: float) -> float:
-        return min(progress / share, 1.0) if share else 1.0
-
-    lengths, batch, small = sequence_lengths(c), c.train_batch_tokens, c.batch_ramp_start
-    seq_len = lengths[round((len(lengths) - 1) * ramp(c.seq_ramp_frac))]
-    batch = int(small + ramp(c.batch_ramp_frac) * (batch - small)) if 0 < small < batch else batch
-    since = progress - c.quantize_start
-    quantized = min(max(since / c.quantize_ramp, 0.0), 1.0) if c.quantize_ramp else float(since >= 0)
-    return StepPlan(min(warmup, warmdown, 1.0), momentum, seq_len, batch, quantized)
 
 
 def micro_batch_tokens(config: Config, world: int) -> int:
@@ -1093,6 +1033,9 @@ class Trainer:
         self.seconds: dict[str, float] = {}  # phase -> seconds
         self.step, self.elapsed, self.step_seconds, self.tokens_seen, self.finished = 0, 0.0, 0.0, 0, False
         self.quantized = schedule(config, 0, 0.0).quantized  # how far the params are from the latents
+        self.ahead = int(self.device.type == "cuda")  # steps that the host may be ahead, so that a GPU need not wait
+        self.asked: list[tuple[int, int, machine.Fetch]] = []  # (step, its sequence length, its loss on the way)
+        self.loss = math.nan  # the last that is known
         # The program as it is now: an edit while it runs must not get into the log of what ran.
         self.sources = source.read_sources()
         self.source_sha256 = {name: hashlib.sha256(text).hexdigest() for name, text in self.sources.items()}
@@ -1278,13 +1221,11 @@ class Trainer:
             plan = schedule(c, self.step, progress)
             micro_batches = max(plan.batch_tokens // (self.world * self.micro_tokens), 1)
             self.forward_backward(plan.seq_len, micro_batches)
-            loss, finite = self.latents.total_loss()  # waits for the device, so the clock below is true
-            if not finite:
-                raise self.diverged(loss, plan.seq_len)
-            self.optimizer.step(plan.lr_scale, plan.momentum)
             self.step += 1
-            self.quantized = plan.quantized
             logged = c.train_log_every > 0 and (self.step <= 10 or self.step % c.train_log_every == 0)
+            loss = self.known_loss(plan.seq_len, 0 if logged else self.ahead)  # waits: the clock below is true
+            self.optimizer.step(plan.lr_scale, plan.momentum)
+            self.quantized = plan.quantized
             zero_frac, churn = self.latents.refresh(self.quantized, measure=logged)
             self.after_step(plan)
             self.count_step(micro_batches * self.world * self.micro_tokens)
@@ -1294,6 +1235,10 @@ class Trainer:
             if c.checkpoint_every > 0 and self.step % c.checkpoint_every == 0:
                 self.elapsed = time.perf_counter() - self.began  # the validation is inside the clock
                 self.save()
+        if self.ahead:
+            self.known_loss(0, 0)
+            machine.synchronize(self.device)
+            self.elapsed = time.perf_counter() - self.began
         self.seconds["train"] = self.elapsed
         if c.max_wallclock_seconds and self.step < c.iterations:
             self.log.line(f"stopping_early: wallclock_cap train_time:{1000 * self.elapsed:.0f}ms "
@@ -1311,7 +1256,8 @@ class Trainer:
         self.elapsed = time.perf_counter() - self.began
         by_count = self.step / c.iterations if c.iterations else 0.0
         by_clock = self.elapsed / cap if cap else 0.0
-        too_late = cap > 0 and self.elapsed + self.step_seconds > cap  # the next step would end after the cap
+        # The next step, after those that a GPU has not done yet, would end after the cap.
+        too_late = cap > 0 and self.elapsed + (1 + self.ahead) * self.step_seconds > cap
         progress, over = min(max(by_count, by_clock), 1.0), too_late or by_count >= 1
         if self.world == 1:
             return progress, over, self.signals.last
@@ -1337,6 +1283,19 @@ class Trainer:
             loss = self.compiled(*(machine.to_device(x, self.device) for x in batch))
             loss.backward()
             self.latents.accumulate(loss, micro_batches * self.world, first=micro == 0)
+
+    def known_loss(self, seq_len: int, ahead: int) -> float:
+        """Ask for the loss of the step whose gradients are there, if it has a length; the last loss that is known when
+        the host may be so many steps ahead of the device. Raises TrainingError if that, or its gradient, is not finite.
+        """
+        if seq_len:
+            self.asked.append((self.step, seq_len, machine.Fetch(self.latents.loss_word())))
+        while len(self.asked) > ahead:
+            step, seq_len, word = self.asked.pop(0)
+            self.loss, gradients = word.numbers()
+            if not (math.isfinite(self.loss) and math.isfinite(gradients)):
+                raise self.diverged(step, seq_len)
+        return self.loss
 
     def count_step(self, tokens: int) -> None:
         """Take the step's tokens and time into account."""
@@ -1380,7 +1339,7 @@ class Trainer:
 
     # -- checks of what was trained -------------------------------------------------------------------------------
 
-    def diverged(self, loss: float, seq_len: int) -> TrainingError:
+    def diverged(self, step: int, seq_len: int) -> TrainingError:
         """The error of a step whose loss or gradient is not finite: it names the first bad tensor, and what is left."""
         bad, first = self.latents.first_non_finite(self.order), "the sum of the gradients, or another rank's,"
         if bad is not None:
@@ -1390,7 +1349,7 @@ class Trainer:
             module = first_bad_output(self.model, ids.to(self.device), targets.to(self.device))
             if module is not None:
                 first = f"the output of {module or 'the model'}"
-        return TrainingError(f"step {self.step + 1}: {first} is not finite (loss {loss}); "
+        return TrainingError(f"step {step}: {first} is not finite (loss {self.loss}); "
                              f"{self.folder.what_is_left()}; lower the learning rates or check the data")
 
     def check_compiled(self) -> None:

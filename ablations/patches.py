@@ -24,6 +24,7 @@ import train_gpt
 from ablations.formats import Codebook
 from ablations.hooks import after, before
 from tern import metric
+from tern import muon as tern_muon
 from tern.groups import decode_scales, join_groups, split_groups
 from tern.settings import ConfigError
 from tern.shards import AuditError, read_shard
@@ -394,7 +395,7 @@ def unrounded_scales() -> None:
 def muon(kind: str) -> None:
     """Muon's orthogonalisation: polar (Polar Express coefficients, arXiv 2505.16932, table 1), or rows (rows of the
     momentum are normalised first, as PR 640 has it)."""
-    original = train_gpt.newton_schulz
+    original = tern_muon.newton_schulz
     # Of the method for five steps from singular values in [0.001, 1], with the paper's safety factor of 1.01.
     coefficients = [(8.28721201814563, -23.595886519098837, 17.300387312530933),
                     (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
@@ -416,7 +417,7 @@ def muon(kind: str) -> None:
     def rows(g: Tensor, steps: int) -> Tensor:
         return original(g / (g.norm(dim=-1, keepdim=True) + 1e-7), steps)
 
-    train_gpt.newton_schulz = {"polar": polar, "rows": rows}[kind]
+    tern_muon.newton_schulz = {"polar": polar, "rows": rows}[kind]
 
 
 @patch(kind=("linear", "cosine", "sqrt"), floor=Within(0, 1))

@@ -2,8 +2,9 @@
 
     python bench/gpu_correct.py '{"deterministic": true, "kill_at": 7}' --preset tiny ...
 
-is the trainer under conditions, for the stage's runs: deterministic algorithms; killed after a step; in a process group
-of one ("group": its back end); all ranks on one device ("one_device": likewise).
+is the trainer under conditions, for the stage's runs: deterministic algorithms, which its scoring process then uses as
+well, for they choose another kernel of attention; killed after a step; in a process group of one ("group": its back
+end); all ranks on one device ("one_device": likewise).
 """
 
 from __future__ import annotations
@@ -26,10 +27,12 @@ from torch import Tensor, nn
 if __package__ in (None, ""):  # run as a script, only bench/ is on the module path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import eval_bpb
 import train_gpt
 from bench import gpu_card, gpu_step
 from bench.gpu_stage import PRESETS, Stage, flags, records
 from tern import kernels, machine, processes
+from tern.muon import newton_schulz
 
 SAVED_EVERY, KILLED_AT = 4, 7  # steps, of the run that is killed
 KERNEL, MODEL_LOSS, MODEL_GRADIENT = 1e-2, 2e-3, 1e-1  # relative errors that bf16, which keeps 8 bits, explains
@@ -225,7 +228,7 @@ def check_operators(stage: Stage) -> None:
         "products": lambda: with_gradients(F.linear, [x.bfloat16(), weight], wide),
         "norm": lambda: with_gradients(train_gpt.norm, [x.bfloat16()], x),
         "loss": lambda: with_gradients(loss, [x], one),
-        "Newton-Schulz": lambda: [train_gpt.newton_schulz(matrices, 5)],
+        "Newton-Schulz": lambda: [newton_schulz(matrices, 5)],
     }
     differing = []
     for name, run in operators.items():
@@ -359,6 +362,10 @@ def train_under(how: dict, argv: list[str]) -> int:
     train_gpt.Trainer = Watched
     if how.get("deterministic"):
         machine.compute_deterministically = deterministically
+        if how.get("score"):
+            torch.use_deterministic_algorithms(True)
+            return eval_bpb.main(argv)
+        train_gpt.scoring_command = lambda: [__file__, json.dumps({"deterministic": True, "score": True})]
     if "one_device" in how:
         train_gpt.Ranks = ThroughMemory if how["one_device"] == "gloo" else processes.Ranks
         machine.pick_device = lambda wanted, local_rank: pick(wanted, 0)

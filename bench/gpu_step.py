@@ -167,6 +167,7 @@ class Profile:
     busy: float  # in which at least one kernel ran
     launches: float  # kernels and copies, a count
     longest: list[tuple[float, float, str]]  # (ms, launches, name) of the kernels that took most of the time
+    idle: list[tuple[float, float, str]]  # (ms, times, "kernel -> kernel") of the gaps that took most of the time
 
 
 def kind_of(name: str) -> str:
@@ -188,6 +189,8 @@ def read_profile(trace: dict, steps: int, longest: int = 20) -> Profile:
     launched = {e["args"]["correlation"]: e["ts"] for e in events
                 if e.get("cat") in ("cuda_runtime", "cuda_driver") and "correlation" in e.get("args", {})}
     kinds, by_name, busy, reached, count = dict.fromkeys(KINDS, 0.0), {}, 0.0, -math.inf, 0
+    idle: dict[str, tuple[float, int]] = {}
+    last = ""
     for e in sorted((e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")),
                     key=lambda e: e["ts"]):
         start, end, kind = e["ts"], e["ts"] + e["dur"], kind_of(e["name"])
@@ -198,12 +201,21 @@ def read_profile(trace: dict, steps: int, longest: int = 20) -> Profile:
         kinds[kind] += e["dur"]
         before, n = by_name.get(e["name"], (0.0, 0))
         by_name[e["name"]] = before + e["dur"], n + 1
+        if last and start > reached:
+            gap = f"{last[:50]} -> {e['name'][:50]}"
+            before, n = idle.get(gap, (0.0, 0))
+            idle[gap] = before + start - reached, n + 1
+        last = e["name"] if end > reached else last
         busy += max(end - max(start, reached), 0.0)
         reached, count = max(reached, end), count + 1
-    top = sorted(((ms, n, name) for name, (ms, n) in by_name.items()), reverse=True)[:longest]
     scale = 1000.0 * steps  # the trace is in microseconds
-    return Profile({kind: time / scale for kind, time in kinds.items()}, busy / scale, count / steps,
-                   [(ms / scale, n / steps, name) for ms, n, name in top])
+
+    def top(found: dict[str, tuple[float, int]]) -> list[tuple[float, float, str]]:
+        ranked = sorted(((us, n, name) for name, (us, n) in found.items()), reverse=True)
+        return [(us / scale, n / steps, name) for us, n, name in ranked[:longest]]
+
+    return Profile({kind: time / scale for kind, time in kinds.items()}, busy / scale, count / steps, top(by_name),
+                   top(idle))
 
 
 def profile_lines(profile: Profile, step_ms: float) -> list[str]:
@@ -212,6 +224,7 @@ def profile_lines(profile: Profile, step_ms: float) -> list[str]:
     rows["launch gaps"] = max(step_ms - profile.busy, 0.0)
     lines = [f"{kind:<22}{ms:>9.3f} ms{ms / step_ms:>7.1%}" for kind, ms in rows.items()]
     lines.append(f"{'step':<22}{step_ms:>9.3f} ms, {profile.launches:,.0f} launches")
-    return [*lines, *(f"  {ms:>8.3f} ms{n:>7.1f} x {name[:90]}" for ms, n, name in profile.longest)]
+    lines += [f"  {ms:>8.3f} ms{n:>7.1f} x {name[:90]}" for ms, n, name in profile.longest]
+    return [*lines, "nothing ran between", *(f"  {ms:>8.3f} ms{n:>7.1f} x {name}" for ms, n, name in profile.idle[:8])]
 
 

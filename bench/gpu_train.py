@@ -25,7 +25,7 @@ from bench.gpu_stage import PRESETS, Stage, flags
 from tern.shards import open_data
 from tern.signals import Interrupted
 
-PROFILED = 2  # steps
+PROFILED, HOST_STEPS = 2, 5  # steps
 
 
 def measure_training(stage: Stage) -> None:
@@ -113,6 +113,8 @@ def measure_steps(stage: Stage, name: str, trainer: train_gpt.Trainer) -> Iterat
             marks.append((start, stage.clock.mark()))
         times = [stage.clock.seconds(*pair) for pair in marks]
         put_rate(stage, name, trainer, times)
+        with stage.part(f"{name}: host"):
+            yield from measure_host(stage, name, trainer)
         with stage.part(f"{name}: profile"):
             yield from measure_profile(stage, name, trainer, statistics.median(times))
     if tokens == stage.sizes.batches[0] and trainer.preset == PRESETS[0]:
@@ -139,6 +141,38 @@ def put_rate(stage: Stage, name: str, trainer: train_gpt.Trainer, times: list[fl
         f"{1000 * max(times):.2f}; {tokens / seconds:,.0f} tokens/s{said}; compiled in "
         f"{figures['compile_seconds']:.0f} s",
         f"utilisation {figures['utilisation']:.1%} = {gpu_step.FORMULA}")
+
+
+def measure_host(stage: Stage, name: str, trainer: train_gpt.Trainer) -> Iterator[None]:
+    """Milliseconds of the host in the parts of a step: where the device waits for it, they are longer than its own."""
+    parts = {"batch": (trainer.loader, "batch"), "forward": (trainer, "compiled"),
+             "forward and backward": (trainer, "forward_backward"), "gradient sums": (trainer.latents, "accumulate"),
+             "loss, waiting": (trainer, "known_loss"), "optimizer": (trainer.optimizer, "step"),
+             "refresh": (trainer.latents, "refresh"), "report": (trainer, "report_step")}
+    usual = {part: getattr(owner, method) for part, (owner, method) in parts.items()}
+    seconds: dict[str, list[float]] = {part: [] for part in parts}
+
+    def timed(function: Callable, into: list[float]) -> Callable:
+        def call(*args, **kwargs):
+            began = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                into.append(time.perf_counter() - began)
+
+        return call
+
+    for part, (owner, method) in parts.items():
+        setattr(owner, method, timed(usual[part], seconds[part]))
+    began = time.perf_counter()
+    for _ in range(HOST_STEPS):
+        yield
+    whole = (time.perf_counter() - began) / HOST_STEPS
+    for part, (owner, method) in parts.items():
+        setattr(owner, method, usual[part])
+    found = {part: 1000 * sum(times) / HOST_STEPS for part, times in seconds.items()} | {"step": 1000 * whole}
+    stage.put(f"{name}: host", found, "the host's ms of a step: "
+              + ", ".join(f"{part} {ms:.2f}" for part, ms in found.items()))
 
 
 def measure_profile(stage: Stage, name: str, trainer: train_gpt.Trainer, seconds: float) -> Iterator[None]:

@@ -33,6 +33,7 @@ import train_gpt
 from bench import gpu_step
 from bench.gpu_card import Clock, alone
 from tern import command, kernels, machine
+from tern.muon import newton_schulz
 
 TILES = [(128, 256, 64, 8, 3, False, False), (128, 256, 64, 8, 4, False, True), (128, 256, 64, 8, 3, True, True),
          (128, 256, 64, 8, 3, True, False), (256, 128, 64, 8, 4, False, True)]
@@ -254,14 +255,14 @@ def time_update(args: argparse.Namespace) -> dict:
     put("accumulate, with zeros", accumulate)
     put("optimizer", update)
     put("refresh", latents.refresh)
-    put("total loss", latents.total_loss)
+    put("loss", latents.loss_word)
     for bank in latents.banks:
         if bank.latent.numel() > 2**20 or args.device == "cpu":
             shape = tuple(bank.latent.shape)
             put(f"quantize {shape}", lambda bank=bank: bank.format.quantize(bank.latent))
             put(f"dequantize {shape}", lambda bank=bank: bank.format.dequantize(bank.stored))
             if bank.optimizer == "muon":
-                put(f"Newton-Schulz {shape}", lambda bank=bank: train_gpt.newton_schulz(bank.grad, 5))
+                put(f"Newton-Schulz {shape}", lambda bank=bank: newton_schulz(bank.grad, 5))
     if args.device == "cuda":
         put("Muon", lambda: all_of_muon(optimizer))
         put("AdamW", optimizer.adam.step)

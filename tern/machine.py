@@ -83,6 +83,22 @@ def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     return x if device.type == "cpu" else x.pin_memory().to(device, non_blocking=True)
 
 
+class Fetch:
+    """A few numbers on their way from the device, which is asked now and waited for when they are read."""
+
+    def __init__(self, x: torch.Tensor):
+        self.there, self.event = x, None
+        if x.device.type == "cuda":
+            self.there = torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+            self.event = torch.cuda.Event()
+            self.event.record()
+
+    def numbers(self) -> list[float]:
+        if self.event is not None:
+            self.event.synchronize()
+        return self.there.tolist()
+
+
 def synchronize(device: torch.device) -> None:
     """Wait for what the device has been asked to do."""
     if device.type == "cuda":

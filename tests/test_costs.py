@@ -11,8 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import pack
 from records import costs
 from records.costs import RUNS, Shape
+from tern.muon import newton_schulz
 from tern.processes import Ranks
-from train_gpt import GPT, PRESETS, Config, Latents, Optimizer, format_of, newton_schulz
+from train_gpt import GPT, PRESETS, Config, Latents, Optimizer, format_of
 
 pytestmark = pytest.mark.fast
 TINY = Shape(layers=2, dim=4, kv_dim=2, hidden=8, vocab=16, seq_len=3, batch_tokens=12, ns_steps=1)

@@ -17,7 +17,7 @@ import pack
 import train_gpt
 from ablations import formats, hooks, patches
 from conftest import tiny_trainer
-from tern import metric
+from tern import metric, muon
 from tern.shards import open_data, read_shard
 from tern.tokenizers import ByteCounter
 
@@ -155,7 +155,7 @@ def test_orthogonalisation_variants(kind, least):
     """polar comes closer to one than Muon's own coefficients reach."""
     patches.muon(kind)
     g = torch.randn(2, 24, 40, generator=torch.Generator().manual_seed(0)) * torch.logspace(-2, 0, 24)[:, None]
-    values = torch.linalg.svdvals(train_gpt.newton_schulz(g, 5).float())
+    values = torch.linalg.svdvals(muon.newton_schulz(g, 5).float())
     assert values.min() > least and values.max() < 1.25
 
 

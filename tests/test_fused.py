@@ -1,0 +1,99 @@
+"""The ops of tern/kernels.py for a GPU: their mathematics, with tern/fused.py's kernels by their definitions.
+
+The kernels themselves need a GPU: bench/gpu.py's stage correct checks them against float64.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import tern
+import train_gpt
+from tern import kernels
+from train_gpt import PRESETS, Config, norm
+
+pytestmark = pytest.mark.fast
+
+
+def split_and_rotate(qkv, gain, cos, sin, heads, kv_heads):
+    q, k, v = qkv.unflatten(-1, (heads + 2 * kv_heads, -1)).split((heads, kv_heads, kv_heads), dim=2)
+    cos, sin = cos[:, None], sin[:, None]
+    return kernels.rotate(norm(q), cos, sin) * gain[:, None], kernels.rotate(norm(k), cos, sin), v.clone()
+
+
+def split_and_rotate_backward(qkv, gain, cos, sin, dq, dk, dv):
+    """By hand: within an operator there is no autograd. A rotation's transpose turns back."""
+    heads, kv_heads = dq.shape[2], dk.shape[2]
+    q, k, _ = qkv.unflatten(-1, (heads + 2 * kv_heads, -1)).split((heads, kv_heads, kv_heads), dim=2)
+
+    def through_norm(x, dy):
+        n, dn = norm(x), kernels.rotate(dy, cos[:, None], -sin[:, None])
+        along = (n * dn).sum(-1, keepdim=True)
+        return (dn - n * along / x.shape[-1]) * torch.rsqrt(x.square().mean(-1, keepdim=True)), along[..., 0]
+
+    (dq, along), (dk, _) = through_norm(q, dq), through_norm(k, dk)
+    return torch.cat((dq * gain[:, None], dk, dv), 2).flatten(2), along.sum((0, 1))
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """A stand-in for tern/fused.py, whose docstrings say what each function is."""
+    module = ModuleType("tern.fused")
+    module.up_squared = lambda x, up: ((a := (x @ up.mT).relu().square()), a.square().sum(1))
+    module.down_backward = lambda dz, down, a, pull: 2 * a.sqrt() * (dz @ down + pull[:, None] * a)
+    module.split_and_rotate, module.split_and_rotate_backward = split_and_rotate, split_and_rotate_backward
+    monkeypatch.setitem(sys.modules, "tern.fused", module)
+    monkeypatch.setattr(tern, "fused", module, raising=False)
+
+
+def results(function, inputs):
+    """Output and gradients for a gradient that is always the same."""
+    out = function(*inputs)
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=out.dtype)
+    return [out.detach(), *torch.autograd.grad(out, inputs, weight)]
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_the_mlp_is_the_one_of_the_model(fused, backend):
+    """Also where the rows that enter have other scales, for the norm that is left out before it has no effect."""
+    generator = torch.Generator().manual_seed(0)
+    x, up, down = (torch.randn(*shape, generator=generator, dtype=torch.float64)
+                   for shape in ((2, 5, 8), (24, 8), (8, 24)))
+    x *= 10 ** torch.linspace(0, 2, 5, dtype=torch.float64)[:, None]
+    inputs = [t.requires_grad_() for t in (x, up, down)]
+    compiled = torch.compile(kernels.relu_squared_mlp, fullgraph=True, backend=backend)
+    found = results(compiled, inputs)
+    right = results(lambda x, up, down: F.linear(norm(F.linear(norm(x), up).relu().square()), down), inputs)
+    for a, b in zip(found, right, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)  # the eps of the norms
+
+
+def test_a_model_with_fused_kernels_is_the_same_function(fused, monkeypatch):
+    torch.manual_seed(0)
+    config = Config(**PRESETS["tiny"] | dict(vocab_size=100))
+    model = train_gpt.GPT(config)
+    for p in model.parameters():
+        if not p.any():  # blocks that start as the identity would hide them
+            torch.nn.init.normal_(p, std=0.05)
+    ids, targets = torch.randint(100, (2, 2, config.train_seq_len))
+    parameters = list(model.parameters())
+
+    def step(forward):
+        loss = forward(ids, targets)
+        return [loss.detach(), *torch.autograd.grad(loss, parameters)]
+
+    plain, asked = step(model), []
+    monkeypatch.setattr(train_gpt, "fuses", lambda x, *widths: asked.append(widths) or True)
+    for forward in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        for a, b in zip(step(forward), plain, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
+    assert asked[:2] == [(), (config.hidden_dim, config.model_dim)]
+
+
+def test_a_cpu_and_other_dtypes_have_the_models_own_path():
+    assert not kernels.fuses(torch.zeros(1, dtype=torch.bfloat16)) and not kernels.fuses(torch.zeros(1))
