@@ -1,23 +1,18 @@
-"""The cost model: counts against hand counts and torch's own counter, the calibration against brute force."""
+"""The cost model: state and what is sent against real tensors and hand counts, the time against what was measured."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-from scipy.optimize import nnls
-from torch.utils.flop_counter import FlopCounterMode
 
 import pack
 from records import costs
-from records.costs import RUNS, Shape
-from tern.muon import newton_schulz
 from tern.processes import Ranks
 from train_gpt import GPT, PRESETS, Config, Latents, Optimizer, format_of
 
 pytestmark = pytest.mark.fast
-TINY = Shape(layers=2, dim=4, kv_dim=2, hidden=8, vocab=16, seq_len=3, batch_tokens=12, ns_steps=1)
-ROOFLINE_MS = {run.pr: 1000 * costs.run_cost(run).roofline for run in RUNS}
+RESULTS = Path(__file__).resolve().parents[1] / "bench" / "results" / "2026-11-26_h100"
 
 
 def config_of(preset: str, **change) -> Config:
@@ -34,55 +29,7 @@ def dealt(monkeypatch):
     monkeypatch.setattr(costs, "owners", round_robin)
 
 
-# -- flops --------------------------------------------------------------------------------------------------------
-
-
-def test_flops_of_a_tiny_shape_by_hand():
-    weights = 4 * 4 + 2 * (2 * 4) + 4 * 4 + 2 * (4 * 8)  # q; k and v; output; fc and proj
-    assert costs.block_flops(TINY) == 2 * 6 * weights == 1344
-    assert costs.head_flops(TINY) == 6 * 16 * 4
-    assert costs.head_flops(replace(TINY, embed_dim=3)) == 6 * (16 * 3 + 2 * 4 * 3)
-    keys = (1 + 2 + 3) / 3
-    assert costs.attention_flops(TINY) == 2 * (2 + 5) * (2 * 4 * keys) == 224  # layers, products, each
-    assert costs.newton_schulz_flops(2, 3, 5) == costs.newton_schulz_flops(3, 2, 5)
-    assert costs.newton_schulz_flops(2, 3, 5) == 5 * 2 * (2 * 3 * 2 + 2 * 2 * 2 + 2 * 2 * 3)
-
-
-def test_flops_are_those_that_torch_counts():
-    config = config_of("tiny")
-    model, s = GPT(config), costs.shape_of(config)
-    ids = torch.zeros(2, s.seq_len, dtype=torch.long)
-    with FlopCounterMode(display=False) as counter:
-        model(ids, ids).backward()
-    counted = counter.get_flop_counts()["Global"][torch.ops.aten.mm]
-    assert counted == ids.numel() * (costs.block_flops(s) + costs.head_flops(s))
-    for rows, cols in {(32, 32), (16, 32), (80, 32)}:
-        with FlopCounterMode(display=False) as counter:
-            newton_schulz(torch.randn(1, rows, cols), 3)
-        assert counter.get_total_flops() == costs.newton_schulz_flops(rows, cols, 3)
-
-
-def test_matrices_are_the_models():
-    config = config_of("golf16mb")
-    mine = [p.shape for p in costs.parameters(config).values() if p.muon]
-    assert sorted(mine) == sorted(costs.layer_matrices(costs.shape_of(config)) * config.num_layers)
-
-
-# -- bytes --------------------------------------------------------------------------------------------------------
-
-
-def test_a_products_backward_moves_twice_its_forward():
-    """Two products, each of which reads the output's gradient and reads or writes the input's size."""
-    for name in ("q, k, v", "output", "fc", "proj"):
-        forward, backward = costs.BLOCK_TRAFFIC[name]
-        assert backward == tuple(2 * x for x in forward)
-
-
-def test_traffic_of_a_tiny_shape_by_hand():
-    forward = 21 * 4 + 6 * 2 + 4 * 8
-    backward = 36 * 4 + 11 * 2 + 7 * 8
-    assert costs.activation_traffic(TINY) == 2 * 2 * (forward + backward)
-    assert costs.logits_traffic(TINY) == 2 * 7 * 16
+# -- state, and what is sent --------------------------------------------------------------------------------------
 
 
 def test_codes_scales_and_payload_are_those_of_real_tensors():
@@ -181,24 +128,24 @@ def test_state_of_one_rank_by_hand(dealt):
     assert state["codes"] == sum(p.codes for p in mine)
 
 
-def test_every_parameter_has_an_owner_and_eight_share_the_work():
-    config = config_of("golf16mb")
-    for world in (1, 8):
-        owner = costs.owners(config, world)
-        assert owner.keys() == costs.parameters(config).keys() and set(owner.values()) == set(range(world))
-    one, eight = costs.step_cost(config, 1), costs.step_cost(config, 8)
-    assert one.flops["Newton-Schulz"] / 8 <= eight.flops["Newton-Schulz"] < one.flops["Newton-Schulz"] / 4
+# -- time ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_work_of_the_optimizer_is_shared_and_the_rest_is_each_gpus():
+    config = config_of("golf16mb", train_batch_tokens=65_536 * 8)
+    one = costs.work(replace(config, train_batch_tokens=65_536), 1)
+    eight = costs.work(config, 8)
+    assert one[:-1] == eight[:-1]
+    assert 1 / 8 <= eight[-1].flops / one[-1].flops == costs.share_of_busiest(config, 8) < 1 / 4
 
 
 def test_the_busiest_owner_counts(monkeypatch):
     config = config_of("golf16mb")
     monkeypatch.setattr(costs, "owners", lambda config, world: dict.fromkeys(costs.parameters(config), world - 1))
-    alone = costs.step_cost(config, 8)
+    assert costs.share_of_busiest(config, 8) == 1
+    alone = costs.floor_seconds(config, 8)
     monkeypatch.setattr(costs, "owners", round_robin)
-    shared = costs.step_cost(config, 8)
-    total = sum(costs.newton_schulz_flops(*p.shape, 5) for p in costs.parameters(config).values() if p.muon)
-    assert alone.flops["Newton-Schulz"] == total > 4 * shared.flops["Newton-Schulz"]
-    assert alone.hbm["optimizer"] > 4 * shared.hbm["optimizer"] and alone.roofline > shared.roofline
+    assert costs.share_of_busiest(config, 8) < 1 and costs.floor_seconds(config, 8) < alone
 
 
 def test_a_larger_model_costs_more(dealt):
@@ -207,89 +154,30 @@ def test_a_larger_model_costs_more(dealt):
                    dict(num_kv_heads=8), dict(train_batch_tokens=1_048_576)):
         large = replace(small, **change)
         for gpus in (1, 8):
-            assert costs.step_cost(large, gpus).roofline > costs.step_cost(small, gpus).roofline, change
+            assert costs.predicted_seconds(large, gpus) > costs.predicted_seconds(small, gpus), change
 
 
 def test_more_gpus_are_faster_but_not_by_their_number(dealt):
     config = config_of("golf16mb")
-    seconds = [costs.step_cost(config, gpus).roofline for gpus in (1, 2, 4, 8)]
+    seconds = [costs.predicted_seconds(config, gpus) for gpus in (1, 2, 4, 8)]
     assert seconds == sorted(seconds, reverse=True) and seconds[0] < 8 * seconds[3]
 
 
-def test_accumulating_smaller_batches_moves_the_weights_more_often(dealt):
+def test_accumulating_smaller_batches_costs_more(dealt):
     config = config_of("golf16mb")
     halved = replace(config, micro_batch_tokens=config.micro_batch_tokens // 2)
-    n = sum(p.size for p in costs.parameters(config).values())
-    more = costs.step_cost(halved, 8).hbm["weights, gradients"] - costs.step_cost(config, 8).hbm["weights, gradients"]
-    assert more == n * costs.MICRO_BATCH_BYTES
+    assert costs.floor_seconds(halved, 8) > costs.floor_seconds(config, 8)
 
 
-# -- calibration --------------------------------------------------------------------------------------------------
-
-
-def test_the_runs_are_those_of_the_field():
-    """Weights of the blocks, in millions, against the ternary parameters that the submissions report."""
-    reported = {139: 63.7, 367: 67.2, 666: 63.7, 640: 64.9, 920: 64.9, 2086: 36.5}
-    counted = {r.pr: sum(a * b for a, b in costs.layer_matrices(r.shape)) * r.shape.layers / 1e6 for r in RUNS}
-    assert counted == pytest.approx(reported, abs=0.06)
-    steps = {139: 4713, 367: 4591, 666: 5026, 640: 6527, 920: 6533, 2086: 7800}
-    assert {r.pr: 600e3 / r.ms for r in RUNS} == pytest.approx(steps, rel=0.003)
-
-
-def test_fit_finds_efficiencies_that_were_put_in():
-    truth = {costs.SDPA: 0.5, costs.FA3: 0.8}
-    made = [replace(run, ms=ROOFLINE_MS[run.pr] / truth[run.stack]) for run in RUNS]
-    assert costs.fit(made) == pytest.approx(truth)
-    assert max(map(abs, costs.leave_one_out(made).values())) < 1e-9
-    across = {run.pr: 0.5 / 0.8 - 1 if run.stack == costs.SDPA else 0.8 / 0.5 - 1 for run in RUNS}
-    assert costs.leave_stack_out(made) == pytest.approx(across)
-
-
-def test_errors_by_brute_force():
-    """One coefficient c per stack: sum (c x - 1)^2 is smallest at sum x / sum x^2."""
-    left_out, across, fitted = costs.leave_one_out(), costs.leave_stack_out(), costs.fit()
-    for run in RUNS:
-        x = {other.pr: ROOFLINE_MS[other.pr] / other.ms for other in RUNS if other.stack == run.stack}
-        assert 1 / fitted[run.stack] == pytest.approx(sum(x.values()) / sum(v * v for v in x.values()))
-        mine = x.pop(run.pr)
-        c = sum(x.values()) / sum(v * v for v in x.values())
-        assert left_out[run.pr] == pytest.approx(c * mine - 1)
-        x = [ROOFLINE_MS[other.pr] / other.ms for other in RUNS if other.stack != run.stack]
-        assert across[run.pr] == pytest.approx(sum(x) / sum(v * v for v in x) * mine - 1)
-
-
-def test_fitted_efficiencies_are_possible_and_the_formulas_carry():
-    """The SDPA runs differ in sequence length and MLP, and one efficiency explains them."""
-    assert all(0.3 < e < 0.9 for e in costs.fit().values())
-    errors = costs.leave_one_out()
-    assert max(abs(errors[pr]) for pr in (139, 367, 666)) < 0.02
-    assert max(map(abs, errors.values())) < 0.15
-
-
-def test_dropped_terms_cannot_be_identified():
-    """With a column more, the best fit has the hardware exceed its peaks: a coefficient below 1."""
-    cost = {run.pr: costs.run_cost(run) for run in RUNS}
-    flops = {pr: 1000 * sum(c.flops.values()) / costs.PEAK_FLOPS for pr, c in cost.items()}
-    older = {run.pr: ROOFLINE_MS[run.pr] * (run.stack == costs.SDPA) for run in RUNS}
-
-    def coefficients(*columns: dict[int, float]) -> np.ndarray:
-        a = np.array([[column[run.pr] / run.ms for column in columns] for run in RUNS])
-        return nnls(a, np.ones(len(RUNS)))[0]
-
-    bytes_ = {pr: ROOFLINE_MS[pr] - flops[pr] for pr in flops}
-    assert coefficients(flops, bytes_, older)[0] < 1
-    attention = {pr: 1000 * c.flops["attention"] / costs.PEAK_FLOPS for pr, c in cost.items()}
-    assert coefficients({pr: flops[pr] - attention[pr] for pr in flops}, attention, bytes_)[0] < 1
-    assert coefficients(ROOFLINE_MS, older, dict.fromkeys(flops, 1.0))[0] < 1
-    assert coefficients(ROOFLINE_MS, older, {run.pr: float(run.shape.layers) for run in RUNS})[0] < 1
-
-
-def test_activations_are_most_of_the_memory_that_runs_logged():
-    logged = [run for run in RUNS if run.peak_mib]
-    assert len(logged) == 3
-    for run in logged:
-        share = costs.activation_bytes(run.shape, 524_288 // 8) / 2**20 / run.peak_mib
-        assert 0.9 < share < 1, run.pr
+@pytest.mark.parametrize("preset", costs.MEASURED)
+def test_what_was_measured_is_in_the_results_and_is_predicted(preset):
+    figures = json.loads((RESULTS / f"train_{preset}.json").read_text())["figures"][f"{preset}, 65,536"]
+    seconds, peak = costs.MEASURED[preset]
+    assert figures["seconds"] == pytest.approx(seconds, abs=1e-5) and figures["peak_bytes"] == peak
+    config = config_of(preset, train_batch_tokens=costs.MEASURED_TOKENS)
+    assert figures["floor_seconds"] == pytest.approx(costs.floor_seconds(config, 1))
+    assert costs.predicted_seconds(config, 1) == pytest.approx(seconds, rel=0.01)  # two shapes, one factor
+    assert costs.peak_bytes(config, 1) == pytest.approx(peak, rel=0.04)
 
 
 # -- what is printed ----------------------------------------------------------------------------------------------
@@ -299,19 +187,13 @@ def test_report(dealt):
     config = config_of("golf16mb")
     lines = costs.report(config)
     text = "\n".join(lines)
-    assert "Nothing was run on a GPU here: times are predictions from other people's logs." in text
+    assert "Between GPUs nothing was measured." in text
     assert len(lines) <= 20 and max(map(len, lines)) <= 120
-    assert all(f"PR {run.pr} " in text for run in RUNS)
+    seconds = costs.predicted_seconds(config, 8)
     row = next(line for line in lines if line.startswith("  ms per step")).split()
-    fast, slow = sorted(costs.predicted_seconds(config, 8).values())
-    assert row[-3:] == [f"{1000 * fast:,.1f}", "to", f"{1000 * slow:,.1f}"] and fast < slow
+    assert row[-1] == f"{1000 * seconds:,.1f}"
     steps = next(line for line in lines if line.startswith("  steps in 600 s")).split()
-    assert steps[-3:] == [f"{600 / slow:,.0f}", "to", f"{600 / fast:,.0f}"]
-
-
-def test_report_predicts_no_time_for_what_is_too_small(dealt):
-    text = "\n".join(costs.report(config_of("tiny")))
-    assert text.count("too small") == 3 * 2 + 1 and "launches of kernels" in text
+    assert steps[-1] == f"{600 / seconds:,.0f}"
 
 
 def test_report_of_a_batch_that_does_not_divide(dealt):
