@@ -4,6 +4,7 @@
     python ablations/run.py MATRIX --dry-run                         # what would run, with ids and solved widths
     python ablations/run.py MATRIX --only base "weight decay"        # some rows
     python ablations/run.py MATRIX --jobs 2                          # two runs at a time, each on its own cores
+    python ablations/run.py MATRIX --jobs 16 --device cuda           # sixteen at a time on one GPU
     python ablations/run.py MATRIX --ray ADDRESS                     # on the machines of a Ray cluster (cluster.py)
     python ablations/run.py MATRIX --report                          # only the report
 
@@ -22,6 +23,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import replace
 from pathlib import Path
 
 if __package__ in (None, ""):
@@ -234,6 +236,7 @@ def parse_args(argv: list[str] | None):
     p.add_argument("--report", action="store_true", help="only write the report")
     p.add_argument("--retry", action="store_true", help="run again what failed before")
     p.add_argument("--jobs", type=int, default=1, help="runs at a time (timed ones are never)")
+    p.add_argument("--device", choices=("auto", "cpu", "cuda"), help="of all runs (default: the matrix's own)")
     p.add_argument("--ray", metavar="ADDRESS", help="run on a Ray cluster: its address, or auto")
     p.add_argument("--results", default=str(ROOT / "ablations" / "results"), help="folder of results")
     p.add_argument("--runs", help="folder of the runs themselves (default runs/ablations/NAME)")
@@ -266,6 +269,8 @@ def main(argv: list[str] | None = None) -> int:
         folder = Path(args.results) / matrix.name
         if not args.report:
             wanted = jobs(matrix, prepare_data(matrix), args.only)
+            if args.device:
+                wanted = [replace(job, config=replace(job.config, device=args.device)) for job in wanted]
             if args.dry_run:
                 dry_run(wanted, {line.id: line for line in read_results(folder / "results.jsonl")})
                 return 0

@@ -385,6 +385,13 @@ def test_a_matrix_runs_once_and_reports(tmp_path, drive):
     assert "8 of them done before" in drive(ROWS, "--jobs", "2")[1] and table(tmp_path) == first
 
 
+def test_all_runs_have_the_device_that_is_asked_for(tmp_path, drive, monkeypatch):
+    usual, devices = runner.execute, []
+    monkeypatch.setattr(runner, "execute", lambda job, *rest: devices.append(job.config.device) or usual(job, *rest))
+    assert drive(ROWS, "--device", "cpu")[0] == 0 and devices == ["cpu"] * 8
+    assert "8 of them done before" in drive(ROWS)[1]  # where a run is made is no part of what it is
+
+
 def test_a_row_may_be_compared_with_another_than_the_base(tmp_path, drive):
     assert drive(ROWS + row("e", "set = {matrix_lr = 0.25}", 'against = "d"'))[0] == 0
     assert "| e | 2 | 1.7500 | 0.7071 | -0.0500 (from d) | -0.0500 to -0.0500 |" in table(tmp_path)
