@@ -236,7 +236,8 @@ def parse_args(argv: list[str] | None):
     p.add_argument("--report", action="store_true", help="only write the report")
     p.add_argument("--retry", action="store_true", help="run again what failed before")
     p.add_argument("--jobs", type=int, default=1, help="runs at a time (timed ones are never)")
-    p.add_argument("--device", choices=("auto", "cpu", "cuda"), help="of all runs (default: the matrix's own)")
+    p.add_argument("--device", choices=("auto", "cpu", "cuda"),
+                   help="of all runs, and of the report (default: what the matrix says)")
     p.add_argument("--ray", metavar="ADDRESS", help="run on a Ray cluster: its address, or auto")
     p.add_argument("--results", default=str(ROOT / "ablations" / "results"), help="folder of results")
     p.add_argument("--runs", help="folder of the runs themselves (default runs/ablations/NAME)")
@@ -246,6 +247,15 @@ def parse_args(argv: list[str] | None):
     if args.ray and args.jobs != 1:
         raise MatrixError("--jobs is for this machine; a cluster runs as many at a time as it has cores for")
     return args
+
+
+def on_device(device: str | None, wanted: list[Job]) -> list[Job]:
+    """Jobs, parents first, on that device in place of the matrix's: other runs, for they give other bits."""
+    made: dict[str, Job] = {}
+    for job in wanted if device else []:
+        parent = made[job.parent.id] if job.parent else None
+        made[job.id] = replace(job, config=replace(job.config, device=device), parent=parent)
+    return list(made.values()) if device else wanted
 
 
 def run_matrix(args, matrix: Matrix, wanted: list[Job], folder: Path) -> int:
@@ -268,16 +278,14 @@ def main(argv: list[str] | None = None) -> int:
         matrix = read_matrix(args.matrix)
         folder = Path(args.results) / matrix.name
         if not args.report:
-            wanted = jobs(matrix, prepare_data(matrix), args.only)
-            if args.device:
-                wanted = [replace(job, config=replace(job.config, device=args.device)) for job in wanted]
+            wanted = on_device(args.device, jobs(matrix, prepare_data(matrix), args.only))
             if args.dry_run:
                 dry_run(wanted, {line.id: line for line in read_results(folder / "results.jsonl")})
                 return 0
             status = run_matrix(args, matrix, wanted, folder)
             if status == 130:
                 return status
-        asked = jobs(matrix, dict.fromkeys(data_folders(matrix), ""))
+        asked = on_device(args.device, jobs(matrix, dict.fromkeys(data_folders(matrix), "")))
         paths = report.write(matrix, asked, read_results(folder / "results.jsonl"), folder)
         print("wrote " + ", ".join(map(str, paths)))
         return status

@@ -389,7 +389,9 @@ def test_all_runs_have_the_device_that_is_asked_for(tmp_path, drive, monkeypatch
     usual, devices = runner.execute, []
     monkeypatch.setattr(runner, "execute", lambda job, *rest: devices.append(job.config.device) or usual(job, *rest))
     assert drive(ROWS, "--device", "cpu")[0] == 0 and devices == ["cpu"] * 8
-    assert "8 of them done before" in drive(ROWS)[1]  # where a run is made is no part of what it is
+    assert "8 of them done before" in drive(ROWS, "--device", "cpu", "--jobs", "2")[1]
+    assert "| b | 2 |" in table(tmp_path)
+    assert "8 runs, 0 of them" in drive(ROWS)[1]  # another device is another run
 
 
 def test_a_row_may_be_compared_with_another_than_the_base(tmp_path, drive):
