@@ -17,7 +17,7 @@ puts that off; nothing in its forward knows of quantization. The straight-throug
 artifact holds the codes and scales of the last refresh, so the model that is rebuilt from the file is, bit for bit, the
 one in memory at the end of training.
 
-Read on in this order: settings, storage formats, model, latents and optimizer, data, checkpoints, the loop, main.
+Read on in this order: settings, storage formats, model, latents and optimizer, checkpoints, the loop, main.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ from tern.files import folder_identity
 from tern.finite import first_bad, first_bad_output
 from tern.groups import SCALE_DTYPES, VALUE_DTYPES, join_groups, split_groups
 from tern.kernels import attend, cross_entropy, fuses, relu_squared_mlp, rope_tables, rotate, split_and_rotate
+from tern.loader import TokenLoader
 from tern.metric import evaluate
 from tern.muon import muon_update
 from tern.processes import Place, RankLost, Ranks
@@ -55,7 +56,7 @@ from tern.runfolder import RunFolder
 from tern.schedule import StepPlan, schedule, sequence_lengths
 from tern.scoring import score_in_fresh_process
 from tern.settings import ConfigError, need, setting
-from tern.shards import AuditError, DataFolder, TokenStream, open_data, read_shard
+from tern.shards import AuditError, DataFolder, open_data, read_shard
 from tern.signals import Interrupted, Signals
 from tern.tokenizers import ByteCounter
 from tern.wire import from_wire, to_wire
@@ -73,13 +74,14 @@ class Config:
     run_id: str = setting("", "name of the run's folder; empty: <preset>_seed<seed>", free=True)
     out_dir: str = setting("runs", "where the run's folder is made", free=True)
     resume: str = setting("never", "auto: continue from the run folder's checkpoint if there is one; never", free=True)
-    seed: int = setting(1337, "initialisation; the order of the data is fixed", 0, 2**63 - 1)
+    seed: int = setting(1337, "initialisation, and the order of the windows", 0, 2**63 - 1)
     device: str = setting("auto", "auto (cuda if there is one), cpu or cuda", free=True)
     threads: int = setting(0, "CPU threads per process; 0: cores / processes", 0, 1024, free=True)
     compile: bool = setting(True, "torch.compile; off saves the compile time of short runs", free=True)
     # data
     data_path: str = setting("data/packages", "folder of *_train_*.bin and *_val_*.bin shards", free=True)
     tokenizer_path: str = setting("", "SentencePiece model; empty: the one in data_path", free=True)
+    shuffle: bool = setting(True, "windows of train_seq_len in a random order, each once an epoch; off: as they come")
     # length of training
     iterations: int = setting(20000, "steps at most", 0)
     max_wallclock_seconds: float = setting(600.0, "training seconds at most, without compile warmup; 0: no cap", 0)
@@ -176,7 +178,7 @@ PR367 = dict(  # run_8xh100.sh and train_bitnet.py of PR 367
     train_batch_tokens=524_288, val_loss_every=500, val_batch_size=524_288, train_log_every=50, warmup_steps=20,
     warmdown_iters=1200, matrix_lr=0.04, scalar_lr=0.04, tied_embed_lr=0.04, muon_momentum=0.99,
     muon_momentum_warmup_start=0.92, muon_momentum_warmup_steps=1500, rope_base=200_000.0, group_size=64,
-    scale_dtype="fp16", checkpoint_every=2000, data_path="data/fineweb_sp1024",
+    scale_dtype="fp16", checkpoint_every=2000, data_path="data/fineweb_sp1024", shuffle=False,
 )
 PRESETS: dict[str, dict] = {
     "cpu": CPU_TRACK | dict(max_wallclock_seconds=180.0),
@@ -192,8 +194,8 @@ PRESETS: dict[str, dict] = {
         vocab_size=8192, num_layers=10, num_heads=8, num_kv_heads=4, mlp_hidden=3072, train_seq_len=1024,
         embed_format="ternary", group_size=128, scale_dtype="log7", warmdown_iters=0, warmdown_frac=0.2,
         scalar_lr=0.02, tied_embed_lr=0.02, muon_momentum=0.95, muon_momentum_warmup_start=0.85,
-        muon_momentum_warmup_steps=500, rope_base=10_000.0, val_loss_every=0,
-        data_path="data/fineweb_sp8192",
+        muon_momentum_warmup_steps=500, rope_base=10_000.0, val_loss_every=0, data_path="data/fineweb_sp8192",
+        shuffle=True,
     ),
 }
 
@@ -887,28 +889,6 @@ class Optimizer:
         self.latents.refresh(quantized)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Data loading
-# ---------------------------------------------------------------------------------------------------------------
-
-
-class TokenLoader:
-    """Training tokens in shard order, endlessly; its whole state is `position`, tokens taken since the start.
-
-    A step's sequences are one contiguous span, dealt to (micro-batch, rank) in order: N ranks and one rank with N
-    times the micro-batches read the same sequences in the same step.
-    """
-
-    def __init__(self, shards: tuple[Path, ...], vocab_size: int):
-        self.stream, self.position = TokenStream(shards, vocab_size), 0
-
-    def batch(self, rows: int, seq_len: int, micro: int, rank: int, world: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets [rows, seq_len] of this rank's micro-batch, int64; the position does not move."""
-        start = self.position + (micro * world + rank) * rows * seq_len
-        span = torch.from_numpy(self.stream.read(start, rows * seq_len + 1))
-        return span[:-1].view(rows, seq_len), span[1:].view(rows, seq_len)
-
-
 def micro_batch_tokens(config: Config, world: int) -> int:
     """Tokens per forward and rank. Raises ConfigError where the batch does not divide into such pieces."""
     c, share = config, config.train_batch_tokens // world
@@ -1061,7 +1041,7 @@ class Trainer:
             audits.audit_before_training(self.data, self.counter)))
         self.log = self.folder.log
         loaded = load_checkpoint(self.folder.checkpoint) if self.folder.resumes else None
-        self.loader = TokenLoader(self.data.train, c.vocab_size)
+        self.loader = TokenLoader(self.data.train, c.vocab_size, c.train_seq_len if c.shuffle else 0, c.seed)
         torch.manual_seed(c.seed)
         self.model = GPT(c).to(self.device)
         self.order = [name for name, _ in self.model.named_parameters()]

@@ -190,7 +190,7 @@ def read_profile(trace: dict, steps: int, longest: int = 20) -> Profile:
                 if e.get("cat") in ("cuda_runtime", "cuda_driver") and "correlation" in e.get("args", {})}
     kinds, by_name, busy, reached, count = dict.fromkeys(KINDS, 0.0), {}, 0.0, -math.inf, 0
     idle: dict[str, tuple[float, int]] = {}
-    last = ""
+    before_it = ""  # the kernel that ended last
     for e in sorted((e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")),
                     key=lambda e: e["ts"]):
         start, end, kind = e["ts"], e["ts"] + e["dur"], kind_of(e["name"])
@@ -201,11 +201,11 @@ def read_profile(trace: dict, steps: int, longest: int = 20) -> Profile:
         kinds[kind] += e["dur"]
         before, n = by_name.get(e["name"], (0.0, 0))
         by_name[e["name"]] = before + e["dur"], n + 1
-        if last and start > reached:
-            gap = f"{last[:50]} -> {e['name'][:50]}"
+        if before_it and start > reached:
+            gap = f"{before_it[:50]} -> {e['name'][:50]}"
             before, n = idle.get(gap, (0.0, 0))
             idle[gap] = before + start - reached, n + 1
-        last = e["name"] if end > reached else last
+        before_it = e["name"] if end > reached else before_it
         busy += max(end - max(start, reached), 0.0)
         reached, count = max(reached, end), count + 1
     scale = 1000.0 * steps  # the trace is in microseconds

@@ -32,7 +32,7 @@ if __package__ in (None, ""):  # run as a script, only bench/ is on the module p
 import train_gpt
 from bench import gpu_step
 from bench.gpu_card import Clock, alone
-from tern import command, kernels, machine
+from tern import command, fused, kernels, machine
 from tern.muon import newton_schulz
 
 TILES = [(128, 256, 64, 8, 3, False, False), (128, 256, 64, 8, 4, False, True), (128, 256, 64, 8, 3, True, True),
@@ -287,8 +287,6 @@ def all_of_muon(optimizer: train_gpt.Optimizer) -> None:
 
 def time_kernels(args: argparse.Namespace) -> dict:
     """The MLP's two products with what follows them, for several sizes of tiles, beside torch's products alone."""
-    from tern import fused
-
     c, device = config(args, 2), torch.device(args.device)
     clock, found = Clock(device), {}
     x, dz = (torch.randn(args.tokens, c.model_dim, device=device).bfloat16() for _ in range(2))

@@ -1,4 +1,4 @@
-"""Kernels for a GPU, in Triton, behind the ops of tern/kernels.py: imported only where there is one.
+"""Kernels for a GPU, in Triton, behind the ops of tern/kernels.py, which call them only where there is one.
 
 Two are products of the MLP with the elementwise work that follows them. norm(relu(x up^T)^2) down^T takes one pass over
 the hidden activations beside its products, and its backward another. A norm only scales rows, so here the squares go
@@ -8,11 +8,18 @@ The other two split the joint product of attention into heads, with norm, RoPE a
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
+
+try:
+    import triton
+    import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # a torch for CPUs has none, and none of the functions below is called there
+    triton = SimpleNamespace(jit=lambda kernel: kernel)
+AVAILABLE = not isinstance(triton, SimpleNamespace)
 
 # Of a kernel's tiles: rows, columns, depth of a step, warps, stages of the loads' pipeline; whether that runs on from
 # tile to tile, and whether a tile is stored as two halves. Found on an H100 (LOG.md, one H100).

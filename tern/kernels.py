@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tern import fused
+
 Q_TILE, HEAD_TILE = 128, 16  # queries and kv heads per tile, so that a tile's scores stay near the core (LOG.md)
 
 
@@ -121,21 +123,19 @@ def cross_entropy(logits: Tensor, targets: Tensor, cap: float) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# For a GPU: ops around the kernels of tern/fused.py, which needs Triton
+# For a GPU: ops around the kernels of tern/fused.py
 # ---------------------------------------------------------------------------------------------------------------
 
 
 def fuses(x: Tensor, *widths: int) -> bool:
     """Whether the fused kernels serve x and matrices of these widths: bf16 on a GPU that has tensor maps (Hopper)."""
-    return (x.device.type == "cuda" and x.dtype == torch.bfloat16 and all(width % 8 == 0 for width in widths)
+    return (fused.AVAILABLE and x.device.type == "cuda" and x.dtype == torch.bfloat16 and all(w % 8 == 0 for w in widths)
             and torch.cuda.get_device_properties(x.device).major >= 9)
 
 
 @torch.library.custom_op("tern::relu_squared_products", mutates_args=())
 def relu_squared_products(x: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(z = a down^T, scale, a = relu(x up^T)^2) of x [rows, dim]; scale [rows, 1], fp32, makes scale * a norm(a)."""
-    from tern import fused
-
     a, sums = fused.up_squared(x.contiguous(), up)
     scale = torch.rsqrt(sums / a.shape[1] + torch.finfo(torch.float32).eps)  # the eps of F.rms_norm
     return a @ down.mT, scale[:, None], a
@@ -145,8 +145,6 @@ def relu_squared_products(x: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, 
 def relu_squared_products_backward(dz: Tensor, dscale: Tensor, x: Tensor, up: Tensor, down: Tensor, scale: Tensor,
                                    a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, up and down from those of z and scale."""
-    from tern import fused
-
     dz = dz.contiguous()
     pull = dscale * scale.pow(3) / -a.shape[1]  # d scale / d a = -scale^3 a / len(a)
     du = fused.down_backward(dz, down, a, pull[:, 0].contiguous())
@@ -186,8 +184,6 @@ def split_and_rotate(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, heads:
                      ) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v [batch, time, heads or kv heads, head_dim] of qkv [batch, time, (heads + 2 kv heads) * head_dim]: q and k
     normalised and rotated by cos, sin [time, head_dim / 2], q times gain [heads]."""
-    from tern import fused
-
     return fused.split_and_rotate(qkv.contiguous(), gain, cos.contiguous(), sin.contiguous(), heads, kv_heads)
 
 
@@ -195,8 +191,6 @@ def split_and_rotate(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, heads:
 def split_and_rotate_backward(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, dq: Tensor, dk: Tensor, dv: Tensor
                               ) -> tuple[Tensor, Tensor]:
     """Gradients of qkv and gain."""
-    from tern import fused
-
     return fused.split_and_rotate_backward(qkv, gain, cos, sin, dq.contiguous(), dk.contiguous(), dv.contiguous())
 
 

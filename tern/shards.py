@@ -53,19 +53,32 @@ def read_shard(path: str | Path, most: int | None = None) -> np.ndarray:
 
 
 class TokenStream:
-    """The tokens of shards, one after the other and then again from the first, endlessly."""
+    """The tokens of shards, one after the other and then again from the first, endlessly; mapped into memory."""
 
     def __init__(self, shards: tuple[Path, ...], vocab_size: int):
         self.shards, self.vocab_size = shards, vocab_size
         self.ends = np.cumsum([shard_tokens(p) for p in shards])
-        self.open_shard, self.tokens = -1, np.zeros(0, dtype=np.uint16)
+        self.mapped: dict[int, np.ndarray] = {}
         if self.ends[-1] < 2:
             raise DataError(f"{shards[0].parent}: the training shards hold no text; prepare the folder again")
-        self.read(0, 1)
+        first = int(np.flatnonzero(self.ends)[0])  # a whole one: of another tokenizer it would show before training
+        self.check(first, self.tokens(first))
 
     def __len__(self) -> int:
         """Tokens of all shards, once."""
         return int(self.ends[-1])
+
+    def tokens(self, shard: int) -> np.ndarray:
+        """uint16 [tokens] of a shard."""
+        if shard not in self.mapped:
+            self.mapped[shard] = np.memmap(self.shards[shard], dtype="<u2", mode="r", offset=4 * SHARD_HEADER_INTS)
+        return self.mapped[shard]
+
+    def check(self, shard: int, tokens: np.ndarray) -> None:
+        """Raises DataError on a token of another tokenizer."""
+        if tokens.size and int(tokens.max()) >= self.vocab_size:
+            raise DataError(f"{self.shards[shard]}: token {tokens.max()} with vocab_size={self.vocab_size}; the shard "
+                            "is of another tokenizer")
 
     def read(self, start: int, count: int) -> np.ndarray:
         """count tokens from position start, int64 [count]. Raises DataError on a token of another tokenizer."""
@@ -73,13 +86,9 @@ class TokenStream:
         while filled < count:
             at = (start + filled) % len(self)
             shard = int(np.searchsorted(self.ends, at, side="right"))
-            if shard != self.open_shard:
-                self.open_shard, self.tokens = shard, read_shard(self.shards[shard])
-                if self.tokens.size and int(self.tokens.max()) >= self.vocab_size:
-                    raise DataError(f"{self.shards[shard]}: token {self.tokens.max()} with vocab_size="
-                                    f"{self.vocab_size}; the shard is of another tokenizer")
             offset = at - (int(self.ends[shard - 1]) if shard else 0)
-            piece = self.tokens[offset : offset + count - filled]
+            piece = self.tokens(shard)[offset : offset + count - filled]
+            self.check(shard, piece)
             out[filled : filled + piece.size] = piece
             filled += piece.size
         return out

@@ -5,16 +5,12 @@ The kernels themselves need a GPU: bench/gpu.py's stage correct checks them agai
 
 from __future__ import annotations
 
-import sys
-from types import ModuleType
-
 import pytest
 import torch
 import torch.nn.functional as F
 
-import tern
 import train_gpt
-from tern import kernels
+from tern import fused, kernels
 from train_gpt import PRESETS, Config, norm
 
 pytestmark = pytest.mark.fast
@@ -41,14 +37,15 @@ def split_and_rotate_backward(qkv, gain, cos, sin, dq, dk, dv):
 
 
 @pytest.fixture
-def fused(monkeypatch):
-    """A stand-in for tern/fused.py, whose docstrings say what each function is."""
-    module = ModuleType("tern.fused")
-    module.up_squared = lambda x, up: ((a := (x @ up.mT).relu().square()), a.square().sum(1))
-    module.down_backward = lambda dz, down, a, pull: 2 * a.sqrt() * (dz @ down + pull[:, None] * a)
-    module.split_and_rotate, module.split_and_rotate_backward = split_and_rotate, split_and_rotate_backward
-    monkeypatch.setitem(sys.modules, "tern.fused", module)
-    monkeypatch.setattr(tern, "fused", module, raising=False)
+def plain(monkeypatch):
+    """In place of the kernels, what their docstrings say."""
+    stand_ins = {
+        "up_squared": lambda x, up: ((a := (x @ up.mT).relu().square()), a.square().sum(1)),
+        "down_backward": lambda dz, down, a, pull: 2 * a.sqrt() * (dz @ down + pull[:, None] * a),
+        "split_and_rotate": split_and_rotate, "split_and_rotate_backward": split_and_rotate_backward,
+    }
+    for name, function in stand_ins.items():
+        monkeypatch.setattr(fused, name, function)
 
 
 def results(function, inputs):
@@ -59,7 +56,7 @@ def results(function, inputs):
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_the_mlp_is_the_one_of_the_model(fused, backend):
+def test_the_mlp_is_the_one_of_the_model(plain, backend):
     """Also where the rows that enter have other scales, for the norm that is left out before it has no effect."""
     generator = torch.Generator().manual_seed(0)
     x, up, down = (torch.randn(*shape, generator=generator, dtype=torch.float64)
@@ -73,7 +70,7 @@ def test_the_mlp_is_the_one_of_the_model(fused, backend):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)  # the eps of the norms
 
 
-def test_a_model_with_fused_kernels_is_the_same_function(fused, monkeypatch):
+def test_a_model_with_fused_kernels_is_the_same_function(plain, monkeypatch):
     torch.manual_seed(0)
     config = Config(**PRESETS["tiny"] | dict(vocab_size=100))
     model = train_gpt.GPT(config)
@@ -87,10 +84,10 @@ def test_a_model_with_fused_kernels_is_the_same_function(fused, monkeypatch):
         loss = forward(ids, targets)
         return [loss.detach(), *torch.autograd.grad(loss, parameters)]
 
-    plain, asked = step(model), []
+    right, asked = step(model), []
     monkeypatch.setattr(train_gpt, "fuses", lambda x, *widths: asked.append(widths) or True)
     for forward in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
-        for a, b in zip(step(forward), plain, strict=True):
+        for a, b in zip(step(forward), right, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
     assert asked[:2] == [(), (config.hidden_dim, config.model_dim)]
 

@@ -70,9 +70,11 @@ def test_what_the_stages_find(whole):
         for batch in ("1,024", "2,048"):
             found = train[f"{preset}, {batch}"]
             assert found["tokens_per_second"] == pytest.approx(int(batch.replace(",", "")) / found["seconds"])
-            assert len(train[f"{preset}, {batch}: textbook"]["pairs"]) == 2
+            parts = train[f"{preset}, {batch}: host"]
+            assert parts["forward"] < parts["forward and backward"] < parts["step"]
         assert score[f"{preset}, 4 windows"]["tokens_per_second"] > 0
     assert train["pr367, 2,048"]["micro_batches"] == 2
+    assert len(train["pr367, 1,024: textbook"]["pairs"]) == 2
     assert train["against other.py"]["seconds"] == pytest.approx(0.020)  # of its later steps, without its first 100 ms
     assert runs["one run"]["roundtrip_gap"] == 0 and runs["matrix"]["done"] == 2
     assert len((out / "results.jsonl").read_text().splitlines()) == 2
@@ -206,6 +208,8 @@ def test_profile_of_a_trace():
     assert found == pytest.approx({"products": 0.2, "elementwise": 0.15, "optimizer": 0.1, "copies": 0.05})
     assert profile.busy == pytest.approx(0.45) and profile.launches == 2
     assert profile.longest[0] == (pytest.approx(0.3), 1.0, "nvjet_tst")
+    assert profile.idle == [(pytest.approx(0.2), 0.5, "triton_poi_fused_add_0 -> nvjet_tst"),
+                            (pytest.approx(0.05), 0.5, "nvjet_tst -> Memset (Device)")]
     lines = gpu_step.profile_lines(profile, 0.6)
     assert "launch gaps               0.150 ms  25.0%" in lines
 

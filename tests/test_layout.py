@@ -10,7 +10,6 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from graphlib import CycleError, TopologicalSorter
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,6 @@ ROOT = Path(__file__).resolve().parents[1]
 # Each row may import what stands below it, and what is in the row itself; never what stands above.
 ROWS = ("tests", "docs", "records", "ablations", "bench", "eval_bpb", "train_gpt", "pack", "data", "tern")
 PROGRAMS = {"eval_bpb.py", "pack.py", "train_gpt.py"}
-FOR_A_GPU = ("tern/fused.py",)  # needs Triton, and is imported only where there is a GPU
 AS_THEY_RAN = ("records/track_", "records/history/")  # the programs of records, with layouts of their own
 
 
@@ -191,10 +189,10 @@ def test_to_import_a_file_does_nothing_else(tmp_path):
         if row(file):  # tests are imported by pytest
             (copy / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / file, copy / file)
-    modules = [module_name(file) for file in trees() if row(file) and (file not in FOR_A_GPU or find_spec("triton"))]
+    modules = [module_name(file) for file in trees() if row(file)]
     own = {module.split(".")[0] for module in modules}
     libraries = sorted({name for file, tree in trees().items() if row(file) for _, name in imported(on_import(tree))
-                        if name.split(".")[0] not in own and file not in FOR_A_GPU})
+                        if name.split(".")[0] not in own})
     env = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(copy), "HOME": str(here), "TMPDIR": str(here),
            "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-B", "-c", LOOK, str(copy), str(here)], cwd=here, env=env, text=True,

@@ -188,11 +188,40 @@ def test_the_loader_crosses_shards_and_epochs(tmp_path):
     assert seen == list(range(30)) * 2
 
 
-def test_two_ranks_read_what_one_reads(tmp_path):
-    loader = TokenLoader((write_shard(tmp_path / "x_train_0.bin", range(500)),), 500)
+@pytest.mark.parametrize("window", [0, 16])
+def test_two_ranks_read_what_one_reads(tmp_path, window):
+    loader = TokenLoader((write_shard(tmp_path / "x_train_0.bin", range(500)),), 500, window)
     one = torch.cat([loader.batch(2, 8, m, 0, 1)[0] for m in range(4)])
     two = torch.cat([loader.batch(2, 8, m, r, 2)[0] for m in range(2) for r in range(2)])
-    assert torch.equal(one, two) and one.flatten().tolist() == list(range(64))
+    assert torch.equal(one, two) and (one.flatten().tolist() == list(range(64))) == (window == 0)
+
+
+def test_windows_come_once_an_epoch_in_an_order_of_their_own(tmp_path):
+    """Also where rows are parts of windows, as while lengths grow, and windows lie across shards."""
+    shards = tuple(write_shard(tmp_path / f"x_train_{i}.bin", range(50 * i, 50 * i + 50)) for i in range(3))
+    count, orders = 149 // 8, []
+    for seed, length in ((1, 8), (1, 4), (2, 8)):
+        loader, rows = TokenLoader(shards, 150, 8, seed), []
+        for position in range(0, 3 * count * 8, length):
+            loader.position = position
+            ids, targets = loader.batch(1, length, 0, 0, 1)
+            assert torch.equal(ids + 1, targets) and ids[0, -1] - ids[0, 0] == length - 1
+            rows += ids[0].tolist()
+        orders.append(rows)
+        for epoch in range(3):
+            seen = rows[epoch * count * 8 : (epoch + 1) * count * 8]
+            assert sorted(seen) == list(range(count * 8)) and seen != sorted(seen)
+    assert orders[0] == orders[1] != orders[2] and orders[0][: count * 8] != orders[0][count * 8 : 2 * count * 8]
+
+
+def test_an_order_does_not_depend_on_where_a_run_was_resumed(tmp_path):
+    shards, rows = (write_shard(tmp_path / "x_train_0.bin", range(100)),), []
+    for positions in (range(0, 300, 10), (250,), (250, 90, 250, 180)):
+        loader = TokenLoader(shards, 100, 10, 7)
+        for loader.position in positions:
+            row = loader.batch(1, 10, 0, 0, 1)[0]
+            rows += [row] if loader.position == 250 else []
+    assert len(rows) == 4 and all(torch.equal(rows[0], row) for row in rows)
 
 
 def test_the_loader_refuses_bad_shards_before_the_first_step(tmp_path):
@@ -202,6 +231,10 @@ def test_the_loader_refuses_bad_shards_before_the_first_step(tmp_path):
         TokenLoader((good, bad), 512)
     with pytest.raises(DataError, match="token 49 with vocab_size=49"):
         TokenLoader((good,), 49)
+    loader = TokenLoader((good, write_shard(tmp_path / "x_train_3.bin", range(60))), 50)
+    loader.position = 96
+    with pytest.raises(DataError, match="x_train_3.bin: token 51 with vocab_size=50"):
+        loader.batch(1, 5, 0, 0, 1)
     with pytest.raises(DataError, match="hold no text"):
         TokenLoader((write_shard(tmp_path / "x_train_2.bin", [1]),), 512)
 
