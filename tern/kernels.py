@@ -129,7 +129,8 @@ def cross_entropy(logits: Tensor, targets: Tensor, cap: float) -> Tensor:
 
 def fuses(x: Tensor, *widths: int) -> bool:
     """Whether the fused kernels serve x and matrices of these widths: bf16 on a GPU that has tensor maps (Hopper)."""
-    return (fused.AVAILABLE and x.device.type == "cuda" and x.dtype == torch.bfloat16 and all(w % 8 == 0 for w in widths)
+    return (fused.AVAILABLE and x.device.type == "cuda" and x.dtype == torch.bfloat16
+            and all(w % 8 == 0 for w in widths)
             and torch.cuda.get_device_properties(x.device).major >= 9)
 
 
