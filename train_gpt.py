@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pack
-from tern import audits, checkpoints, foreign, groups, machine, metric, processes, runlog, settings, source
+from tern import audits, checkpoints, foreign, groups, machine, metric, processes, rate, runlog, settings, source
 from tern.checkpoints import CheckpointError
 from tern.command import steady_streams
 from tern.ending import report_end
@@ -53,7 +53,7 @@ from tern.metric import evaluate
 from tern.muon import muon_update
 from tern.processes import Place, RankLost, Ranks
 from tern.runfolder import RunFolder
-from tern.schedule import StepPlan, schedule, sequence_lengths
+from tern.schedule import StepPlan, micro_batch_tokens, schedule, sequence_lengths
 from tern.scoring import score_in_fresh_process
 from tern.settings import ConfigError, need, setting
 from tern.shards import AuditError, DataFolder, open_data, read_shard
@@ -117,6 +117,8 @@ class Config:
     ternary_rule: str = setting("absmean", "how ternary codes and scales are found (RULES)")
     threshold: float = setting(0.5, "a ternary code is zero up to threshold * mean|w| (0.5: BitNet b1.58)", 0)
     scale_dtype: str = setting("log7", "scales: bf16, fp16 or log4..log8 (2^bits steps over 16 octaves)")
+    int_step: float = setting(1.0, "step of integers, in units of the finest that holds the largest weight", 1, 127)
+    fit_cap: float = setting(0.0, "share of the cap that an int embedding's last step fills; 0: as it comes", 0, 1)
     quantize_start: float = setting(0.0, "progress at which params begin to be quantized; 1: after training", 0, 1)
     quantize_ramp: float = setting(0.0, "share of the run over which they move from latents to stored values", 0, 1)
     init_from: str = setting("", "checkpoint, or run folder, whose latents training starts from; empty: random")
@@ -169,8 +171,9 @@ class Config:
         return self.mlp_hidden or self.mlp_mult * self.model_dim
 
 
-CPU_TRACK = dict(  # an int4 embedding beats a ternary one with a wider MLP at these bytes
-    cap_bytes=128_000, cap_counts_code=False, embed_format="int4", mlp_hidden=192, smear=True,
+CPU_TRACK = dict(  # an int4 embedding beats a ternary one with a wider MLP at these bytes; int5: the same, or finer
+    cap_bytes=128_000, cap_counts_code=False, embed_format="int5", int_step=15 / 7, fit_cap=0.997, mlp_hidden=192,
+    smear=True,
     train_seq_len=256, train_batch_tokens=8192, val_batch_size=8192, tied_embed_lr=0.01,
 )
 PR367 = dict(  # run_8xh100.sh and train_bitnet.py of PR 367
@@ -306,11 +309,12 @@ class Ternary(GroupFormat):
 
 @dataclass(frozen=True)
 class Int(GroupFormat):
-    """Symmetric integers of 2 to 8 bits: scale = max|w| / (2^(bits-1) - 1), code = round(w / scale)."""
+    """Symmetric integers of 2 to 8 bits: scale = step * max|w| / (2^(bits-1) - 1), code = round(w / scale)."""
 
     bits: int = 8
     group_size: int = 128
     scale: str = "bf16"
+    step: float = 1.0  # not below 1: a code has room for the largest weight. The file does not tell
     kind = "int"
     numbered = True
 
@@ -321,14 +325,17 @@ class Int(GroupFormat):
 
     @classmethod
     def from_settings(cls, config: Config, kind: str, number: str) -> Format:
-        return cls(int(number), config.group_size, config.scale_dtype)
+        return cls(int(number), config.group_size, config.scale_dtype, config.int_step)
+
+    def spec(self) -> dict:
+        return {name: value for name, value in super().spec().items() if name != "step"}
 
     def quantize(self, latent: Tensor) -> Stored:
         """Codes are rounded against the stored scale: the one that they will be multiplied by."""
         w, _ = split_groups(latent.float(), self.group_size)
         limit = 2 ** (self.bits - 1) - 1
         biggest = w.abs().amax(-1)
-        scales = groups.encode_scales(biggest / limit, biggest > 0, self.scale)
+        scales = groups.encode_scales(self.step * biggest / limit, biggest > 0, self.scale)
         values = groups.decode_scales(scales, self.scale)[..., None]
         divisor = torch.where(values > 0, values, 1.0)
         codes = (w / divisor).round().clamp(-limit, limit).to(torch.int8)
@@ -889,26 +896,11 @@ class Optimizer:
         self.latents.refresh(quantized)
 
 
-def micro_batch_tokens(config: Config, world: int) -> int:
-    """Tokens per forward and rank. Raises ConfigError where the batch does not divide into such pieces."""
-    c, share = config, config.train_batch_tokens // world
-    tokens = min(c.micro_batch_tokens, share)
-    if tokens % c.train_seq_len or c.train_batch_tokens % (world * tokens):
-        raise ConfigError(
-            f"train_batch_tokens={c.train_batch_tokens} over {world} process(es) does not divide into micro-batches of "
-            f"{tokens} tokens made of whole sequences of {c.train_seq_len}; change micro_batch_tokens or the batch"
-        )
-    if c.batch_ramp_start < c.train_batch_tokens and c.batch_ramp_start % (world * tokens):
-        raise ConfigError(f"batch_ramp_start={c.batch_ramp_start}: must be a multiple of the {world * tokens} tokens "
-                          "of one micro-batch on every process; lower micro_batch_tokens")
-    return tokens
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Checkpoints and artifacts
 # ---------------------------------------------------------------------------------------------------------------
 
-RUN_STATE = ("step", "elapsed", "step_seconds", "tokens_seen", "finished", "quantized")  # a Trainer's, in checkpoints
+RUN_STATE = ("step", "elapsed", "step_seconds", "tokens_seen", "finished", "quantized", "int_step")  # in checkpoints
 
 
 def load_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict]:
@@ -973,7 +965,11 @@ def predicted_bytes(config: Config) -> dict[str, tuple[dict, int, float]]:
     for name, shape in shapes.items():
         part = "embedding" if name == "tok_emb.weight" else "matrices" if name.endswith(".weight") else "vectors"
         rows.append((name, part, shape, format_of(config, name, len(shape)).spec()))
-    return pack.predicted_bytes(rows, artifact_meta(config))
+    parts = pack.predicted_bytes(rows, artifact_meta(config))
+    for part, (spec, count, size) in parts.items():
+        if part.endswith("codes") and spec["kind"] == "int":  # twice the step, a bit less
+            parts[part] = spec, count, size - count * math.log2(config.int_step) / 8
+    return parts
 
 
 def model_bytes(config: Config) -> int:
@@ -1013,6 +1009,7 @@ class Trainer:
         self.seconds: dict[str, float] = {}  # phase -> seconds
         self.step, self.elapsed, self.step_seconds, self.tokens_seen, self.finished = 0, 0.0, 0.0, 0, False
         self.quantized = schedule(config, 0, 0.0).quantized  # how far the params are from the latents
+        self.int_step = config.int_step  # of the embedding; the last one may be another
         self.ahead = int(self.device.type == "cuda")  # steps that the host may be ahead, so that a GPU need not wait
         self.asked: list[tuple[int, int, machine.Fetch]] = []  # (step, its sequence length, its loss on the way)
         self.loss = math.nan  # the last that is known
@@ -1053,6 +1050,7 @@ class Trainer:
             self.latents.load(load_latents(c.init_from, self.data), f"init_from={c.init_from}")
         if c.init_from or self.quantized < 1:
             self.latents.refresh(self.quantized)
+        self.embedding = next(bank for bank in self.latents.banks if "tok_emb.weight" in bank.names)
         self.optimizer = Optimizer(self.latents, c)
         self.compiled: Callable[[Tensor, Tensor], Tensor] = self.model
         if loaded:
@@ -1116,6 +1114,7 @@ class Trainer:
         self.source_changed = state.get("source") != folder_identity(self.source_sha256)
         moved = {name: x for name, x in tensors.items() if name.partition("/")[0] not in ("rng", "codes", "scales")}
         try:
+            self.set_step(float(state["int_step"]))
             self.optimizer.load_state(moved, int(state["step"]), float(state["quantized"]))
             machine.set_random_state(tensors, self.device)
             self.loader.position = int(state["position"])
@@ -1316,6 +1315,28 @@ class Trainer:
         if self.quantized < 1:
             self.quantized = 1.0
             self.latents.refresh()
+        if self.config.fit_cap and isinstance(self.embedding.format, Int):
+            self.fit_file(self.embedding.format)
+
+    def set_step(self, step: float) -> None:
+        """The step of an int embedding; its codes are those of the next refresh."""
+        if isinstance(self.embedding.format, Int):
+            self.int_step, self.embedding.format = step, replace(self.embedding.format, step=step)
+
+    def fit_file(self, fmt: Int) -> None:
+        """Take the step of the embedding with which the file takes its share of the cap. All ranks do the same."""
+        c = self.config
+        cap = c.cap_bytes - (source.code_bytes(self.sources) if c.cap_counts_code else 0)
+
+        def size_of(step: float) -> int:
+            self.set_step(step)
+            self.latents.refresh()
+            return len(pack.encode_artifact(self.latents.pack(self.order), artifact_meta(c, self.data)))
+
+        tried = rate.fit(size_of, fmt.step, 2.0 ** (fmt.bits - 1) - 1, self.embedding.grad.numel(),
+                         int((2 * c.fit_cap - 1) * cap), int(c.fit_cap * cap), cap)
+        self.log.line("fit         step of the embedding, and bytes of the model of {:,}: {}".format(
+            cap, ", ".join(f"{step:.3f} {size:,}" for step, size in tried)))
 
     # -- checks of what was trained -------------------------------------------------------------------------------
 

@@ -1,4 +1,5 @@
-"""What changes during a run: learning rate, momentum, lengths, batch, quantization. A function of step and progress.
+"""What changes during a run: learning rate, momentum, lengths, batch, quantization. A function of step and progress;
+and how a batch is divided.
 
 config is the trainer's Config, for which this is nothing but arithmetic.
 """
@@ -8,6 +9,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from typing import Any
+
+from tern.settings import ConfigError
 
 
 @dataclass(frozen=True)
@@ -44,3 +47,18 @@ def schedule(config: Any, step: int, progress: float) -> StepPlan:
     since = progress - c.quantize_start
     quantized = min(max(since / c.quantize_ramp, 0.0), 1.0) if c.quantize_ramp else float(since >= 0)
     return StepPlan(min(warmup, warmdown, 1.0), momentum, seq_len, batch, quantized)
+
+
+def micro_batch_tokens(config: Any, world: int) -> int:
+    """Tokens per forward and rank. Raises ConfigError where the batch does not divide into such pieces."""
+    c, share = config, config.train_batch_tokens // world
+    tokens = min(c.micro_batch_tokens, share)
+    if tokens % c.train_seq_len or c.train_batch_tokens % (world * tokens):
+        raise ConfigError(
+            f"train_batch_tokens={c.train_batch_tokens} over {world} process(es) does not divide into micro-batches of "
+            f"{tokens} tokens made of whole sequences of {c.train_seq_len}; change micro_batch_tokens or the batch"
+        )
+    if c.batch_ramp_start < c.train_batch_tokens and c.batch_ramp_start % (world * tokens):
+        raise ConfigError(f"batch_ramp_start={c.batch_ramp_start}: must be a multiple of the {world * tokens} tokens "
+                          "of one micro-batch on every process; lower micro_batch_tokens")
+    return tokens
