@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pack
-from tern import audits, checkpoints, foreign, groups, machine, metric, processes, rate, runlog, settings, source
+from tern import audits, checkpoints, foreign, groups, kernels, machine, metric, processes, runlog, settings, source
 from tern.checkpoints import CheckpointError
 from tern.command import steady_streams
 from tern.ending import report_end
@@ -47,11 +47,12 @@ from tern.errors import Foreseen
 from tern.files import folder_identity
 from tern.finite import first_bad, first_bad_output
 from tern.groups import SCALE_DTYPES, VALUE_DTYPES, join_groups, split_groups
-from tern.kernels import attend, cross_entropy, fuses, relu_squared_mlp, rope_tables, rotate, split_and_rotate
+from tern.kernels import attend, cross_entropy, fuses, offset_keys, rope_tables, rotate
 from tern.loader import TokenLoader
 from tern.metric import evaluate
 from tern.muon import muon_update
 from tern.processes import Place, RankLost, Ranks
+from tern.rate import fit
 from tern.runfolder import RunFolder
 from tern.schedule import StepPlan, micro_batch_tokens, schedule, sequence_lengths
 from tern.scoring import score_in_fresh_process
@@ -106,6 +107,7 @@ class Config:
     mlp_hidden: int = setting(0, "MLP hidden width, any number; 0: mlp_mult * model_dim", 0, in_file=True)
     rope_base: float = setting(10000.0, "RoPE base frequency", 1e-30, in_file="changed")
     logit_softcap: float = setting(30.0, "logits are softcap * tanh(logits / softcap)", 1e-30, in_file="changed")
+    key_offset: bool = setting(False, "half of each key's dimensions are of the token before", in_file="changed")
     smear: bool = setting(False, "SmearGate: embeddings blended with the one before, by gates", in_file="changed")
     qk_gain_init: float = setting(1.5, "initial gain of normalised queries, learned per head", -1e6, 1e6)
     tied_embed_init_std: float = setting(0.005, "initial standard deviation of the tied embedding", 1e-30)
@@ -173,8 +175,7 @@ class Config:
 
 CPU_TRACK = dict(  # an int4 embedding beats a ternary one with a wider MLP at these bytes; int5: the same, or finer
     cap_bytes=128_000, cap_counts_code=False, embed_format="int5", int_step=15 / 7, fit_cap=0.997, mlp_hidden=192,
-    smear=True,
-    train_seq_len=256, train_batch_tokens=8192, val_batch_size=8192, tied_embed_lr=0.01,
+    smear=True, key_offset=True, train_seq_len=256, train_batch_tokens=8192, val_batch_size=8192, tied_embed_lr=0.01,
 )
 PR367 = dict(  # run_8xh100.sh and train_bitnet.py of PR 367
     num_layers=12, model_dim=768, num_heads=12, num_kv_heads=6, mlp_mult=3, mlp_hidden=2496, train_seq_len=2048,
@@ -197,8 +198,8 @@ PRESETS: dict[str, dict] = {
         vocab_size=8192, num_layers=10, num_heads=8, num_kv_heads=4, mlp_hidden=3072, train_seq_len=1024,
         embed_format="ternary", group_size=128, scale_dtype="log7", warmdown_iters=0, warmdown_frac=0.2,
         scalar_lr=0.02, tied_embed_lr=0.02, muon_momentum=0.95, muon_momentum_warmup_start=0.85,
-        muon_momentum_warmup_steps=500, rope_base=10_000.0, val_loss_every=0, data_path="data/fineweb_sp8192",
-        shuffle=True,
+        muon_momentum_warmup_steps=500, rope_base=10_000.0, val_loss_every=0, shuffle=True,
+        smear=True, key_offset=True, data_path="data/fineweb_sp8192",
     ),
 }
 
@@ -455,6 +456,7 @@ class Attention(nn.Module):
         self.c_v = Linear(c.model_dim, c.num_kv_heads * self.head_dim)
         self.proj = Linear(c.model_dim, c.model_dim)
         self.q_gain = nn.Parameter(torch.full((c.num_heads,), c.qk_gain_init))
+        self.offset = c.key_offset
 
     def split_heads(self, x: Tensor) -> Tensor:
         """[batch, time, heads * head_dim] -> [batch, heads, time, head_dim]."""
@@ -462,23 +464,24 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, last: int) -> Tensor:
         """The output at the last positions of x [batch, time, model_dim]: [batch, last, model_dim]."""
-        batch, time = x.shape[:2]
-        x = norm(x)
+        time, x = x.shape[1], norm(x)
         if last == time:  # one product over matrices that stay apart for Muon; joining them copies weights alone
             qkv = F.linear(x, torch.cat((self.c_q.weight, self.c_k.weight, self.c_v.weight)))
             if fuses(qkv):
-                rotated = split_and_rotate(qkv, self.q_gain, cos, sin, self.heads, self.kv_heads)
-                y = self.attend(*(x.transpose(1, 2) for x in rotated))
-                return self.proj(norm(y.transpose(1, 2).reshape(batch, last, -1)))
+                rotated = kernels.split_and_rotate(qkv, self.q_gain, cos, sin, self.heads, self.kv_heads)
+                return self.mix(*(x.transpose(1, 2) for x in rotated))
             q, k, v = self.split_heads(qkv).split((self.heads, self.kv_heads, self.kv_heads), dim=1)
         else:
             q = self.split_heads(self.c_q(x[:, -last:]))
             heads = self.split_heads(F.linear(x, torch.cat((self.c_k.weight, self.c_v.weight))))
             k, v = heads.split((self.kv_heads, self.kv_heads), dim=1)
         q = rotate(norm(q), cos[-last:], sin[-last:]) * self.q_gain[:, None, None]
-        k = rotate(norm(k), cos, sin)
-        y = self.attend(q, k, v)
-        return self.proj(norm(y.transpose(1, 2).reshape(batch, last, -1)))
+        return self.mix(q, rotate(norm(k), cos, sin), v)
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The output [batch, queries, model_dim] of rotated heads [batch, heads, time, head_dim]."""
+        y = self.attend(q, offset_keys(k) if self.offset else k, v)
+        return self.proj(norm(y.transpose(1, 2).flatten(2)))
 
 
 class MLP(nn.Module):
@@ -489,7 +492,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if fuses(x, *self.fc.weight.shape):
-            return relu_squared_mlp(x, self.fc.weight, self.proj.weight)
+            return kernels.relu_squared_mlp(x, self.fc.weight, self.proj.weight)
         return self.proj(norm(self.fc(norm(x)).relu().square()))
 
 
@@ -1163,7 +1166,6 @@ class Trainer:
             self.log.line("notice      no C++ compiler found, so torch.compile is off; training will be slower")
             return
         try:
-            # One graph per length of the model, and one per bank of what follows.
             machine.prepare_compiler(max(len(sequence_lengths(self.config)), len(self.latents.banks)))
             self.compiled = torch.compile(self.model, dynamic=False, fullgraph=True)
             if self.device.type == "cuda":  # a CPU does these as fast without
@@ -1264,9 +1266,8 @@ class Trainer:
             self.latents.accumulate(loss, micro_batches * self.world, first=micro == 0)
 
     def known_loss(self, seq_len: int, ahead: int) -> float:
-        """Ask for the loss of the step whose gradients are there, if it has a length; the last loss that is known when
-        the host may be so many steps ahead of the device. Raises TrainingError if that, or its gradient, is not finite.
-        """
+        """The last loss that is known when the host may be so many steps ahead of the device; asks for this step's, if
+        it has a length. Raises TrainingError if one that comes, or its gradient, is not finite."""
         if seq_len:
             self.asked.append((self.step, seq_len, machine.Fetch(self.latents.loss_word())))
         while len(self.asked) > ahead:
@@ -1325,16 +1326,15 @@ class Trainer:
 
     def fit_file(self, fmt: Int) -> None:
         """Take the step of the embedding with which the file takes its share of the cap. All ranks do the same."""
-        c = self.config
-        cap = c.cap_bytes - (source.code_bytes(self.sources) if c.cap_counts_code else 0)
+        cap = (c := self.config).cap_bytes - (source.code_bytes(self.sources) if c.cap_counts_code else 0)
 
         def size_of(step: float) -> int:
             self.set_step(step)
             self.latents.refresh()
             return len(pack.encode_artifact(self.latents.pack(self.order), artifact_meta(c, self.data)))
 
-        tried = rate.fit(size_of, fmt.step, 2.0 ** (fmt.bits - 1) - 1, self.embedding.grad.numel(),
-                         int((2 * c.fit_cap - 1) * cap), int(c.fit_cap * cap), cap)
+        tried = fit(size_of, fmt.step, 2.0 ** (fmt.bits - 1) - 1, self.embedding.grad.numel(),
+                    int((2 * c.fit_cap - 1) * cap), int(c.fit_cap * cap), cap)
         self.log.line("fit         step of the embedding, and bytes of the model of {:,}: {}".format(
             cap, ", ".join(f"{step:.3f} {size:,}" for step, size in tried)))
 

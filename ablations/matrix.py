@@ -161,9 +161,11 @@ class Job:
 # Results of before are found by what they are of, whatever it was called then
 # ---------------------------------------------------------------------------------------------------------------
 
-ADDED = {"smear": False}  # settings that came after the first results, with the value that changes nothing
+# Settings that came after the first results, with the value that changes nothing.
+ADDED = {"smear": False, "shuffle": False, "key_offset": False, "int_step": 1.0, "fit_cap": 0.0}
 REMOVED = {"activation_bits": 16, "codebook_decay": 0.99, "commitment": 0.0}  # that are gone: what they always are now
-PATCHES_THAT_ARE_SETTINGS = {"smear": {"smear": True}}  # techniques that have moved into the trainer
+# Techniques that have moved into the trainer.
+PATCHES_THAT_ARE_SETTINGS = {"smear": {"smear": True}, "key_offset": {"key_offset": True}}
 
 
 def in_words_of_today(settings: Mapping, patches: Sequence[str]) -> tuple[dict, list[str]]:

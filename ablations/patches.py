@@ -121,18 +121,6 @@ def xsa(last: int = 2) -> None:
     after(GPT, "__init__", exclude)
 
 
-@patch()
-def key_offset() -> None:
-    """Half of a key's dimensions, those that RoPE turns slowest, are those of the token before (modded-nanogpt, record
-    of 2025-12-14): a head finds what followed an earlier occurrence without another one before it."""
-    def offset(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        half = k.shape[-1] // 2
-        slow = torch.arange(2 * half, device=k.device) % half >= half // 2
-        return train_gpt.attend(q, torch.where(slow, F.pad(k, (0, 0, 1, 0))[:, :, :-1], k), v)
-
-    Attention.attend = staticmethod(offset)
-
-
 def extend_embedding(make: Callable[[GPT], None], change: Callable[[GPT, Tensor, Tensor], Tensor]) -> None:
     """Add parameters to the model (make) and change what enters its first block: change(model, ids, x)."""
     original = GPT.embed

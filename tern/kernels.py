@@ -108,6 +108,18 @@ def _(ids, half, base):
     return ids.new_empty(2, ids.shape[-1], half, dtype=torch.float32)
 
 
+def offset_keys(k: Tensor) -> Tensor:
+    """Rotated keys [batch, heads, time, head_dim], of which half the dimensions, those that RoPE turns slowest, are
+    those of the token before; zeros first.
+
+    A head whose queries look for the token before finds what followed it, without another head that moves it there
+    (modded-nanogpt, "key offset"; KV shifting attention, arXiv 2411.19574).
+    """
+    half = k.shape[-1] // 2
+    slow = torch.arange(2 * half, device=k.device) % half >= half // 2
+    return torch.where(slow, F.pad(k, (0, 0, 1, 0))[:, :, :-1], k)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RoPE (arXiv 2104.09864) on x [batch, heads, time, head_dim], halves paired."""
     a, b = x.chunk(2, dim=-1)

@@ -184,10 +184,13 @@ def test_the_loss_in_one_pass_holds_at_the_ends_of_the_cap():
 @torch.inference_mode()
 def test_the_last_hidden_states_are_the_end_of_all():
     model, ids = small_model(), tokens(3, 150)
-    every = model.hidden(ids)
-    for last in (1, 5, 150):
-        torch.testing.assert_close(model.hidden_last(ids, last), every[:, -last:], rtol=1e-6, atol=1e-6)
-    assert error(every[:, -1], every[:, -2]) > 0.1  # not the same at every position
+    for offset in (False, True):
+        for block in model.blocks:
+            block.attn.offset = offset
+        every = model.hidden(ids)
+        for last in (1, 5, 150):
+            torch.testing.assert_close(model.hidden_last(ids, last), every[:, -last:], rtol=1e-6, atol=1e-6)
+        assert error(every[:, -1], every[:, -2]) > 0.1  # not the same at every position
 
 
 @needs_compiler

@@ -54,7 +54,7 @@ def unpatched() -> Iterator[None]:
 
 TRAINING = ["xsa=1", "bigram=64,8", "factored=16", "activation=leaky2", "activation=swiglu", "parallel", "recur=0.4",
             "document_mask", "orthogonal", "bf16_latents", "ema=0.5", "ema_params=0.5", "swa=0.3", "muon=polar",
-            "warmdown=cosine,0.1", "gptq=4", "key_offset"]
+            "warmdown=cosine,0.1", "gptq=4"]
 
 
 def logits_after_training(data_dir, folder) -> tuple[torch.Tensor, torch.Tensor]:
@@ -113,21 +113,6 @@ def test_exclusive_attention_is_orthogonal_to_the_own_value():
     assert (y * own).sum(-1).abs().max() < 1e-5
     left = train_gpt.attend(q, k, v) - y
     assert torch.allclose(F.normalize(left, dim=-1).abs(), F.normalize(own, dim=-1).abs(), atol=1e-4)
-
-
-@pytest.mark.fast
-def test_half_of_a_key_is_of_the_token_before():
-    """A query that is large in the slow dimensions finds the key after the one that is like it."""
-    patches.key_offset()
-    k, v = torch.zeros(1, 1, 5, 8), F.pad(torch.eye(5), (0, 3))[None, None]
-    k[0, 0, 1, 2:4] = 1  # slow: 2, 3, 6, 7
-    q = torch.zeros(1, 1, 5, 8)
-    q[..., 2:4] = 50
-    y = train_gpt.Attention.attend(q, k, v)
-    assert y[0, 0, 4].argmax() == 2 and y[0, 0, 4, 2] > 0.99
-    k[0, 0, 1, 2:4], k[0, 0, 1, 0] = 0, 1  # fast: as ever
-    q[..., 2:4], q[..., 0] = 0, 50
-    assert train_gpt.Attention.attend(q, k, v)[0, 0, 4].argmax() == 1
 
 
 @pytest.mark.fast

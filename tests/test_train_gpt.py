@@ -302,7 +302,7 @@ def test_blocks_start_as_the_identity_with_zero_groups():
 
 def test_the_model_is_causal_and_any_hidden_width_works():
     torch.manual_seed(0)
-    config = replace(TINY, mlp_hidden=77, num_layers=3)
+    config = replace(TINY, mlp_hidden=77, num_layers=3, key_offset=True)
     model = GPT(config)
     with torch.no_grad():
         for p in model.parameters():
@@ -325,6 +325,24 @@ def test_smear_is_half_of_the_token_before_at_first():
     assert torch.allclose(model.embed(torch.tensor([[5, 9, 9]])), half)
     assert artifact_meta(replace(TINY, smear=True))["config"]["smear"] is True
     assert "smear" not in artifact_meta(TINY)["config"]
+
+
+def test_half_of_a_key_is_of_the_token_before():
+    """A query that is large in the slow dimensions finds the token after the one that is like it."""
+    attention = GPT(replace(TINY, num_heads=4, key_offset=True)).blocks[0].attn
+    attention.proj, k, v = torch.nn.Identity(), torch.zeros(1, 1, 5, 8), torch.eye(5, 8)[None, None]
+
+    def finds(key: int, query: int) -> int:
+        """The token that the last one attends to where token 1 is large in a dimension of its key."""
+        k.zero_()[0, 0, 1, key] = 1
+        q = torch.zeros(1, 1, 5, 8)
+        q[..., query] = 100
+        return int(attention.mix(q, k, v)[0, 4].argmax())
+
+    assert finds(2, 2) == finds(7, 7) == 2  # slow: 2, 3, 6, 7
+    assert finds(0, 0) == finds(5, 5) == 1  # fast: as ever
+    assert artifact_meta(replace(TINY, key_offset=True))["config"]["key_offset"] is True
+    assert "key_offset" not in artifact_meta(TINY)["config"]
 
 
 def test_an_artifact_that_says_more_or_less_than_this_trainer_knows_is_refused():
