@@ -120,7 +120,7 @@ class Config:
     threshold: float = setting(0.5, "a ternary code is zero up to threshold * mean|w| (0.5: BitNet b1.58)", 0)
     scale_dtype: str = setting("log7", "scales: bf16, fp16 or log4..log8 (2^bits steps over 16 octaves)")
     int_step: float = setting(1.0, "step of integers, in units of the finest that holds the largest weight", 1, 127)
-    fit_cap: float = setting(0.0, "share of the cap that an int embedding's last step fills; 0: as it comes", 0, 1)
+    fit_cap: float = setting(0.0, "of a file over its cap, the share that a coarser int embedding fills; 0: off", 0, 1)
     quantize_start: float = setting(0.0, "progress at which params begin to be quantized; 1: after training", 0, 1)
     quantize_ramp: float = setting(0.0, "share of the run over which they move from latents to stored values", 0, 1)
     init_from: str = setting("", "checkpoint, or run folder, whose latents training starts from; empty: random")
@@ -173,8 +173,8 @@ class Config:
         return self.mlp_hidden or self.mlp_mult * self.model_dim
 
 
-CPU_TRACK = dict(  # an int4 embedding beats a ternary one with a wider MLP at these bytes; int5: the same, or finer
-    cap_bytes=128_000, cap_counts_code=False, embed_format="int5", int_step=15 / 7, fit_cap=0.997, mlp_hidden=192,
+CPU_TRACK = dict(  # an int4 embedding (int5 at 15/7) beats a ternary one with a wider MLP at these bytes
+    cap_bytes=128_000, cap_counts_code=False, embed_format="int5", int_step=2.6, fit_cap=0.997, mlp_hidden=192,
     smear=True, key_offset=True, train_seq_len=256, train_batch_tokens=8192, val_batch_size=8192, tied_embed_lr=0.01,
 )
 PR367 = dict(  # run_8xh100.sh and train_bitnet.py of PR 367
@@ -1325,7 +1325,7 @@ class Trainer:
             self.int_step, self.embedding.format = step, replace(self.embedding.format, step=step)
 
     def fit_file(self, fmt: Int) -> None:
-        """Take the step of the embedding with which the file takes its share of the cap. All ranks do the same."""
+        """Where the file is over its cap, take a step of the embedding with which it is not. All ranks do the same."""
         cap = (c := self.config).cap_bytes - (source.code_bytes(self.sources) if c.cap_counts_code else 0)
 
         def size_of(step: float) -> int:
@@ -1333,8 +1333,8 @@ class Trainer:
             self.latents.refresh()
             return len(pack.encode_artifact(self.latents.pack(self.order), artifact_meta(c, self.data)))
 
-        tried = fit(size_of, fmt.step, 2.0 ** (fmt.bits - 1) - 1, self.embedding.grad.numel(),
-                    int((2 * c.fit_cap - 1) * cap), int(c.fit_cap * cap), cap)
+        tried = fit(size_of, fmt.step, 2.0 ** (fmt.bits - 1) - 1, self.embedding.grad.numel(), 0,
+                    int(c.fit_cap * cap), cap)
         self.log.line("fit         step of the embedding, and bytes of the model of {:,}: {}".format(
             cap, ", ".join(f"{step:.3f} {size:,}" for step, size in tried)))
 

@@ -61,6 +61,8 @@ def readme(s: dict, run: Run) -> str:
         f"{r['seconds']['score']:.1f} | {r['zero_frac']:.4f} |" for r in rows)
     count = "counted" if s["cap_counts_code"] else "reported, not counted on this track"
     settings, claim = s["settings"], "a record" if s["claim"] == "record" else "none"
+    change = ("the initialisation; the order of\nthe data is fixed" if not settings.get("shuffle") else
+              "the initialisation and the\norder of the data")
     return f"""# {s['name']}: {s['val_bpb']:.4f} bits per byte on track_{s['track']}
 
 {s['blurb']}
@@ -72,8 +74,7 @@ Written by `records/bundle.py`; every number comes from the logs beside this pag
 {table}
 
 Sliding val_bpb, mean ± sample standard deviation over {len(rows)} seed(s): **{spread([r['val_bpb'] for r in rows])}**
-(stride {settings['eval_stride']}, window {settings['train_seq_len']}). Seeds change the initialisation; the order of
-the data is fixed.
+(stride {settings['eval_stride']}, window {settings['train_seq_len']}). Seeds change {change}.
 
 - Parameters: {rows[0]['parameters']:,}, of them {rows[0]['ternary_weights']:,} ternary.
 - Bytes: model {s['bytes_model']:,} (the largest seed), code {s['bytes_code']:,} ({count}): total

@@ -47,6 +47,21 @@ def test_the_file_fits_where_a_step_saves_less_than_the_law_says():
         assert tried[-1][1] <= 99_500, slope
 
 
+@pytest.mark.fast
+@pytest.mark.parametrize("height", [100, 1300, 3000])
+def test_sizes_that_go_by_stairs(height):
+    """As where scales are rounded to steps of 9%: the best stair under the cap, and it is what was made last."""
+    asked = []
+
+    def size_of(step):
+        asked.append(step)
+        return 140_000 - height * math.floor(math.log2(step) * 10_000 / height)
+
+    step, size = fit(size_of, 2.143, 15.0, WEIGHTS, 127_232, 127_616, 128_000)[-1]
+    assert asked[-1] == step and size_of(step) == size
+    assert min(127_232, 128_000 - height) <= size <= 128_000
+
+
 @pytest.mark.parametrize("ratio", [0.98, 0.93, 1.05])
 def test_a_run_is_never_over(data_dir, tmp_path, capsys, ratio):
     """The cap is so many times what the run packs to by itself."""
