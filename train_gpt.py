@@ -321,8 +321,8 @@ class Int(GroupFormat):
 
     def __post_init__(self):
         super().__post_init__()
-        if not 2 <= self.bits <= 8:
-            raise ConfigError(f"{self}: 2 to 8 bits are needed")
+        if not 2 <= self.bits <= 8 or not 1 <= self.step <= 127:
+            raise ConfigError(f"{self}: 2 to 8 bits are needed, and a step of 1 to 127")
 
     @classmethod
     def from_settings(cls, config: Config, kind: str, number: str) -> Format:

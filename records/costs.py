@@ -25,7 +25,7 @@ from train_gpt import GPT, PRESETS, Config, format_of, micro_batch_tokens, optim
 LINK_BYTES, GPU_MEMORY = 450e9, 80e9  # NVIDIA's H100 data sheet, SXM: NVLink 4, bytes/s each way (900e9 both ways)
 TRAIN_SECONDS = 600  # the competition's
 # Preset -> (seconds of a step of 65,536 tokens, bytes of memory at its peak) on one H100:
-# bench/results/2026-11-26_h100/train_*.json
+# bench/results/2026-11-26_h100/train_*.json (golf16mb without SmearGate and key offset, which are not counted)
 MEASURED = {"pr367": (0.11158, 20_481_251_840), "golf16mb": (0.10277, 19_225_527_296)}
 MEASURED_TOKENS = 65_536
 # bf16 elements of a block kept from forward to backward, in units of (dim, hidden): a fit to those peaks, within 4%.

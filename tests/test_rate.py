@@ -10,7 +10,8 @@ import pytest
 import pack
 from conftest import metrics, run, tiny_args
 from tern.rate import fit
-from train_gpt import main
+from tern.settings import ConfigError
+from train_gpt import Int, main
 
 WEIGHTS = 80_000  # so that twice the step is 10,000 bytes
 
@@ -91,3 +92,10 @@ def test_ranks_take_the_same_step(data_dir, tmp_path):
     assert done.returncode == 0, done.stderr
     final = metrics(tmp_path / "tiny_seed1337", "final")[-1]
     assert final["fits"] and final["roundtrip_gap"] == 0 and 0.95 * 7_600 < final["bytes_model"] <= 7_600
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("step", [0.0, 0.99, 1e9, math.nan, math.inf])
+def test_a_step_that_no_integers_have_is_refused(step):
+    with pytest.raises(ConfigError, match="a step of 1 to 127"):
+        Int(5, step=step)
