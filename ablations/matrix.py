@@ -355,7 +355,7 @@ def configure(matrix: Matrix, row: Row, seed: int) -> train_gpt.Config:
         if kind == "seconds":
             config = replace(config, iterations=0, max_wallclock_seconds=float(amount))
         else:
-            steps = amount if kind == "iterations" else amount / config.train_batch_tokens
+            steps = amount if kind == "iterations" else amount / mean_batch(config)
             config = replace(config, iterations=round(steps), max_wallclock_seconds=0.0)
         train_gpt.micro_batch_tokens(config, 1)  # raises if batches do not divide
         if not matrix.equal_bytes:
@@ -365,6 +365,12 @@ def configure(matrix: Matrix, row: Row, seed: int) -> train_gpt.Config:
         return replace(found, seed=seed, run_id=config.run_id)
     except (ValueError, SystemExit) as e:  # a ConfigError, or an argument that a patch does not take
         raise MatrixError(f"{matrix.path}, row {row.name}: {e}") from None
+
+
+def mean_batch(config: train_gpt.Config) -> float:
+    """Tokens per step over a run whose progress is the count of its steps."""
+    full, small = config.train_batch_tokens, config.batch_ramp_start
+    return full - (full - small) * config.batch_ramp_frac / 2 if 0 < small < full else full
 
 
 def data_folders(matrix: Matrix) -> list[tuple[str, str]]:

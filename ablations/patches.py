@@ -26,6 +26,7 @@ from ablations.hooks import after, before
 from tern import metric
 from tern import muon as tern_muon
 from tern.groups import decode_scales, join_groups, split_groups
+from tern.kernels import rotate
 from tern.settings import ConfigError
 from tern.shards import AuditError, read_shard
 from train_gpt import GPT, MLP, Attention, Block, Float, Latents, Linear, Optimizer, Trainer, norm
@@ -119,6 +120,37 @@ def xsa(last: int = 2) -> None:
             block.attn.__class__ = Exclusive
 
     after(GPT, "__init__", exclude)
+
+
+@patch(what=("keys", "values", "both"), start=Within(0, 1.001))
+def shift(what: str = "values", start: float = 0.3) -> None:
+    """KV shifting attention (arXiv 2411.19574): k or v, before RoPE, as a x_t + b x_{t-1}, with a and b learned for each
+    head from 1 - start and start. What is shifted takes the place of key_offset where it is keys."""
+    def make(model: GPT, config) -> None:
+        for block in model.blocks:
+            attention = block.attn
+            attention.__class__ = Shifted
+            for name in ("keys", "values") if what == "both" else (what,):
+                mix = torch.tensor([1 - start, start])[:, None].repeat(1, config.num_kv_heads)
+                attention.register_parameter(f"shift_{name}", nn.Parameter(mix))
+            attention.offset = attention.offset and what == "values"
+
+    def shifted(x: Tensor, mix: Tensor) -> Tensor:
+        return x * mix[0, :, None, None] + F.pad(x, (0, 0, 1, 0))[:, :, :-1] * mix[1, :, None, None]
+
+    class Shifted(Attention):
+        def forward(self, x: Tensor, cos: Tensor, sin: Tensor, last: int) -> Tensor:
+            x = norm(x)
+            q, k, v = (self.split_heads(f(x)) for f in (self.c_q, self.c_k, self.c_v))
+            k = norm(k)
+            if what != "values":
+                k = norm(shifted(k, self.shift_keys))
+            if what != "keys":
+                v = shifted(v, self.shift_values)
+            q = rotate(norm(q[:, :, -last:]), cos[-last:], sin[-last:]) * self.q_gain[:, None, None]
+            return self.mix(q, rotate(k, cos, sin), v)
+
+    after(GPT, "__init__", make)
 
 
 def extend_embedding(make: Callable[[GPT], None], change: Callable[[GPT, Tensor, Tensor], Tensor]) -> None:
