@@ -28,7 +28,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -52,9 +52,9 @@ from tern.loader import TokenLoader
 from tern.metric import evaluate
 from tern.muon import muon_update
 from tern.processes import Place, RankLost, Ranks
-from tern.rate import fit
+from tern.rate import RateControl
 from tern.runfolder import RunFolder
-from tern.schedule import StepPlan, micro_batch_tokens, schedule, sequence_lengths
+from tern.schedule import StepPlan, micro_batch_tokens, schedule, sequence_lengths, warmdown_share
 from tern.scoring import score_in_fresh_process
 from tern.settings import ConfigError, need, setting
 from tern.shards import AuditError, DataFolder, open_data, read_shard
@@ -120,7 +120,8 @@ class Config:
     threshold: float = setting(0.5, "a ternary code is zero up to threshold * mean|w| (0.5: BitNet b1.58)", 0)
     scale_dtype: str = setting("log7", "scales: bf16, fp16 or log4..log8 (2^bits steps over 16 octaves)")
     int_step: float = setting(1.0, "step of integers, in units of the finest that holds the largest weight", 1, 127)
-    fit_cap: float = setting(0.0, "of a file over its cap, the share that a coarser int embedding fills; 0: off", 0, 1)
+    rare_step: float = setting(0.0, "steps of an int embedding go with (occurrences of the token + 1)^-this", 0, 1)
+    fit_cap: float = setting(0.0, "share of the cap that an int embedding's step makes the file fill; 0: off", 0, 1)
     quantize_start: float = setting(0.0, "progress at which params begin to be quantized; 1: after training", 0, 1)
     quantize_ramp: float = setting(0.0, "share of the run over which they move from latents to stored values", 0, 1)
     init_from: str = setting("", "checkpoint, or run folder, whose latents training starts from; empty: random")
@@ -316,6 +317,7 @@ class Int(GroupFormat):
     group_size: int = 128
     scale: str = "bf16"
     step: float = 1.0  # not below 1: a code has room for the largest weight. The file does not tell
+    steps: Tensor | None = field(default=None, compare=False)  # fp32 [rows, 1] in its place
     kind = "int"
     numbered = True
 
@@ -329,14 +331,15 @@ class Int(GroupFormat):
         return cls(int(number), config.group_size, config.scale_dtype, config.int_step)
 
     def spec(self) -> dict:
-        return {name: value for name, value in super().spec().items() if name != "step"}
+        return {"kind": self.kind, "bits": self.bits, "group_size": self.group_size, "scale": self.scale}
 
     def quantize(self, latent: Tensor) -> Stored:
         """Codes are rounded against the stored scale: the one that they will be multiplied by."""
         w, _ = split_groups(latent.float(), self.group_size)
         limit = 2 ** (self.bits - 1) - 1
         biggest = w.abs().amax(-1)
-        scales = groups.encode_scales(self.step * biggest / limit, biggest > 0, self.scale)
+        step = self.step if self.steps is None else self.steps
+        scales = groups.encode_scales(step * biggest / limit, biggest > 0, self.scale)
         values = groups.decode_scales(scales, self.scale)[..., None]
         divisor = torch.where(values > 0, values, 1.0)
         codes = (w / divisor).round().clamp(-limit, limit).to(torch.int8)
@@ -903,7 +906,7 @@ class Optimizer:
 # Checkpoints and artifacts
 # ---------------------------------------------------------------------------------------------------------------
 
-RUN_STATE = ("step", "elapsed", "step_seconds", "tokens_seen", "finished", "quantized", "int_step")  # in checkpoints
+RUN_STATE = ("step", "elapsed", "step_seconds", "tokens_seen", "finished", "quantized")  # in checkpoints
 
 
 def load_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict]:
@@ -1012,7 +1015,6 @@ class Trainer:
         self.seconds: dict[str, float] = {}  # phase -> seconds
         self.step, self.elapsed, self.step_seconds, self.tokens_seen, self.finished = 0, 0.0, 0.0, 0, False
         self.quantized = schedule(config, 0, 0.0).quantized  # how far the params are from the latents
-        self.int_step = config.int_step  # of the embedding; the last one may be another
         self.ahead = int(self.device.type == "cuda")  # steps that the host may be ahead, so that a GPU need not wait
         self.asked: list[tuple[int, int, machine.Fetch]] = []  # (step, its sequence length, its loss on the way)
         self.loss = math.nan  # the last that is known
@@ -1051,9 +1053,9 @@ class Trainer:
         self.latents = Latents(self.model, c, self.ranks)
         if c.init_from and not loaded:
             self.latents.load(load_latents(c.init_from, self.data), f"init_from={c.init_from}")
-        if c.init_from or self.quantized < 1:
-            self.latents.refresh(self.quantized)
         self.embedding = next(bank for bank in self.latents.banks if "tok_emb.weight" in bank.names)
+        self.rate = self.control_rate(self.embedding.format) if isinstance(self.embedding.format, Int) else None
+        self.latents.refresh(self.quantized)
         self.optimizer = Optimizer(self.latents, c)
         self.compiled: Callable[[Tensor, Tensor], Tensor] = self.model
         if loaded:
@@ -1105,6 +1107,7 @@ class Trainer:
                 "schema": runlog.SCHEMA, "position": self.loader.position, "config": asdict(self.config),
                 "data": self.data.identity, "tokenizer": self.data.tokenizer_sha256,
                 "source": folder_identity(self.source_sha256), "formats": {n: t.format for n, t in stored.items()},
+                "rate": self.rate and self.rate.state(),
             })
         self.ranks.call(dist.barrier)  # among all, who wait long enough for a slow disk; and nobody leaves before it
 
@@ -1117,7 +1120,8 @@ class Trainer:
         self.source_changed = state.get("source") != folder_identity(self.source_sha256)
         moved = {name: x for name, x in tensors.items() if name.partition("/")[0] not in ("rng", "codes", "scales")}
         try:
-            self.set_step(float(state["int_step"]))
+            if self.rate:
+                self.rate.restore(state["rate"])
             self.optimizer.load_state(moved, int(state["step"]), float(state["quantized"]))
             machine.set_random_state(tensors, self.device)
             self.loader.position = int(state["position"])
@@ -1209,6 +1213,8 @@ class Trainer:
             self.quantized = plan.quantized
             zero_frac, churn = self.latents.refresh(self.quantized, measure=logged)
             self.after_step(plan)
+            if self.rate and self.quantized == 1:
+                self.log.lines(self.rate.follow(progress, warmdown_share(c, self.step, progress)))
             self.count_step(micro_batches * self.world * self.micro_tokens)
             self.report_step(plan, progress, loss, zero_frac, churn, logged)
             if c.val_loss_every > 0 and self.step % c.val_loss_every == 0:
@@ -1316,27 +1322,18 @@ class Trainer:
         if self.quantized < 1:
             self.quantized = 1.0
             self.latents.refresh()
-        if self.config.fit_cap and isinstance(self.embedding.format, Int):
-            self.fit_file(self.embedding.format)
+        if self.rate:
+            scales = groups.decode_scales(self.latents.stored(self.embedding).scales[0], self.config.scale_dtype)
+            self.log.lines(self.rate.trim(scales.mean(-1), self.latents.refresh))
 
-    def set_step(self, step: float) -> None:
-        """The step of an int embedding; its codes are those of the next refresh."""
-        if isinstance(self.embedding.format, Int):
-            self.int_step, self.embedding.format = step, replace(self.embedding.format, step=step)
-
-    def fit_file(self, fmt: Int) -> None:
-        """Where the file is over its cap, take a step of the embedding with which it is not. All ranks do the same."""
+    def control_rate(self, fmt: Int) -> RateControl:
+        """What sets the steps of the embedding, whose format is fmt, from now on."""
         cap = (c := self.config).cap_bytes - (source.code_bytes(self.sources) if c.cap_counts_code else 0)
-
-        def size_of(step: float) -> int:
-            self.set_step(step)
-            self.latents.refresh()
-            return len(pack.encode_artifact(self.latents.pack(self.order), artifact_meta(c, self.data)))
-
-        tried = fit(size_of, fmt.step, 2.0 ** (fmt.bits - 1) - 1, self.embedding.grad.numel(), 0,
-                    int(c.fit_cap * cap), cap)
-        self.log.line("fit         step of the embedding, and bytes of the model of {:,}: {}".format(
-            cap, ", ".join(f"{step:.3f} {size:,}" for step, size in tried)))
+        rate = RateControl(c, cap, 2 ** (fmt.bits - 1) - 1, self.loader.stream.counts(), self.embedding.grad.numel(),
+                           self.ranks, lambda: self.latents.pack(self.order),
+                           lambda model: len(pack.encode_artifact(model, artifact_meta(c, self.data))), self.device)
+        self.embedding.format = replace(fmt, steps=rate.steps)
+        return rate
 
     # -- checks of what was trained -------------------------------------------------------------------------------
 

@@ -124,8 +124,8 @@ def xsa(last: int = 2) -> None:
 
 @patch(what=("keys", "values", "both"), start=Within(0, 1.001))
 def shift(what: str = "values", start: float = 0.3) -> None:
-    """KV shifting attention (arXiv 2411.19574): k or v, before RoPE, as a x_t + b x_{t-1}, with a and b learned for each
-    head from 1 - start and start. What is shifted takes the place of key_offset where it is keys."""
+    """KV shifting attention (arXiv 2411.19574): k or v, before RoPE, as a x_t + b x_{t-1}, with a and b learned for
+    each head from 1 - start and start. Shifted keys are not offset."""
     def make(model: GPT, config) -> None:
         for block in model.blocks:
             attention = block.attn

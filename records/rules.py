@@ -12,7 +12,7 @@ import re
 import shlex
 import statistics
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TypeVar
 
 import msgspec
@@ -138,6 +138,9 @@ SEED_FILES = {  # in a run's folder -> in a submission
     "log.txt": "train_seed{}.log", "metrics.jsonl": "metrics_seed{}.jsonl", "model.tern": "model_seed{}.tern",
     "score.json": "score_seed{}.json",
 }
+
+
+RIVAL = "rival_metrics_seed{}.jsonl"  # of the record that ran in turn with this one
 
 
 def seed_names(seed: int) -> dict[str, str]:
@@ -313,6 +316,14 @@ class Seed:
 
 
 @dataclass(frozen=True)
+class Rival:
+    """The record whose program ran in turn with this one's, seed by seed, on the same machine."""
+
+    name: str
+    date: str
+
+
+@dataclass(frozen=True)
 class Submission:
     """Of submission.json the official keys, and what finds the other files; the rest follows from them: summarize."""
 
@@ -329,6 +340,7 @@ class Submission:
     claim: str  # "record": it beats the last record by the competition's rule; "none"
     seeds: list[Seed]
     files: dict[str, Listed]
+    rival: Rival | None = None
 
 
 # A seed's own settings. All the others, and SHARED, are equal in all seeds of one submission.
@@ -366,10 +378,50 @@ def deviation(values: list[float]) -> float | None:
     return statistics.stdev(values) if len(values) > 1 else None
 
 
-def summarize(track: Track, runs: list[Run], program: bytes, sources: Mapping[str, bytes]) -> dict:
+def read_rival(data: bytes, where: str) -> tuple[runlog.Header, runlog.Final, Result]:
+    """Header, last record and score of a rival's finished run from its metrics.jsonl. Raises SubmissionError."""
+    records = read_metrics(data, where)
+    header, final = records[0], records[-1]
+    if not isinstance(header, runlog.Header) or not isinstance(final, runlog.Final):
+        raise SubmissionError(f"{where}: not a finished run; run it again")
+    result = typed(final.score, Result, f"{where}: final.score")
+    if result.sliding is None:
+        raise SubmissionError(f"{where}: no sliding-window score")
+    return header, final, result
+
+
+def compare(runs: list[Run], rivals: Mapping[int, bytes], record: Rival) -> dict:
+    """What submission.json says of the rival's runs, which are its metrics.jsonl by seed: the paired differences.
+
+    Raises SubmissionError unless each seed has one, made on the same machine and text within the same seconds.
+    """
+    rows = []
+    for run in runs:
+        where = RIVAL.format(run.seed)
+        header, final, result = read_rival(rivals.get(run.seed, b""), where)
+        ours = run.header
+        for what, mine, theirs in (
+                ("seed", run.seed, header.settings.get("seed")), ("machine", ours.machine, header.machine),
+                ("data_sha256", ours.data_sha256, header.data_sha256),
+                ("seconds", ours.settings["max_wallclock_seconds"], header.settings.get("max_wallclock_seconds"))):
+            if mine != theirs:
+                raise SubmissionError(f"{where}: {what} is {theirs}, in the run beside it {mine}: they do not compare")
+        rows.append({
+            "seed": run.seed, "val_bpb": result.sliding.val_bpb, "val_loss": result.sliding.val_loss,
+            "val_bpb_chunked": result.chunked.val_bpb, "bytes_model": final.bytes_model, "steps": final.step,
+            "tokens": final.tokens_seen, "difference": run.result.sliding.val_bpb - result.sliding.val_bpb,
+            "code_sha256": header.source_sha256,
+        })
+    differences = [row["difference"] for row in rows]
+    return asdict(record) | {"seeds": rows, "difference": statistics.mean(differences),
+                             "difference_std": deviation(differences)}
+
+
+def summarize(track: Track, runs: list[Run], program: bytes, sources: Mapping[str, bytes],
+              rival: Rival | None = None, rivals: Mapping[int, bytes] | None = None) -> dict:
     """All that submission.json says beside name, date, author, claim and files: it follows from the other files.
 
-    program: the one file; sources: name -> bytes of the programs that it is made of.
+    program: the one file; sources: name -> bytes of the programs that it is made of; rivals: see compare.
     """
     rows = []
     for run in runs:
@@ -394,7 +446,7 @@ def summarize(track: Track, runs: list[Run], program: bytes, sources: Mapping[st
         "preset": common["preset"], "machine": common["machine"], "world_size": common["world_size"],
         "data_sha256": common["data_sha256"], "data_identity": common["data"],
         "code_sha256": common["source_sha256"], "settings": common["settings"],
-    }
+    } | ({"rival": compare(runs, rivals or {}, rival)} if rival else {})
 
 
 def over_cap(summary: Mapping) -> list[str]:

@@ -6,7 +6,6 @@ config is the trainer's Config, for which this is nothing but arithmetic.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,12 +27,18 @@ def sequence_lengths(config: Any) -> list[int]:
     return [start << k for k in range((config.train_seq_len // start).bit_length())]
 
 
+def warmdown_share(config: Any, step: int, progress: float) -> float:
+    """Of the run, that warms down; where that is a number of steps, by the steps so far."""
+    c = config
+    return c.warmdown_iters * progress / step if c.warmdown_iters and step and progress else (
+        0.0 if c.warmdown_iters else c.warmdown_frac)
+
+
 def schedule(config: Any, step: int, progress: float) -> StepPlan:
     """Everything that changes during a run, from the step and the progress in [0, 1] of the clock or the count."""
     c = config
-    steps_in_all = step / progress if step and progress else math.inf
     warmup = (step + 1) / c.lr_warmup_steps if c.lr_warmup_steps else 1.0
-    down = c.warmdown_iters / steps_in_all if c.warmdown_iters else c.warmdown_frac
+    down = warmdown_share(c, step, progress)
     warmdown = max(1 - progress, 0.0) / down if down else 1.0
     warm = min(step / c.muon_momentum_warmup_steps, 1.0) if c.muon_momentum_warmup_steps else 1.0
     momentum = c.muon_momentum_warmup_start + warm * (c.muon_momentum - c.muon_momentum_warmup_start)

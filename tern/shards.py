@@ -74,6 +74,10 @@ class TokenStream:
             self.mapped[shard] = np.memmap(self.shards[shard], dtype="<u2", mode="r", offset=4 * SHARD_HEADER_INTS)
         return self.mapped[shard]
 
+    def counts(self) -> np.ndarray:
+        """How often each token occurs in the first shard that has any, int64 [vocab_size]."""
+        return np.bincount(self.tokens(int(np.flatnonzero(self.ends)[0])), minlength=self.vocab_size)
+
     def check(self, shard: int, tokens: np.ndarray) -> None:
         """Raises DataError on a token of another tokenizer."""
         if tokens.size and int(tokens.max()) >= self.vocab_size:
