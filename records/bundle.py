@@ -18,7 +18,7 @@ import secrets
 import shutil
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -60,6 +60,7 @@ def readme(s: dict, run: Run) -> str:
         f"{r['bytes_model']:,} | {r['steps']:,} | {r['tokens']:,} | {r['seconds']['train']:.1f} | "
         f"{r['seconds']['score']:.1f} | {r['zero_frac']:.4f} |" for r in rows)
     count = "counted" if s["cap_counts_code"] else "reported, not counted on this track"
+    beside = against(s) if "rival" in s else ""
     settings, claim = s["settings"], "a record" if s["claim"] == "record" else "none"
     change = ("the initialisation; the order of\nthe data is fixed" if not settings.get("shuffle") else
               "the initialisation and the\norder of the data")
@@ -76,7 +77,7 @@ Written by `records/bundle.py`; every number comes from the logs beside this pag
 Sliding val_bpb, mean ± sample standard deviation over {len(rows)} seed(s): **{spread([r['val_bpb'] for r in rows])}**
 (stride {settings['eval_stride']}, window {settings['train_seq_len']}). Seeds change {change}.
 
-- Parameters: {rows[0]['parameters']:,}, of them {rows[0]['ternary_weights']:,} ternary.
+{beside}- Parameters: {rows[0]['parameters']:,}, of them {rows[0]['ternary_weights']:,} ternary.
 - Bytes: model {s['bytes_model']:,} (the largest seed), code {s['bytes_code']:,} ({count}): total
   {s['bytes_total']:,} of a cap of {s['cap_bytes']:,}. The code is `train_gpt.py` of this folder, made from
   {s['bytes_code_source']:,} bytes of source.
@@ -108,10 +109,32 @@ Check this folder, with the repository; --data also scores every artifact again:
 """
 
 
-def compose(folders: list[Path], about: About) -> dict[str, bytes]:
+def against(s: dict) -> str:
+    """What README.md says of the record that ran in turn with this one."""
+    ours, rival = s["seeds"], s["rival"]
+    rows = "\n".join(
+        f"| {a['seed']} | {a['val_bpb']:.6f} | {b['val_bpb']:.6f} | {b['difference']:+.6f} | {a['steps']:,} | "
+        f"{b['steps']:,} | {a['tokens']:,} | {b['tokens']:,} |" for a, b in zip(ours, rival["seeds"], strict=True))
+    return f"""## In turn with {rival['date']}_{rival['name']}
+
+The program of that record ran again, seed by seed in turn with this one, on the same machine in the same hours; its
+logs are `rival_metrics_seed*.jsonl`.
+
+| seed | sliding val_bpb | {rival['name']} | difference | steps | {rival['name']} | tokens | {rival['name']} |
+|---|---|---|---|---|---|---|---|
+{rows}
+
+Paired difference, mean ± sample standard deviation: **{spread([row['difference'] for row in rival['seeds']])}**
+
+"""
+
+
+def compose(folders: list[Path], about: About, rival: rules.Rival | None = None,
+            rivals: Mapping[int, bytes] | None = None) -> dict[str, bytes]:
     """File name -> bytes of the submission of finished runs' folders.
 
-    Raises SubmissionError and ArtifactError, and SourceError where the program is not Python.
+    rival: a record whose program ran in turn with them; rivals: seed -> metrics.jsonl of its run. Raises
+    SubmissionError and ArtifactError, and SourceError where the program is not Python.
     """
     sources, runs, files = source.read_sources(), [], {}
     for folder in folders:
@@ -128,10 +151,11 @@ def compose(folders: list[Path], about: About) -> dict[str, bytes]:
     if preset not in TRACKS:
         raise SubmissionError(f"{folders[0]}: preset {preset!r} belongs to no track; use one of {', '.join(TRACKS)}")
     program, requirements = source.one_file(sources), (source.root() / "requirements.txt").read_bytes()
-    submission = asdict(about) | rules.summarize(TRACKS[preset], runs, program, sources)
+    submission = asdict(about) | rules.summarize(TRACKS[preset], runs, program, sources, rival, rivals)
     for fault in rules.over_cap(submission):
         raise SubmissionError(fault)
     files |= {"train_gpt.py": program, "requirements.txt": rules.libraries(requirements, sources)}
+    files |= {rules.RIVAL.format(seed): data for seed, data in (rivals or {}).items()}
     for name in {*sources, *source.needed_by([rules.PREPARE], source.read_file)}:
         files[f"source/{name}"] = sources[name] if name in sources else source.read_file(name)
     files["source/requirements.txt"] = requirements
@@ -188,13 +212,14 @@ def remove_abandoned(path: Path) -> None:
             continue
 
 
-def write(folder: Path, runs: list[Path], about: About, data: Path | None = None) -> list[str]:
+def write(folder: Path, runs: list[Path], about: About, data: Path | None = None, rival: rules.Rival | None = None,
+          rivals: Mapping[int, bytes] | None = None) -> list[str]:
     """Write the submission of finished runs' folders, if it passes its own checks; returns their lines.
 
     data: also score every artifact again on this data. Raises SubmissionError, and what compose raises, and leaves
     nothing behind then.
     """
-    files = compose(runs, about)
+    files = compose(runs, about, rival, rivals)
     with new_folder(folder) as partial:
         for name, content in files.items():
             (partial / name).parent.mkdir(parents=True, exist_ok=True)

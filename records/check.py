@@ -19,7 +19,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 
@@ -123,7 +123,9 @@ class Case:
     @cached_property
     def summary(self) -> dict:
         """What submission.json should say."""
-        return rules.summarize(self.track, self.runs, self.read("train_gpt.py"), self.sources)
+        rival = self.submission.rival
+        rivals = {number: self.read(rules.RIVAL.format(number)) for number in self.numbers} if rival else {}
+        return rules.summarize(self.track, self.runs, self.read("train_gpt.py"), self.sources, rival, rivals)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -147,6 +149,7 @@ def check_files(c: Case) -> Iterator[str]:
         yield "submission.json: date must be as 2026-01-31 and name not empty"
     expected = {"README.md", "submission.json", "requirements.txt", "train_gpt.py", "source/requirements.txt"}
     expected |= {name for number in c.numbers for name in seed_names(number).values()}
+    expected |= {rules.RIVAL.format(number) for number in c.numbers} if submission.rival else set()
     try:
         expected |= {f"source/{name}" for name in load_sources(c)}
     except source.SourceError as e:
@@ -482,6 +485,9 @@ class Record:
     track: str
     seeds: list[SeedScore]
     data_sha256: dict[str, str]
+    name: str = ""
+    date: str = ""
+    files: dict[str, rules.Listed] = field(default_factory=dict)
 
 
 def p_value(values: list[float], record: list[float], margin: float = 0.0) -> float:
@@ -522,7 +528,8 @@ def read_record(text: str) -> tuple[list[float], Record | None]:
 def weigh_claim(summary: Mapping, claimed: bool, against: str | None) -> tuple[list[str], str]:
     """(what speaks against the claim of a record, a line each; the statistics in words) by the competition's rule.
 
-    summary: of rules.summarize. Raises SubmissionError where `against` cannot be read.
+    Against a record whose program ran in turn with this one the pairs count: only they were on one machine in the same
+    hours. summary: of rules.summarize. Raises SubmissionError where `against` cannot be read.
     """
     if against is None:
         if claimed:
@@ -538,9 +545,19 @@ def weigh_claim(summary: Mapping, claimed: bool, against: str | None) -> tuple[l
     margin = math.inf  # the nats in bits per byte, as this model's losses compare
     if summary["val_loss"] > 0:
         margin = rules.RECORD_NATS * summary["val_bpb"] / summary["val_loss"]
+    rival = summary.get("rival")
+    beside = record and rival and (record.name, record.date) == (rival["name"], rival["date"])
+    if beside and "train_gpt.py" in record.files:
+        for row in rival["seeds"]:
+            if list(row["code_sha256"].values()) != [record.files["train_gpt.py"].sha256]:
+                faults.append(f"--against {against}: seed {row['seed']} ran beside another program than that record's")
+        others, values = [0.0], [row["difference"] for row in rival["seeds"]]
+        what = f"its own program in turn with this one ({len(values)} pairs)"
+    else:
+        what = f"{statistics.mean(others):.6f} (n = {len(others)})"
     better, p = statistics.mean(others) - statistics.mean(values), p_value(values, others, margin)
-    text = (f"{better:+.6f} bpb better than {statistics.mean(others):.6f} (n = {len(others)}), p = "
-            f"{p_value(values, others):.3g}; by {rules.RECORD_NATS} nats = {margin:.6f} bpb: p = {p:.3g}")
+    text = (f"{better:+.6f} bpb better than {what}, p = {p_value(values, others):.3g}; by {rules.RECORD_NATS} nats = "
+            f"{margin:.6f} bpb: p = {p:.3g}")
     if claimed and not p < rules.RECORD_P:
         faults.append(f"a record is claimed, but: {text}, which must be below {rules.RECORD_P}")
     return faults, text

@@ -1,8 +1,11 @@
 """Run a track's preset over several seeds and write the record folder: nothing in it is written by hand.
 
-    python records/make_record.py --name FirstTernary --preset cpu_10min_128kb --seeds 1337 1338 1339
+    python records/make_record.py --name Wider --preset cpu_10min_128kb --seeds 1337 1338 1339 \
+        --against records/track_cpu_10min_128kb/2026-11-22_FasterSteps
 
-Each seed is a whole run of train_gpt.py in a fresh process (data/prepare.py must have been run). Then bundle.py writes
+With --against, the program of that record runs in turn with this one, seed by seed, on the same machine: what ten
+minutes are worth differs between machines by two and between hours by a third, so that only such pairs compare. Each
+seed is a whole run of train_gpt.py in a fresh process (data/prepare.py must have been run). Then bundle.py writes
 records/track_<track>/<date>_<name>/, and every stored artifact is scored once more by the folder's own train_gpt.py:
 the folder is kept only if it passes every check and gives the recorded score again, digit for digit. A seed whose run
 in runs/ is finished and was made by the same sources and settings is not run again.
@@ -16,6 +19,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 if __package__ in (None, ""):
@@ -23,7 +27,17 @@ if __package__ in (None, ""):
 
 from pack import read_bytes
 from records import bundle
-from records.rules import TRACKS, SubmissionError, launcher, read_metrics, sha256
+from records.rules import (
+    TRACKS,
+    Rival,
+    SubmissionError,
+    launcher,
+    program_of,
+    read_json,
+    read_metrics,
+    read_rival,
+    sha256,
+)
 from tern import command, processes, runlog, source
 
 
@@ -49,6 +63,71 @@ def train(seed: int, args: argparse.Namespace) -> Path:
     return folder
 
 
+@dataclass(frozen=True)
+class TrainedBy:
+    command: str
+
+
+@dataclass(frozen=True)
+class Opponent:
+    """Of the submission.json of a record that is run again, what it takes."""
+
+    name: str
+    date: str
+    preset: str
+    seeds: list[TrainedBy]
+
+
+def run_again(record: Path, opponent: Opponent, seed: int, args: argparse.Namespace) -> bytes:
+    """The metrics.jsonl of a run of a record's own program, here and now. Raises SubmissionError."""
+    run_id = f"{args.name}_against_seed{seed}"
+    metrics, program = args.out_dir / run_id / "metrics.jsonl", record / "train_gpt.py"
+    if not metrics.exists():
+        words = shlex.split(opponent.seeds[0].command)
+        now = {"--seed": str(seed), "--data-path": str(args.data)}
+        options = replaced(words[words.index("train_gpt.py") + 1 :], now)
+        print(f"seed {seed} of {opponent.name}: {shlex.join([*launcher(args.nproc), 'train_gpt.py', *options])}",
+              flush=True)
+        argv = [*options, "--out-dir", str(args.out_dir), "--run-id", run_id]
+        if subprocess.run([*processes.launcher(args.nproc), str(program.resolve()), *argv]).returncode:
+            raise SubmissionError(f"seed {seed}: the run of {record} failed; see above")
+    data = read_bytes(metrics)
+    header, _, _ = read_rival(data, str(metrics))
+    if header.source_sha256 != program_of(read_bytes(program)):
+        raise SubmissionError(f"{metrics}: not of {program}; delete {metrics.parent}")
+    return data
+
+
+def replaced(words: list[str], values: dict[str, str]) -> list[str]:
+    """Options of which some, `--name value` or `--name=value`, get other values, or are added."""
+    kept, rest = [], iter(words)
+    for word in rest:
+        name, has_value, _ = word.partition("=")
+        if name.replace("_", "-") not in values:
+            kept.append(word)
+        elif not has_value:
+            next(rest, None)
+    return [*kept, *(word for pair in values.items() for word in pair)]
+
+
+def train_in_turn(args: argparse.Namespace) -> tuple[list[Path], Rival | None, dict[int, bytes]]:
+    """(finished runs, the rival, its metrics.jsonl by seed): every other seed the rival goes first."""
+    if args.against is None:
+        return [train(seed, args) for seed in args.seeds], None, {}
+    where = args.against / "submission.json"
+    opponent = read_json(read_bytes(where), Opponent, str(where))
+    if TRACKS.get(opponent.preset) != TRACKS[args.preset] or not opponent.seeds:
+        raise SubmissionError(f"{where}: preset {opponent.preset!r} is of another track than {args.preset}")
+    runs, rivals = [], {}
+    for i, seed in enumerate(args.seeds):
+        if i % 2 == 0:
+            runs.append(train(seed, args))
+        rivals[seed] = run_again(args.against, opponent, seed, args)
+        if i % 2:
+            runs.append(train(seed, args))
+    return runs, Rival(opponent.name, opponent.date), rivals
+
+
 def main(argv: list[str] | None = None) -> int:
     command.steady_streams()
     p = command.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
@@ -60,6 +139,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--out-dir", type=Path, default=Path("runs"))
     p.add_argument("--records", type=Path, default=source.root() / "records")
     p.add_argument("--nproc", type=int, default=1, help="processes per run")
+    p.add_argument("--against", type=Path, help="folder of the record to run in turn with this one")
     bundle.add_about(p)
     p.add_argument("extra", nargs="*", help="more options of train_gpt.py, after --")
     args = p.parse_args(argv)
@@ -69,10 +149,10 @@ def main(argv: list[str] | None = None) -> int:
             raise SubmissionError(f"--seeds {args.seeds} must differ, and --name {args.name!r} be one word of letters")
         if folder.exists():
             raise SubmissionError(f"{folder} exists; records are not overwritten: choose another --name")
-        runs = [train(seed, args) for seed in args.seeds]
+        runs, rival, rivals = train_in_turn(args)
         folder.parent.mkdir(parents=True, exist_ok=True)
         about = bundle.About(args.name, args.date, args.author, args.github_id, args.blurb, args.claim)
-        print("\n".join(bundle.write(folder, runs, about, args.data)))
+        print("\n".join(bundle.write(folder, runs, about, args.data, rival, rivals)))
         print(f"{folder}: {len(runs)} seeds on {platform.machine()}")
         return 0
     except (ValueError, OSError) as e:  # SubmissionError, SourceError and ArtifactError are ValueErrors

@@ -390,6 +390,11 @@ def read_rival(data: bytes, where: str) -> tuple[runlog.Header, runlog.Final, Re
     return header, final, result
 
 
+def program_of(one_file: bytes) -> dict[str, str]:
+    """source_sha256 of the runs of a submission's one file."""
+    return {"train_gpt.py": sha256(one_file)}
+
+
 def compare(runs: list[Run], rivals: Mapping[int, bytes], record: Rival) -> dict:
     """What submission.json says of the rival's runs, which are its metrics.jsonl by seed: the paired differences.
 

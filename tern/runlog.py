@@ -282,7 +282,7 @@ def preflight_lines(h: Header, p: Preflight) -> list[str]:
     over = model - c["cap_bytes"] + (p.bytes_code if c["cap_counts_code"] else 0)
     verdict = f"fits, margin {-over:,}" if over <= 0 else f"OVER by {over:,}"
     if over > 0 and c.get("fit_cap"):
-        verdict += ", which the last step of the embedding is to mend (fit_cap)"
+        verdict += ", which the embedding's step is to bring under it (fit_cap)"
     elif 0 < over < 0.01 * model:
         verdict += ", which is less than predictions are off by: the final block has the true bytes"
     lines.append(f"bytes       {model:,} predicted for the model, {p.bytes_code:,} of code{not_counted(c)}; cap "

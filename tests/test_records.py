@@ -95,6 +95,40 @@ def test_a_record_is_written_and_proved(data_dir, tmp_path):
     assert other.returncode == 1 and "holds another run" in other.stderr
 
 
+def test_a_record_beside_its_rival(data_dir, tmp_path):
+    """The rival's own program runs in turn, the referee recomputes the pairs, and what is not the rival's is found."""
+    def make(name, *options):
+        return run("--name", name, "--preset", "tiny", "--seeds", "1", "2", "--date", "2026-01-02", "--data", data_dir,
+                   "--out-dir", tmp_path / "runs", "--records", tmp_path, *options, program="records/make_record.py")
+
+    same = ["--vocab-size", VOCAB, "--threads", 1, "--eval-stride", 64]
+    first = make("First", "--", *same, "--iterations", 3)
+    assert first.returncode == 0, first.stderr
+    rival, folder = tmp_path / "track_test/2026-01-02_First", tmp_path / "track_test/2026-01-02_Second"
+    second = make("Second", "--against", rival, "--", *same, "--iterations", 5)
+    assert second.returncode == 0, second.stdout + second.stderr
+    turns = [line for line in second.stdout.splitlines() if line.startswith("seed ")]
+    assert [line.partition(":")[0] for line in turns] == ["seed 1", "seed 1 of First", "seed 2 of First", "seed 2"]
+    s, before = (json.loads((x / "submission.json").read_text()) for x in (folder, rival))
+    for ours, theirs, then in zip(s["seeds"], s["rival"]["seeds"], before["seeds"], strict=True):
+        assert theirs["val_bpb"] == then["val_bpb"] and theirs["steps"] == 3, "the same program gives the same score"
+        assert theirs["difference"] == ours["val_bpb"] - then["val_bpb"] != 0
+        assert f"{theirs['difference']:+.6f}" in (folder / "README.md").read_text()
+    lines, failed = check(folder, against=str(rival))
+    assert not failed and any("2 pairs" in line for line in lines), lines
+
+    metrics = folder / "rival_metrics_seed1.jsonl"
+    for old, new, reason in (('"val_bpb": ', '"val_bpb": 1', "submission.json.rival"),
+                             (f'"seed": {1}', '"seed": 3', "seed is 3, in the run beside it 1")):
+        text = metrics.read_text()
+        metrics.write_text(text.replace(old, new))
+        lines, failed = check(folder)
+        assert failed and any(reason in line for line in lines), lines
+        metrics.write_text(text)
+    metrics.unlink()
+    assert any("rival_metrics_seed1.jsonl is missing" in line for line in check(folder)[0])
+
+
 def test_every_folder_of_records_is_one_of_these():
     assert FASTER in RECORDS and all((folder / "submission.json").is_file() for folder in [*RECORDS, FIRST])
     assert not {path.name for path in (ROOT / "records").iterdir() if path.is_dir()} - {
