@@ -23,7 +23,7 @@ import eval_bpb
 import train_gpt
 from ablations.formats import Codebook
 from ablations.hooks import after, before
-from tern import metric
+from tern import kernels, metric
 from tern import muon as tern_muon
 from tern.groups import decode_scales, join_groups, split_groups
 from tern.kernels import rotate
@@ -149,6 +149,37 @@ def shift(what: str = "values", start: float = 0.3) -> None:
                 v = shifted(v, self.shift_values)
             q = rotate(norm(q[:, :, -last:]), cos[-last:], sin[-last:]) * self.q_gain[:, None, None]
             return self.mix(q, rotate(k, cos, sin), v)
+
+    after(GPT, "__init__", make)
+
+
+@patch()
+def column_gains() -> None:
+    """A learned gain for each input of each product, from 1: what scales per row of a ternary matrix cannot say. It is
+    multiplied into the matrix, so that a step costs nothing more."""
+    def make(model: GPT, config) -> None:
+        for block in model.blocks:
+            block.attn.__class__, block.mlp.__class__ = GainedAttention, GainedMLP
+            for part, inputs in ((block.attn, config.model_dim), (block.mlp, config.hidden_dim)):
+                part.gain_in = nn.Parameter(torch.ones(config.model_dim))
+                part.gain_out = nn.Parameter(torch.ones(inputs))
+
+    class GainedAttention(Attention):
+        def forward(self, x: Tensor, cos: Tensor, sin: Tensor, last: int) -> Tensor:
+            x = norm(x)
+            qkv = F.linear(x, torch.cat((self.c_q.weight, self.c_k.weight, self.c_v.weight)) * self.gain_in)
+            q, k, v = self.split_heads(qkv).split((self.heads, self.kv_heads, self.kv_heads), dim=1)
+            q = rotate(norm(q[:, :, -last:]), cos[-last:], sin[-last:]) * self.q_gain[:, None, None]
+            return self.mix(q, rotate(norm(k), cos, sin), v)
+
+        def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            y = self.attend(q, kernels.offset_keys(k) if self.offset else k, v)
+            return F.linear(norm(y.transpose(1, 2).flatten(2)), self.proj.weight * self.gain_out)
+
+    class GainedMLP(MLP):
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = norm(F.linear(norm(x), self.fc.weight * self.gain_in).relu().square())
+            return F.linear(hidden, self.proj.weight * self.gain_out)
 
     after(GPT, "__init__", make)
 
