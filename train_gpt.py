@@ -174,9 +174,10 @@ class Config:
         return self.mlp_hidden or self.mlp_mult * self.model_dim
 
 
-CPU_TRACK = dict(  # an int4 embedding (int5 at 15/7) beats a ternary one with a wider MLP at these bytes
-    cap_bytes=128_000, cap_counts_code=False, embed_format="int5", int_step=2.6, fit_cap=0.997, mlp_hidden=192,
-    smear=True, key_offset=True, train_seq_len=256, train_batch_tokens=8192, val_batch_size=8192, tied_embed_lr=0.01,
+CPU_TRACK = dict(  # an int5 embedding beats a ternary one with a wider MLP at these bytes
+    cap_bytes=128_000, cap_counts_code=False, embed_format="int5", int_step=3.6, rare_step=0.35, fit_cap=0.993,
+    mlp_hidden=192, smear=True, key_offset=True, train_seq_len=512, seq_ramp_start=256, seq_ramp_frac=1.0,
+    train_batch_tokens=8192, val_batch_size=8192, tied_embed_lr=0.01,
 )
 PR367 = dict(  # run_8xh100.sh and train_bitnet.py of PR 367
     num_layers=12, model_dim=768, num_heads=12, num_kv_heads=6, mlp_mult=3, mlp_hidden=2496, train_seq_len=2048,
