@@ -47,7 +47,7 @@ class RateControl:
     """
 
     def __init__(self, config: Any, cap: int, limit: int, counts: np.ndarray, weights: int, ranks: Ranks,
-                 model: Callable[[], Mapping], size: Callable[[Mapping], int], device: torch.device):
+                 model: Callable[[], dict], size: Callable[[dict], int], device: torch.device):
         self.share, self.cap, self.limit, self.weights = config.fit_cap, cap, float(limit), weights
         self.ranks, self.model, self.size = ranks, model, size
         self.counts = torch.from_numpy(counts.astype(np.float64)).to(device)
