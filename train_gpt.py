@@ -52,7 +52,7 @@ from tern.loader import TokenLoader
 from tern.metric import evaluate
 from tern.muon import muon_update
 from tern.processes import Place, RankLost, Ranks
-from tern.rate import RateControl
+from tern.rate import RARE_STEP_BITS, RateControl
 from tern.runfolder import RunFolder
 from tern.schedule import StepPlan, micro_batch_tokens, schedule, sequence_lengths, warmdown_share
 from tern.scoring import score_in_fresh_process
@@ -175,7 +175,7 @@ class Config:
 
 
 CPU_TRACK = dict(  # an int5 embedding beats a ternary one with a wider MLP at these bytes
-    cap_bytes=128_000, cap_counts_code=False, embed_format="int5", int_step=3.6, rare_step=0.35, fit_cap=0.993,
+    cap_bytes=128_000, cap_counts_code=False, embed_format="int5", int_step=4.9, rare_step=0.35, fit_cap=0.993,
     mlp_hidden=192, smear=True, key_offset=True, train_seq_len=512, seq_ramp_start=256, seq_ramp_frac=1.0,
     train_batch_tokens=8192, val_batch_size=8192, tied_embed_lr=0.01,
 )
@@ -964,6 +964,7 @@ def model_from_stored(tensors: dict[str, pack.StoredTensor], meta: dict) -> GPT:
     model.load_state_dict(params, strict=True, assign=True)
     return model
 
+
 def predicted_bytes(config: Config) -> dict[str, tuple[dict, int, float]]:
     """Part of the model's file -> (format, symbols, bytes), with pack.expected_bits for each symbol."""
     with torch.device("meta"):
@@ -975,7 +976,8 @@ def predicted_bytes(config: Config) -> dict[str, tuple[dict, int, float]]:
     parts = pack.predicted_bytes(rows, artifact_meta(config))
     for part, (spec, count, size) in parts.items():
         if part.endswith("codes") and spec["kind"] == "int":  # twice the step, a bit less
-            parts[part] = spec, count, size - count * math.log2(config.int_step) / 8
+            bits = RARE_STEP_BITS * config.rare_step if part == "embedding codes" else 0.0
+            parts[part] = spec, count, size + count * (bits - math.log2(config.int_step)) / 8
     return parts
 
 

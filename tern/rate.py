@@ -24,6 +24,7 @@ MOMENTS = (0.0, 0.5, 0.8)  # of the warmdown: the model is packed as it is then
 GRACE = 0.02  # of the run: so much later the steps follow from it; until then it is packed beside training
 OVER, UNDER = 1.002, (0.996, 0.996, 0.985)  # shares of the aim between which they stay: late changes cost more
 DOUBLINGS = 4  # of a row's step at most, after training
+RARE_STEP_BITS = 3.5  # by which a weight is larger for each unit of rare_step; measured at 0.35 (LOG.md, rate)
 NEAR = 0.997  # share of the cap at which the search for the rows to round anew ends
 
 
@@ -132,15 +133,15 @@ class RateControl:
         first = size = size_with(order[:0])
         if first <= self.cap:
             return []
-        low, high = 0, len(order) + 1  # doublings: too few, and enough or more than there are
+        low, high, best = 0, len(order) + 1, 0  # doublings: too few, and enough or more than there are; those tried
         n = int(16 * (first - self.cap) * len(self.steps) / self.weights)  # at half a bit for each weight
         while high - low > 1 and not NEAR * self.cap <= size <= self.cap:
             n = min(max(n, low + 1), high - 1)
             size = size_with(order[:n])
             low, high = (n, high) if size > self.cap else (low, n)
-            n_tried, n = n, (low + high) // 2
-        best = min(high, len(order))
-        if best != n_tried:
+            best, n = n, (low + high) // 2
+        if best != min(high, len(order)):
+            best = min(high, len(order))
             size = size_with(order[:best])
         return [f"size        {first:,} bytes are {first - self.cap:,} over the {self.cap:,} that there are: rows of "
                 f"{len(order[:best].unique()):,} rare tokens of {len(self.steps):,} rounded more coarsely, {size:,}"]

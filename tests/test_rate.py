@@ -119,7 +119,14 @@ def test_nothing_is_rounded_anew_where_the_file_fits_or_may_not_be_touched():
         assert packer.rate.trim(torch.ones(ROWS), lambda: None) == [] and torch.equal(packer.rate.steps, before)
 
 
-@pytest.mark.parametrize("ratio", [0.98, 0.93, 1.01])
+@pytest.mark.fast
+def test_what_is_as_coarse_as_it_may_be_stays_over_and_says_so():
+    packer = Packer(20_000, 30_000, step=float(LIMIT))
+    said = packer.rate.trim(torch.ones(ROWS), lambda: None)
+    assert "0 rare tokens" in said[0] and (packer.rate.steps == LIMIT).all()
+
+
+@pytest.mark.parametrize("ratio", [0.93, 1.01])
 def test_a_run_is_never_over_and_fills_its_cap(data_dir, tmp_path, ratio):
     """The cap is so many times what the run packs to by itself."""
     own = ["--embed-format", "int5", "--int-step", 2.0, "--rare-step", 0.2, "--iterations", 60, "--eval-stride", 0]

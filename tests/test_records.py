@@ -19,7 +19,9 @@ from tern import source
 RECORDS = sorted((ROOT / "records").glob("track_*/*"))
 FASTER = ROOT / "records/track_cpu_10min_128kb/2026-11-22_FasterSteps"
 FIRST = ROOT / "records/history/2026-11-22_FirstTernary"
-BEATEN = {FASTER.name: "1.489313"}  # a record by its claim -> the mean of the one before, which it was tested against
+FREQUENT = FASTER.with_name("2026-11-26_FrequentTokens")
+# A record by its claim -> what it was tested against: the mean of the one before, or the record that ran in turn with it.
+BEATEN = {FASTER.name: "1.489313", FREQUENT.name: str(FASTER)}
 
 
 @pytest.mark.parametrize("folder", RECORDS, ids=lambda folder: folder.name)
@@ -62,20 +64,31 @@ def test_a_committed_artifact_scores_the_same_by_its_own_program_and_by_ours(dat
         assert results[0][kind]["val_bpb"] == results[1][kind]["val_bpb"] > 1, kind
 
 
-def test_a_record_is_written_and_proved(data_dir, tmp_path):
-    argv = ["--name", "Tiny", "--preset", "tiny", "--seeds", "1", "2", "--date", "2026-01-02", "--data", data_dir,
-            "--out-dir", tmp_path / "runs", "--records", tmp_path / "records", "--blurb", "A test.", "--",
-            "--vocab-size", VOCAB, "--threads", 1, "--iterations", 8]
-    done = run(*argv, program="records/make_record.py")
+def words_of(data_dir, tmp_path, name: str, *options: object) -> list:
+    """Arguments of make_record for two seeds of a tiny record."""
+    return ["--name", name, "--preset", "tiny", "--seeds", "1", "2", "--date", "2026-01-02", "--data", data_dir,
+            "--out-dir", tmp_path / "runs", "--records", tmp_path, "--blurb", "A test.", *options, "--",
+            "--vocab-size", VOCAB, "--threads", 1, "--eval-stride", 64, "--iterations", 5]
+
+
+@pytest.fixture(scope="module")
+def made(data_dir, tmp_path_factory):
+    """(where it was made, what make_record wrote there and said) of a record of two seeds."""
+    tmp_path = tmp_path_factory.mktemp("made")
+    done = run(*words_of(data_dir, tmp_path, "First"), program="records/make_record.py")
     assert done.returncode == 0, done.stdout + done.stderr
-    folder = tmp_path / "records/track_test/2026-01-02_Tiny"
+    return tmp_path, tmp_path / "track_test/2026-01-02_First", done.stdout
+
+
+def test_a_record_is_written_and_proved(made, data_dir, tmp_path):
+    where, folder, said = made
     s = json.loads((folder / "submission.json").read_text())
     assert {"name", "github_id", "val_bpb", "val_loss", "bytes_total", "bytes_code", "data_sha256", "code_sha256",
             "track", "date", "author", "blurb"} <= s.keys()
     bpb = [row["val_bpb"] for row in s["seeds"]]
     assert s["val_bpb"] == statistics.mean(bpb) and s["val_bpb_std"] == statistics.stdev(bpb) and bpb[0] != bpb[1]
     for value in bpb:
-        assert f"{value:.8f}" in done.stdout.splitlines()[-2], "scored again"
+        assert f"{value:.8f}" in said.splitlines()[-2], "scored again"
     sources = {*source.code_files(), *source.needed_by([rules.PREPARE], source.read_file)}
     assert {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} == {
         "README.md", "submission.json", "train_gpt.py", "requirements.txt", "source/requirements.txt",
@@ -84,53 +97,46 @@ def test_a_record_is_written_and_proved(data_dir, tmp_path):
         assert (folder / "source" / name).read_bytes() == (ROOT / name).read_bytes()
     assert f"{s['val_bpb']:.4f}" in (folder / "README.md").read_text()
     assert s["seeds"][1]["command"] == (f"python train_gpt.py --preset tiny --seed 2 --data-path {data_dir} "
-                                        f"--vocab-size {VOCAB} --threads 1 --iterations 8")
+                                        f"--vocab-size {VOCAB} --threads 1 --eval-stride 64 --iterations 5")
     assert not check(folder, against="9.5")[1]
 
+    argv = words_of(data_dir, where, "First")
     again = run(*argv, program="records/make_record.py")
     assert again.returncode == 1 and "not overwritten" in again.stderr
-
-    shutil.rmtree(folder)
-    other = run(*argv[:-1], 9, program="records/make_record.py")
+    elsewhere = [tmp_path if word == where else word for word in argv[:-1]]  # the runs are there, the record is not
+    other = run(*elsewhere, 9, program="records/make_record.py")
     assert other.returncode == 1 and "holds another run" in other.stderr
 
 
-def test_a_record_beside_its_rival(data_dir, tmp_path):
+def test_a_record_beside_its_rival(made, data_dir, tmp_path):
     """The rival's own program runs in turn, the referee recomputes the pairs, and what is not the rival's is found."""
-    def make(name, *options):
-        return run("--name", name, "--preset", "tiny", "--seeds", "1", "2", "--date", "2026-01-02", "--data", data_dir,
-                   "--out-dir", tmp_path / "runs", "--records", tmp_path, *options, program="records/make_record.py")
-
-    same = ["--vocab-size", VOCAB, "--threads", 1, "--eval-stride", 64]
-    first = make("First", "--", *same, "--iterations", 3)
-    assert first.returncode == 0, first.stderr
-    rival, folder = tmp_path / "track_test/2026-01-02_First", tmp_path / "track_test/2026-01-02_Second"
-    second = make("Second", "--against", rival, "--", *same, "--iterations", 5)
-    assert second.returncode == 0, second.stdout + second.stderr
-    turns = [line for line in second.stdout.splitlines() if line.startswith("seed ")]
+    rival, folder = made[1], tmp_path / "track_test/2026-01-02_Second"
+    done = run(*words_of(data_dir, tmp_path, "Second", "--against", rival)[:-1], 7, program="records/make_record.py")
+    assert done.returncode == 0, done.stdout + done.stderr
+    turns = [line for line in done.stdout.splitlines() if line.startswith("seed ")]
     assert [line.partition(":")[0] for line in turns] == ["seed 1", "seed 1 of First", "seed 2 of First", "seed 2"]
     s, before = (json.loads((x / "submission.json").read_text()) for x in (folder, rival))
     for ours, theirs, then in zip(s["seeds"], s["rival"]["seeds"], before["seeds"], strict=True):
-        assert theirs["val_bpb"] == then["val_bpb"] and theirs["steps"] == 3, "the same program gives the same score"
+        assert theirs["val_bpb"] == then["val_bpb"] and theirs["steps"] == 5, "the same program gives the same score"
         assert theirs["difference"] == ours["val_bpb"] - then["val_bpb"] != 0
         assert f"{theirs['difference']:+.6f}" in (folder / "README.md").read_text()
     lines, failed = check(folder, against=str(rival))
     assert not failed and any("2 pairs" in line for line in lines), lines
 
     metrics = folder / "rival_metrics_seed1.jsonl"
+    text = metrics.read_text()
     for old, new, reason in (('"val_bpb": ', '"val_bpb": 1', "submission.json.rival"),
-                             (f'"seed": {1}', '"seed": 3', "seed is 3, in the run beside it 1")):
-        text = metrics.read_text()
+                             ('"seed": 1', '"seed": 3', "seed is 3, in the run beside it 1"),
+                             ('"cores": ', '"cores": 9', "machine is")):
         metrics.write_text(text.replace(old, new))
         lines, failed = check(folder)
         assert failed and any(reason in line for line in lines), lines
-        metrics.write_text(text)
     metrics.unlink()
     assert any("rival_metrics_seed1.jsonl is missing" in line for line in check(folder)[0])
 
 
 def test_every_folder_of_records_is_one_of_these():
-    assert FASTER in RECORDS and all((folder / "submission.json").is_file() for folder in [*RECORDS, FIRST])
+    assert {FASTER, FREQUENT} <= set(RECORDS) and all((folder / "submission.json").is_file() for folder in [*RECORDS, FIRST])
     assert not {path.name for path in (ROOT / "records").iterdir() if path.is_dir()} - {
         *(folder.parent.name for folder in RECORDS), "history", "__pycache__"}
 

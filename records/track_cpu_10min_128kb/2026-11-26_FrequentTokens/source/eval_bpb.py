@@ -1,0 +1,366 @@
+"""Score an artifact in bits per byte, from the file on disk, and audit every byte of the score.
+
+    python eval_bpb.py ARTIFACT --data DIR [--stride S] [--json OUT]
+    python eval_bpb.py ARTIFACT --data DIR --sample "Once upon"               # see what it says
+    torchrun --standalone --nproc_per_node=N eval_bpb.py ARTIFACT --data DIR     # windows shared by N processes
+
+bpb = (sum of the scored tokens' negative log-likelihoods in nats / ln 2) / (UTF-8 bytes of the same tokens).
+
+Three things can make such a number wrong: bytes, windows and the model. Each is checked on every run: the byte counter
+against the decoded text of every validation document (tern/audits.py), the windows by counting that each token is
+scored once (tern/metric.py), the model by tests for look-ahead, for normalisation and for ternary codes (below). If a
+check of the score fails, no score is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import sentencepiece as spm
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import pack
+import train_gpt
+from tern import audits, command, machine, metric, processes
+from tern.files import write_atomic
+from tern.metric import Score, evaluate, position_losses, sliding_windows
+from tern.processes import LaunchError, Place
+from tern.shards import AuditError, DataError, DataFolder, open_data, read_shard
+from tern.tokenizers import ByteCounter, check_provable, check_tokenizer, open_tokenizer
+
+# The metric lies in tern/, where no program changes it; these names of it belong to scoring, so they are here too.
+__all__ = ["AuditError", "ByteCounter", "DataError", "Score", "evaluate", "load_artifact", "open_data", "read_shard",
+           "sliding_windows"]
+
+# ---------------------------------------------------------------------------------------------------------------
+# The model, and whether it is what it claims
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def load_artifact(path: str | Path, device: str | torch.device = "cpu") -> train_gpt.GPT:
+    """The model rebuilt from an artifact file, on device, in eval mode. Raises pack.ArtifactError."""
+    return load_tensors(*pack.read_artifact(path), path, device)
+
+
+def load_tensors(tensors: dict[str, pack.StoredTensor], meta: dict, path: str | Path,
+                 device: str | torch.device) -> train_gpt.GPT:
+    try:
+        return train_gpt.model_from_stored(tensors, meta).to(device).eval()
+    except (KeyError, TypeError, ValueError, RuntimeError) as e:  # RuntimeError: shapes that overflow
+        raise pack.ArtifactError(
+            f"{path}: the tensors do not make the model that its configuration describes: {e}; "
+            "score it with the train_gpt.py that wrote it"
+        ) from None
+
+
+def audit_ternary(tensors: dict[str, pack.StoredTensor]) -> dict:
+    """What the file itself proves about its matrices: which are ternary, and that their codes are {-1, 0, 1}."""
+    ternary = {n: t for n, t in tensors.items() if t.format["kind"] == "ternary"}
+    for name, t in ternary.items():
+        if not np.isin(t.codes, (-1, 0, 1)).all():
+            raise AuditError(f"{name}: declared ternary but holds codes outside {{-1, 0, 1}}")
+    matrices = [n for n, t in tensors.items() if len(t.shape) == 2 and n.startswith("blocks.") and min(t.shape) > 2]
+    weights = sum(t.codes.size for t in ternary.values())
+    zeros = sum(int((t.codes == 0).sum()) for t in ternary.values())
+    return {
+        "ternary_tensors": len(ternary),
+        "ternary_weights": weights,
+        "zero_frac": zeros / weights if weights else 0.0,
+        "parameters": sum(t.codes.size for t in tensors.values()),
+        "unquantized_matrices": [n for n in matrices if tensors[n].format["kind"] in ("bf16", "fp16", "fp32")],
+        "not_ternary_matrices": [n for n in matrices if n not in ternary],
+    }
+
+
+@torch.inference_mode()
+def audit_model(model, tokens: np.ndarray, seq_len: int) -> dict:
+    """Three properties that a scorer relies on, tested on the first window of the stream.
+
+    Look-ahead: no change to tokens from position t on may change a loss before t. Normalisation: the probabilities at
+    a position sum to one. Both raise AuditError. Context: does shuffling it change the next prediction? (reported)
+    """
+    device = next(model.parameters()).device
+    window = torch.from_numpy(np.asarray(tokens[: seq_len + 1]).astype(np.int64)).to(device)
+    ids, targets = window[None, :-1], window[None, 1:]
+    length = ids.shape[1]
+    generator = torch.Generator().manual_seed(0)
+
+    def losses(ids: Tensor) -> Tensor:
+        return position_losses(model, ids, targets, torch.ones_like(ids, dtype=torch.bool))
+
+    base, vocab = losses(ids), model.head(model.hidden(ids)[0, :1]).shape[-1]
+    for t in sorted({length // 4, length // 2, length - 1} - {0}):
+        changed = ids.clone()
+        changed[0, t:] = torch.randint(vocab, (length - t,), generator=generator).to(device)
+        drift = (losses(changed)[:t] - base[:t]).abs().max().item()
+        if not drift <= 1e-6:
+            raise AuditError(
+                f"look-ahead: changing tokens from position {t} on changes earlier losses by up to {drift:.3g}; "
+                "the model sees the future, so its score means nothing"
+            )
+    logits = model.head(model.hidden(ids)[0, -64:])
+    off = (logits.log_softmax(-1).double().exp().sum(-1) - 1).abs().max().item()
+    if not off <= 1e-4:
+        raise AuditError(f"probabilities sum to one only within {off:.3g}; logits are not finite or not logits")
+    shuffled = ids.clone()
+    shuffled[0, :-1] = ids[0, :-1][torch.randperm(length - 1, generator=generator).to(device)]
+    uses_context = not torch.equal(model.head(model.hidden(shuffled)[0, -1:]), model.head(model.hidden(ids)[0, -1:]))
+    return {"softmax_error": off, "uses_context": uses_context}
+
+
+@torch.inference_mode()
+def sample(model, tokenizer: spm.SentencePieceProcessor, prompt: str, count: int, seed: int = 0) -> str:
+    """The prompt, continued by count tokens drawn at temperature 1; the same seed gives the same text."""
+    generator, device = torch.Generator().manual_seed(seed), next(model.parameters()).device
+    ids = [tokenizer.bos_id(), *tokenizer.encode(prompt)]
+    for _ in range(count):
+        window = torch.tensor([ids[-model.config.train_seq_len :]], device=device)
+        probabilities = model.head(model.hidden(window)[0, -1]).softmax(-1)
+        ids.append(int(torch.multinomial(probabilities.cpu(), 1, generator=generator)))
+    return tokenizer.decode(ids)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Command
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    p = command.Parser(description="Score an artifact in bits per byte.", allow_abbrev=False)
+    p.add_argument("artifact", help="file written by train_gpt.py")
+    p.add_argument("--data", required=True, help="folder with *_val_*.bin shards and their tokenizer")
+    p.add_argument("--tokenizer-path", default="", help="tokenizer, if it is not in the data folder")
+    p.add_argument("--stride", type=int, default=64, help="sliding-window stride in tokens; 0: chunked score only")
+    p.add_argument("--seq-len", type=int, default=0, help="window length in tokens; 0: the model's training length")
+    p.add_argument("--batch-seqs", type=int, default=32, help="windows per batch")
+    p.add_argument("--json", default="", help="write the result to this file as well")
+    p.add_argument("--sample", metavar="PROMPT", help="do not score: continue this text by 200 tokens")
+    return p.parse_args(argv)
+
+
+def artifact_tokenizer(meta: dict) -> str | None:
+    """sha256 of the tokenizer that an artifact was trained with; None in files that do not name it (older ones).
+
+    Raises pack.ArtifactError on a name that is none.
+    """
+    if "tokenizer" not in meta:
+        return None
+    found = meta["tokenizer"]
+    if not (isinstance(found, str) and re.fullmatch("[0-9a-f]{64}", found)):
+        raise pack.ArtifactError(f"the artifact's meta.tokenizer is {str(found)[:70]!a}, not a sha256; pack the "
+                                 "checkpoint again")
+    return found
+
+
+def check_identity(meta: dict, data: DataFolder, artifact: str | Path) -> None:
+    """Raises DataError if the artifact was trained with another tokenizer than the data's."""
+    trained_with = artifact_tokenizer(meta)
+    if trained_with not in (None, data.tokenizer_sha256):
+        raise DataError(
+            f"{artifact}: was trained with the tokenizer of sha256 {trained_with[:16]}, {data.tokenizer} is "
+            f"{data.tokenizer_sha256[:16]}: its tokens mean other text to this model; score it on data made with its "
+            "own tokenizer"
+        )
+
+
+def check_json_target(path: str) -> None:
+    """Raises ValueError where --json would overwrite anything but an older score."""
+    if not os.path.isfile(path):
+        return  # new, a device, or an error of writing that names it
+    try:
+        with open(path, encoding="utf-8") as f:
+            older = json.loads(f.read(1 << 24))
+        if {"artifact", "chunked"} <= older.keys():
+            return
+    except (ValueError, AttributeError, RecursionError):
+        pass  # the same answer
+    raise ValueError(f"--json {path}: the file is not a score of this program, so it is not overwritten; choose "
+                     "another name")
+
+
+def write_json(path: str, result: dict) -> None:
+    """To a file, all or nothing, or to a device such as /dev/stdout."""
+    text = json.dumps(result, indent=1, sort_keys=True) + "\n"
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        with open(path, "w", encoding="utf-8") as f:
+            f.write(text)
+    else:
+        write_atomic(path, text.encode())
+
+
+def score_file(args: argparse.Namespace, device: torch.device) -> dict:
+    """All checks and scores of one artifact, as the JSON that --json writes."""
+    data = open_data(args.data, args.tokenizer_path, need_train=False)
+    file = pack.read_bytes(args.artifact)
+    artifact_sha256 = hashlib.sha256(file).hexdigest()
+    tensors, meta = pack.with_path(args.artifact, pack.decode_artifact, file)
+    check_identity(meta, data, args.artifact)
+    processes.check_agreement({"artifact": artifact_sha256, "data": data.identity,
+                               "settings": [args.stride, args.seq_len, args.batch_seqs]}, device)
+    counter = ByteCounter(data.tokenizer)
+    if artifact_tokenizer(meta) is None:
+        check_provable(data)
+    text = audits.audit_validation(data, counter)
+    tokens = text.tokens
+    proof = audit_ternary(tensors)
+    model = load_tensors(tensors, meta, args.artifact, device)
+    seq_len = args.seq_len or model.config.train_seq_len
+    if not 0 <= args.stride <= seq_len or seq_len < 1 or args.batch_seqs < 1:
+        raise ValueError(f"--stride {args.stride}, --seq-len {seq_len}, --batch-seqs {args.batch_seqs}: the stride "
+                         "must be between 0 and the window length, the others positive")
+    if model.config.vocab_size != counter.vocab_size:
+        raise DataError(
+            f"{args.artifact}: the model has {model.config.vocab_size} tokens, {data.tokenizer} {counter.vocab_size}; "
+            "score it on the data it was trained for"
+        )
+    checks = audit_model(model, tokens, seq_len)
+    chunked = evaluate(model, tokens, counter, seq_len, seq_len, args.batch_seqs)
+    positions = len(tokens) // max(args.stride, 1) * seq_len
+    compiles = args.stride < seq_len and positions >= metric.COMPILE_FROM and machine.can_compile(device)
+    sliding = None
+    if args.stride:
+        sliding = evaluate(model, tokens, counter, seq_len, args.stride, args.batch_seqs, compiles)
+    scored = text.bytes - int(counter.count_stream(tokens[:1])[0])
+    if chunked.bytes != scored:
+        raise AuditError(f"{chunked.bytes} bytes were scored but the decoded text has {scored}")
+    frequencies = np.bincount(tokens) / tokens.size
+    unigram = float(-(frequencies[frequencies > 0] * np.log(frequencies[frequencies > 0])).sum())
+    return {
+        "artifact": {"file": Path(args.artifact).name, "bytes": len(file), "sha256": artifact_sha256},
+        "data": {"sha256": data.hashes, "shards": text.documents, "origin": text.origin,
+                 "manifest": data.manifest is not None, "tokenizer_sha256": data.tokenizer_sha256,
+                 "tokenizer_notes": check_tokenizer(counter.tokenizer, data.tokenizer),
+                 "changed_documents": data.manifest.changed_documents if data.manifest else None},
+        "trained": {"tokenizer_sha256": artifact_tokenizer(meta), "data": meta.get("data")},
+        "model": proof,
+        "checks": checks | {"unigram_loss": unigram},
+        "seq_len": seq_len,
+        "stride": args.stride,
+        "chunked": asdict(chunked),
+        "sliding": asdict(sliding) if sliding else None,
+    }
+
+
+def report(result: dict) -> str:
+    """A score as lines for a reader: what was checked, and what could not be."""
+    m, c, d = result["model"], result["checks"], result["data"]
+    lines = [
+        f"artifact    {result['artifact']['file']}  {result['artifact']['bytes']:,} bytes  "
+        f"sha256 {result['artifact']['sha256'][:16]}",
+        f"model       {m['parameters']:,} parameters, {m['ternary_weights']:,} ternary in {m['ternary_tensors']} "
+        f"tensors, zero_frac {m['zero_frac']:.4f}, all codes in {{-1, 0, 1}}",
+    ]
+    if m["not_ternary_matrices"]:
+        names = ", ".join(m["not_ternary_matrices"][:4])
+        lines.append(f"WARNING     {len(m['not_ternary_matrices'])} matrices are not ternary "
+                     f"({len(m['unquantized_matrices'])} of them unquantized): {names}")
+    named = result["trained"]["tokenizer_sha256"] is not None
+    lines.append(f"tokenizer   sha256 {d['tokenizer_sha256'][:16]}, "
+                 + ("the one that the artifact names" if named else
+                    "NOT CHECKED: the artifact is older than the naming of tokenizers in it"))
+    lines += [f"tokenizer   {note}" for note in d["tokenizer_notes"]]
+    if not d["manifest"]:
+        lines.append("NOTE        the folder has no manifest.json, so only the text itself says that its shards are of "
+                     "this tokenizer (next lines)")
+    if d["changed_documents"]:
+        lines.append(f"NOTE        the tokenizer changed the text of {d['changed_documents']:,} documents; bytes are "
+                     "those of the decoded text")
+    for name, shard in d["shards"].items():
+        origin = d["origin"][name]
+        lines.append(f"byte audit  {name}: {shard['documents']:,} documents, {shard['tokens']:,} tokens, "
+                     f"{shard['bytes']:,} bytes = UTF-8 length of the decoded text")
+        lines.append(f"origin      {name}: {origin['reproduced']:.2%} of its tokens come again when their text is "
+                     f"encoded, {origin['pieces_used']:,} of {origin['pieces']:,} pieces occur, "
+                     f"{origin['bytes_per_token']:.3f} bytes per token")
+        if origin["reproduced"] < 0.99:
+            lines.append(f"WARNING     {name}: some of it was not made by this tokenizer as it encodes today")
+        if origin["controls"]:
+            lines.append(f"WARNING     {name}: {origin['controls']:,} control tokens stand for no bytes")
+    lines.append(f"checks      no look-ahead; softmax sums to one within {c['softmax_error']:.1e}; "
+                 + ("context is used" if c["uses_context"] else "WARNING: THE MODEL IGNORES ITS CONTEXT"))
+    if result["chunked"]["val_loss"] > c["unigram_loss"]:
+        lines.append(f"WARNING     the model is worse than the frequencies of the tokens ({c['unigram_loss']:.4f} "
+                     "nats): barely trained, or trained on other tokens")
+    for name in ("chunked", "sliding"):
+        s = result[name]
+        if s:
+            at = f"stride {result['stride'] if name == 'sliding' else result['seq_len']}"
+            lines.append(f"{name:<11} val_loss:{s['val_loss']:.8f} val_bpb:{s['val_bpb']:.8f}  {at}, "
+                         f"window {result['seq_len']}, {s['tokens']:,} tokens, {s['bytes']:,} bytes, "
+                         f"{s['seconds']:.1f} s")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    command.steady_streams()
+    return processes.end_process(run(parse_args(argv)))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Score, or sample, as the arguments say; the exit status."""
+    place = Place()
+    try:
+        if os.environ.get(command.FOLLOWED, "").isdecimal():
+            command.follow(int(os.environ[command.FOLLOWED]))
+        place = processes.process_place(os.environ)
+        for notice in machine.writable_compiler_cache() if place.rank == 0 else []:
+            print(f"notice      {notice}", file=sys.stderr)
+        if args.json:
+            check_json_target(args.json)
+        device = torch.device("cuda", place.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        else:
+            machine.keep_freed_memory()
+        if place.world > 1:
+            processes.join_group(place, "nccl" if device.type == "cuda" else "gloo")
+        if args.sample is not None:
+            data = open_data(args.data, args.tokenizer_path, need_train=False)
+            tensors, meta = pack.read_artifact(args.artifact)
+            check_identity(meta, data, args.artifact)
+            model = load_tensors(tensors, meta, args.artifact, device)
+            if place.rank == 0:
+                print(sample(model, open_tokenizer(data.tokenizer), args.sample, 200))
+            return 0
+        result = score_file(args, device)
+        if place.rank == 0:
+            if args.json:  # first: a terminal may be gone
+                write_json(args.json, result)
+            try:
+                print(report(result), flush=True)
+            except OSError as e:
+                raise OSError(f"cannot write to the standard output: {e.strerror}") from None
+        return 0
+    except LaunchError as e:  # every process that meets one says so: it may be the only one
+        command.say_error(e)
+        return 2
+    except (ValueError, OSError) as e:  # ArtifactError, DataError and AuditError are ValueErrors
+        if place.rank == 0 or place.world > 1 and isinstance(e, OSError):  # what rank 0 may not have met itself
+            command.say_error(e)
+        else:
+            time.sleep(processes.LET_RANK_0_SPEAK)
+        return 1
+    except KeyboardInterrupt:
+        command.say_error("stopped; nothing was written")
+        return 130
+    except Exception as e:
+        command.say_error(command.describe_unexpected(e))
+        return 1
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
