@@ -3,8 +3,8 @@
 A file is entropy-coded, so its size is known only when it is packed, and what a coarser grid costs depends on when it
 comes. All values rounded anew after training cost 0.04 bits per byte, however little coarser the grid is (LOG.md, files
 that fit): training has chosen the roundings that it left. So the steps move while there is training to come, by what
-packing finds at three moments of the warmdown; and if the last file is over its cap all the same, only rows that hardly
-matter are rounded anew, those of rare tokens.
+packing finds at three moments of the warmdown; and if the last file is over its cap all the same, only rows of rare
+tokens are rounded anew, those that matter least first.
 """
 
 from __future__ import annotations
