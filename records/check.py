@@ -528,8 +528,9 @@ def read_record(text: str) -> tuple[list[float], Record | None]:
 def weigh_claim(summary: Mapping, claimed: bool, against: str | None) -> tuple[list[str], str]:
     """(what speaks against the claim of a record, a line each; the statistics in words) by the competition's rule.
 
-    Against a record whose program ran in turn with this one the pairs count: only they were on one machine in the same
-    hours. summary: of rules.summarize. Raises SubmissionError where `against` cannot be read.
+    Against a record whose program ran in turn with this one it must hold by that record's seeds and by the pairs: only
+    these were on one machine in the same hours, but their logs are all that there is of those runs.
+    summary: of rules.summarize. Raises SubmissionError where `against` cannot be read.
     """
     if against is None:
         if claimed:
@@ -545,19 +546,19 @@ def weigh_claim(summary: Mapping, claimed: bool, against: str | None) -> tuple[l
     margin = math.inf  # the nats in bits per byte, as this model's losses compare
     if summary["val_loss"] > 0:
         margin = rules.RECORD_NATS * summary["val_bpb"] / summary["val_loss"]
-    rival = summary.get("rival")
-    beside = record and rival and (record.name, record.date) == (rival["name"], rival["date"])
-    if beside and "train_gpt.py" in record.files:
-        for row in rival["seeds"]:
-            if list(row["code_sha256"].values()) != [record.files["train_gpt.py"].sha256]:
-                faults.append(f"--against {against}: seed {row['seed']} ran beside another program than that record's")
-        others, values = [0.0], [row["difference"] for row in rival["seeds"]]
-        what = f"its own program in turn with this one ({len(values)} pairs)"
-    else:
-        what = f"{statistics.mean(others):.6f} (n = {len(others)})"
     better, p = statistics.mean(others) - statistics.mean(values), p_value(values, others, margin)
-    text = (f"{better:+.6f} bpb better than {what}, p = {p_value(values, others):.3g}; by {rules.RECORD_NATS} nats = "
-            f"{margin:.6f} bpb: p = {p:.3g}")
+    text = (f"{better:+.6f} bpb better than {statistics.mean(others):.6f} (n = {len(others)}), p = "
+            f"{p_value(values, others):.3g}; by {rules.RECORD_NATS} nats = {margin:.6f} bpb: p = {p:.3g}")
+    rival = summary.get("rival")
+    if record and rival and (record.name, record.date) == (rival["name"], rival["date"]):
+        program = record.files.get("train_gpt.py")
+        for row in rival["seeds"]:
+            if program is None or list(row["code_sha256"].values()) != [program.sha256]:
+                faults.append(f"--against {against}: seed {row['seed']} ran beside another program than that record's")
+        pairs = [row["difference"] for row in rival["seeds"]]
+        in_turn = p_value(pairs, [0.0], margin)
+        text += f"; in turn with its program {-statistics.mean(pairs):+.6f} ({len(pairs)} pairs): p = {in_turn:.3g}"
+        p = math.nan if math.isnan(in_turn) else max(p, in_turn)
     if claimed and not p < rules.RECORD_P:
         faults.append(f"a record is claimed, but: {text}, which must be below {rules.RECORD_P}")
     return faults, text

@@ -13,7 +13,7 @@ import pytest
 from conftest import PATIENCE, ROOT, VOCAB, ended, run, started
 from data import prepare
 from records import rules
-from records.check import check, final_lines
+from records.check import check, final_lines, weigh_claim
 from tern import source
 
 RECORDS = sorted((ROOT / "records").glob("track_*/*"))
@@ -133,6 +133,22 @@ def test_a_record_beside_its_rival(made, data_dir, tmp_path):
         assert failed and any(reason in line for line in lines), lines
     metrics.unlink()
     assert any("rival_metrics_seed1.jsonl is missing" in line for line in check(folder)[0])
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(("ours", "in_turn", "holds"), [(1.33, 1.42, True), (1.455, 1.60, False), (1.33, 1.33, False)])
+def test_a_claim_needs_the_record_s_seeds_and_the_pairs(ours, in_turn, holds):
+    """Logs of a rival that did badly are no record, nor is a faster machine."""
+    record = json.loads((FASTER / "submission.json").read_text())
+    program = {"train_gpt.py": record["files"]["train_gpt.py"]["sha256"]}
+    seeds = [{"val_bpb": ours + i / 1000} for i in range(3)]
+    rivals = [{"seed": i, "difference": ours - in_turn + i / 1000, "code_sha256": program} for i in range(3)]
+    summary = record | {"seeds": seeds, "val_bpb": ours, "val_loss": 2.5,
+                        "rival": {"name": record["name"], "date": record["date"], "seeds": rivals}}
+    faults, text = weigh_claim(summary, True, str(FASTER))
+    assert (faults == []) == holds and "3 pairs" in text
+    rivals[1]["code_sha256"] = {"train_gpt.py": "0" * 64}
+    assert "another program" in weigh_claim(summary, True, str(FASTER))[0][0]
 
 
 def test_every_folder_of_records_is_one_of_these():
