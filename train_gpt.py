@@ -195,13 +195,13 @@ PRESETS: dict[str, dict] = {
     ),
     "cpu_10min_128kb": CPU_TRACK | dict(max_wallclock_seconds=600.0),
     "pr367": PR367,
-    # Our best guess, not measured: PR 640's shape and schedule with a ternary embedding in place of a factored one.
+    # Our best guess, not measured as a whole: PR 640's shape and schedule with what paid on the CPU track.
     "golf16mb": PR367 | dict(
-        vocab_size=8192, num_layers=10, num_heads=8, num_kv_heads=4, mlp_hidden=3072, train_seq_len=1024,
-        embed_format="ternary", group_size=128, scale_dtype="log7", warmdown_iters=0, warmdown_frac=0.2,
-        scalar_lr=0.02, tied_embed_lr=0.02, muon_momentum=0.95, muon_momentum_warmup_start=0.85,
-        muon_momentum_warmup_steps=500, rope_base=10_000.0, val_loss_every=0, shuffle=True,
-        smear=True, key_offset=True, data_path="data/fineweb_sp8192",
+        vocab_size=8192, num_layers=10, num_heads=8, num_kv_heads=4, mlp_hidden=3200, seq_ramp_start=1024,
+        seq_ramp_frac=1.0, embed_format="int5", int_step=4.0, rare_step=0.35, fit_cap=0.995, group_size=128,
+        scale_dtype="log7", warmdown_iters=0, warmdown_frac=0.2, scalar_lr=0.02, tied_embed_lr=0.02,
+        muon_momentum=0.95, muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=500, rope_base=10_000.0,
+        val_loss_every=0, shuffle=True, smear=True, key_offset=True, data_path="data/fineweb_sp8192",
     ),
 }
 

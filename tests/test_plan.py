@@ -42,7 +42,7 @@ def test_parts_are_all_parameters():
 def test_prediction_of_a_ternary_model_is_within_one_percent():
     """A small sister of golf16mb: the large ones are bench/packing.py synthetic's (LOG.md)."""
     config = config_of("golf16mb", num_layers=2, model_dim=256, num_heads=4, num_kv_heads=2, mlp_hidden=768,
-                       vocab_size=1024)
+                       vocab_size=1024, embed_format="ternary", rare_step=0.0, fit_cap=0.0)
     assert plan.model_bytes(config) == pytest.approx(packed(config), rel=0.01)
 
 
