@@ -18,7 +18,6 @@ docs/format.md specifies the model exactly; a change here is a change of the fil
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 
@@ -137,10 +136,13 @@ class Counts:
         self.flat_ones, self.flat_total = self.ones.reshape(-1), self.total.reshape(-1)  # views
         self.strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
 
-    def each(self, *at: int | np.ndarray) -> np.ndarray:
+    def each(self, *at) -> np.ndarray:
         """Contexts of lanes as they lie in the flat views, from an index or an array of them for each dimension."""
-        places = [i * stride for i, stride in zip(at, self.strides, strict=True) if isinstance(i, np.ndarray) or i]
-        return functools.reduce(np.add, places)
+        where = at[0] * self.strides[0]
+        for i, stride in zip(at[1:], self.strides[1:], strict=True):
+            if isinstance(i, np.ndarray) or i:
+                where = where + i * stride
+        return where
 
     def share(self, at, parent, strength: int) -> np.ndarray:
         """Estimate, int32 out of SHARE: the share of ones, shrunk to `parent` as if that were `strength` decisions.
@@ -159,7 +161,7 @@ class Counts:
         self.ones[at] += reduced(bits, shape)
         self.total[at] += reduced(taken, shape)
 
-    def add_each(self, at: np.ndarray, bits: np.ndarray) -> None:
+    def add_each(self, at, bits: np.ndarray) -> None:
         """One decision per lane, whose contexts are `at`, of `each`; lanes may share one."""
         at = at.reshape(-1)  # add.at is several times as fast on one dimension and one type
         np.add.at(self.flat_ones, at, bits.reshape(-1).astype(np.float64))
@@ -440,7 +442,8 @@ class Predicted(Model):
             lanes = width > place
             prefix = value[lanes] if place < 3 else 0  # deeper bits are noise: one context
             at = self.within.each(cls[lanes], place, prefix)
-            p = (self.within.flat_ones[at] * ONE // self.within.flat_total[at]).astype(np.int32).clip(MIN_P, ONE - MIN_P)
+            p = self.within.flat_ones[at] * ONE // self.within.flat_total[at]
+            p = p.astype(np.int32).clip(MIN_P, ONE - MIN_P)
             truth = None if offset is None else (offset[lanes] >> (width[lanes] - 1 - place) & 1).astype(bool)
             bits = self.coder.bits(p, truth)
             self.within.add_each(at, bits)
