@@ -29,7 +29,7 @@ from tern.groups import decode_scales, join_groups, split_groups
 from tern.kernels import rotate
 from tern.settings import ConfigError
 from tern.shards import AuditError, read_shard
-from train_gpt import GPT, MLP, Attention, Block, Float, Latents, Linear, Optimizer, Trainer, norm
+from train_gpt import GPT, MLP, Attention, Block, Float, Latents, Linear, Optimizer, Trainer, norm, previous
 
 PATCHES: dict[str, Callable] = {}
 ALLOWED: dict[str, dict[str, Container]] = {}  # of each patch: the values that an argument may have
@@ -149,6 +149,37 @@ def shift(what: str = "values", start: float = 0.3) -> None:
                 v = shifted(v, self.shift_values)
             q = rotate(norm(q[:, :, -last:]), cos[-last:], sin[-last:]) * self.q_gain[:, None, None]
             return self.mix(q, rotate(k, cos, sin), v)
+
+    after(GPT, "__init__", make)
+
+
+@patch(where=("attention", "mlp", "both"), width=Within(1, 4))
+def canon(where: str = "mlp", width: int = 1) -> None:
+    """Canon layers (Allen-Zhu, arXiv 2512.17351): what enters attention, or the MLP, is the position's own plus learned
+    shares, from 0, of the `width` positions before it, for each dimension."""
+    places = ("attention", "mlp") if where == "both" else (where,)
+
+    def make(model: GPT, config) -> None:
+        for block in model.blocks:
+            block.__class__ = CanonBlock
+            for place in places:
+                block.register_parameter(f"canon_{place}", nn.Parameter(torch.zeros(width, config.model_dim)))
+
+    def blended(x: Tensor, shares: Tensor) -> Tensor:
+        out, shifted = x, x
+        for share in shares:
+            shifted = previous(shifted)
+            out = out + share * shifted
+        return out
+
+    class CanonBlock(Block):
+        def forward(self, x: Tensor, x0: Tensor, cos: Tensor, sin: Tensor, last: int) -> Tensor:
+            x = self.resid_mix[0] * x + self.resid_mix[1] * x0
+            entering = blended(x, self.canon_attention) if "attention" in places else x
+            kept = min(x.shape[1], last + width * ("mlp" in places))
+            x = x[:, -kept:] + self.attn_scale * self.attn(entering, cos, sin, kept)
+            entering = blended(x, self.canon_mlp)[:, -last:] if "mlp" in places else x
+            return x[:, -last:] + self.mlp_scale * self.mlp(entering)
 
     after(GPT, "__init__", make)
 

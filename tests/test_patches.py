@@ -54,7 +54,7 @@ def unpatched() -> Iterator[None]:
 
 TRAINING = ["xsa=1", "bigram=64,8", "factored=16", "activation=leaky2", "activation=swiglu", "parallel", "recur=0.4",
             "document_mask", "orthogonal", "bf16_latents", "ema=0.5", "ema_params=0.5", "swa=0.3", "muon=polar",
-            "warmdown=cosine,0.1", "gptq=4"]
+            "warmdown=cosine,0.1", "gptq=4", "shift=both", "column_gains", "canon=both,2"]
 
 
 def logits_after_training(data_dir, folder) -> tuple[torch.Tensor, torch.Tensor]:
@@ -82,6 +82,21 @@ def test_it_trains_changes_the_run_and_is_what_the_file_holds(text, plain, data_
     memory, file = logits_after_training(data_dir, tmp_path)
     assert torch.equal(memory, file), "the scoring process would see another model"
     assert torch.isfinite(memory).all() and not torch.equal(memory, plain), "the patch does nothing"
+
+
+@pytest.mark.fast
+def test_canon_sees_what_is_before_alone_and_the_last_positions_are_those_of_all():
+    patches.apply(["canon=both,3"])
+    torch.manual_seed(0)
+    model, ids = train_gpt.GPT(SMALL), torch.randint(SMALL.vocab_size, (2, 16))
+    for p in model.parameters():
+        p.data = torch.randn_like(p) / 5
+    whole = model.hidden(ids)
+    for last in (1, 3, 14):
+        assert torch.allclose(model.hidden_last(ids, last), whole[:, -last:], atol=1e-5)
+    ids[:, 9] = (ids[:, 9] + 1) % SMALL.vocab_size
+    moved = (model.hidden(ids) - whole).abs().amax((0, 2)) > 0
+    assert not moved[:9].any() and moved[9:13].all()
 
 
 def test_unrounded_scales_open_a_gap_by_design(plain, data_dir, tmp_path):
