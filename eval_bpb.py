@@ -49,8 +49,12 @@ __all__ = ["AuditError", "ByteCounter", "DataError", "Score", "evaluate", "load_
 
 
 def load_artifact(path: str | Path, device: str | torch.device = "cpu") -> train_gpt.GPT:
-    """The model rebuilt from an artifact file, on device, in eval mode. Raises pack.ArtifactError."""
-    return load_tensors(*pack.read_artifact(path), path, device)
+    """The model rebuilt from an artifact, or its export to safetensors, on device, in eval mode.
+
+    Raises pack.ArtifactError.
+    """
+    read = pack.read_exported if Path(path).suffix == ".safetensors" else pack.read_artifact
+    return load_tensors(*read(path), path, device)
 
 
 def load_tensors(tensors: dict[str, pack.StoredTensor], meta: dict, path: str | Path,

@@ -3,6 +3,7 @@
     python pack.py inspect FILE [--json]                      # what each byte is spent on
     python pack.py verify FILE [--against CHECKPOINT]         # is the file sound, canonical, and this checkpoint's?
     python pack.py budget FILE [--code FILE ...] [--cap N] [--model-only]
+    python pack.py export FILE --to safetensors | gguf        # for other programs; `import` is the way back
 
 A file is a fixed preamble, a compressed JSON header and the streams, back to back, nothing else:
 
@@ -29,6 +30,7 @@ and every size is checked before memory is taken for it. CRC32 finds accidents, 
 from __future__ import annotations
 
 import argparse
+import importlib
 import itertools
 import json
 import lzma
@@ -109,9 +111,7 @@ SYMBOLS = {"ternary": "<i1", "five": "<i1", "u8": "<u1", "u16": "<u2", "u32": "<
 SYMBOLS |= {f"int{bits}": "<i1" for bits in range(2, 9)} | {f"uint{bits}": "<u1" for bits in range(4, 9)}
 SCALES = {"bf16": "u16", "fp16": "u16"} | {f"log{bits}": f"uint{bits}" for bits in range(4, 9)}  # -> symbols
 
-
-# Bits that a symbol of a trained model takes here (LOG.md, "bits of trained models" and "equal_bytes"; fp32 is not
-# compressed). What `expected_bits` and so every plan assumes.
+# Bits of a trained model's symbols (LOG.md, "bits of trained models", "equal_bytes"): what `expected_bits` assumes.
 BITS: dict[str, float] = {
     "ternary": 1.577, "binary": 1.0, "five": 2.18, "codebook entry": 7.2,
     "embedding int2": 0.7, "embedding int3": 1.8, "embedding int4": 2.80, "embedding int5": 3.8,
@@ -1106,8 +1106,62 @@ def verify(path: str | Path, against: str | None = None) -> list[str]:
     return lines
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# Other programs' formats
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def find_module(name: str):
+    """The module tern.<name>, by its name, for what only a few need: an import would make it part of every submission,
+    and its bytes count there. Raises ArtifactError where it, or a library of it, is not."""
+    try:
+        return importlib.import_module(f"tern.{name}")
+    except ModuleNotFoundError as e:
+        if e.name == f"tern.{name}":
+            raise ArtifactError(f"{e.name} is not in the one file of a submission: use pack.py of its source") from None
+        raise ArtifactError(f"{e.name} is not installed: make setup, or pip install -r requirements.txt") from None
+
+
+def export(args: argparse.Namespace) -> list[str]:
+    """Write an artifact in another format; lines on what was written. Raises ArtifactError, ExportError and others."""
+    exports = find_module("exports")
+    out = exports.free_place(args.file, args.out or Path(args.file).with_suffix(f".{args.to}"), args.force)
+    data = read_bytes(args.file)
+    tensors, meta = with_path(args.file, decode_artifact, data)
+    for name, t in tensors.items():
+        check_values(name, t)
+    model = exports.make_model(tensors, meta, data, args.tokenizer)
+    options = (args.blocks, args.reblock) if args.to == "gguf" else ()
+    written, lines = find_module(f"{args.to}_files").encode(model, *options)
+    write_atomic(out, written)
+    return [f"written     {out}  {len(written):,} bytes",
+            f"from        {args.file}  {len(data):,} bytes  sha256 {model.sha256[:16]}",
+            f"tokenizer   {model.tokenizer or 'not in the file: --tokenizer puts it there'}", *lines]
+
+
+def import_dense(args: argparse.Namespace) -> list[str]:
+    """Write the checkpoint that --init-from takes; lines on it. Raises ExportError, WriteError."""
+    default = Path(args.file).with_suffix(".checkpoint.safetensors")
+    out = find_module("exports").free_place(args.file, args.out or default, args.force)
+    arrays, state = find_module("safetensors_files").start_from(args.file)
+    checkpoints.write_checkpoint(out, arrays, state)
+    named = state["tokenizer"]
+    return [f"written     {out}  {len(arrays)} latents, {sum(x.size for x in arrays.values()):,} weights, all finite",
+            "tokenizer   " + (f"sha256 {named[:16]}" if named else "NOT NAMED: the data must be of the model's own"),
+            f"train on    train_gpt.py --init-from {out}, with the settings of its model"]
+
+
+def read_exported(path: str | Path) -> tuple[dict[str, StoredTensor], dict]:
+    """(tensors, meta) of a model that was exported to safetensors, all in bf16. Raises ArtifactError."""
+    try:
+        values, meta, _ = find_module("safetensors_files").read(path)
+    except Foreseen as e:
+        raise ArtifactError(str(e)) from None
+    return {name: StoredTensor(x.shape, {"kind": "bf16"}, x, None) for name, x in values.items()}, meta
+
+
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="pack.py", description="Inspect, verify and weigh model artifacts.")
+    parser = Parser(prog="pack.py", description="Inspect, verify, weigh and export model artifacts.")
     commands = parser.add_subparsers(dest="command", required=True)
     p = commands.add_parser("inspect", help="what each byte of the file is spent on")
     p.add_argument("file")
@@ -1120,7 +1174,23 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--code", nargs="+", metavar="FILE", help="default: the one file that this program is submitted as")
     p.add_argument("--cap", type=int, default=DEFAULT_CAP, help="bytes (default %(default)s)")
     p.add_argument("--model-only", action="store_true", help="report the code, count only the model (the CPU track)")
-    return parser.parse_args(argv)
+    p = commands.add_parser("export", help="write the model in another program's format, with its exact values")
+    p.add_argument("file")
+    p.add_argument("--to", required=True, choices=("safetensors", "gguf"), help="dense bf16, or GGUF's tensor types")
+    p.add_argument("--blocks", choices=("TQ1_0", "TQ2_0"), default="TQ1_0",
+                   help="GGUF's type of ternary matrices: the smaller, or the faster (default %(default)s)")
+    p.add_argument("--reblock", action="store_true", help="GGUF: also matrices with several scales in a block of 256, "
+                   "which changes them by an error that is printed; without it they stay exact, in bf16")
+    p.add_argument("--tokenizer", metavar="PATH", help="to put in: a .model file, or the folder of the data")
+    q = commands.add_parser("import", help="make a dense float model what training starts from (--init-from)")
+    q.add_argument("file", help="a safetensors file as docs/export.md describes it")
+    for command, suffix in ((p, "the format's"), (q, ".checkpoint.safetensors")):
+        command.add_argument("-o", "--out", metavar="OUT", help=f"file to write (default: FILE, its suffix {suffix})")
+        command.add_argument("--force", action="store_true", help="overwrite it")
+    args = parser.parse_args(argv)
+    if args.command == "export" and args.to != "gguf" and (args.reblock or args.blocks != "TQ1_0"):
+        parser.error("--blocks and --reblock are for --to gguf")
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1131,6 +1201,10 @@ def main(argv: list[str] | None = None) -> int:
             print(json.dumps(found, indent=1, sort_keys=True) if args.json else inspect_text(found))
         elif args.command == "verify":
             print("\n".join(verify(args.file, args.against)))
+        elif args.command == "export":
+            print("\n".join(export(args)))
+        elif args.command == "import":
+            print("\n".join(import_dense(args)))
         else:
             b = budget(args.file, args.code, args.cap, not args.model_only)
             counted = "" if b.count_code else " (not counted)"

@@ -916,9 +916,10 @@ def load_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     return {name: torch.from_numpy(x) for name, x in arrays.items()}, state
 
 
-def load_latents(path: str, data: DataFolder) -> dict[str, Tensor]:
-    """Name -> fp32 latent of a checkpoint that training starts from. Raises CheckpointError."""
+def load_latents(path: str, data: DataFolder, config: Config) -> dict[str, Tensor]:
+    """Name -> fp32 latent of a checkpoint that training starts from. Raises CheckpointError and ConfigError."""
     tensors, state = load_checkpoint(path)
+    settings.check_start(state.get("model"), config, f"init_from={path}")  # of another program (pack.py import)
     if state.get("tokenizer") not in (None, data.tokenizer_sha256):
         raise CheckpointError(f"init_from={path}: was trained with another tokenizer than {data.tokenizer}, so its "
                               "embedding means other text; use data of its own")
@@ -1055,7 +1056,7 @@ class Trainer:
             self.ranks.group = self.ranks.call(dist.new_group, timeout=SILENCE)
         self.latents = Latents(self.model, c, self.ranks)
         if c.init_from and not loaded:
-            self.latents.load(load_latents(c.init_from, self.data), f"init_from={c.init_from}")
+            self.latents.load(load_latents(c.init_from, self.data, c), f"init_from={c.init_from}")
         self.embedding = next(bank for bank in self.latents.banks if "tok_emb.weight" in bank.names)
         self.rate = self.control_rate(self.embedding.format) if isinstance(self.embedding.format, Int) else None
         self.latents.refresh(self.quantized)
@@ -1101,8 +1102,7 @@ class Trainer:
             self.latents.refresh(self.quantized)
         tensors = self.optimizer.state()
         if self.rank == 0:
-            tensors |= machine.random_state(self.device)
-            arrays = {name: x.detach().cpu().numpy() for name, x in tensors.items()}
+            arrays = {n: x.detach().cpu().numpy() for n, x in (tensors | machine.random_state(self.device)).items()}
             # What a file must hold is in the checkpoint: derived again on another machine it could differ.
             arrays |= {f"codes/{name}": t.codes for name, t in stored.items()}
             arrays |= {f"scales/{name}": t.scales for name, t in stored.items() if t.scales is not None}

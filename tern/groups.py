@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tern.logscale import log_values
+
 # dtype, and smallest scale of a group that is not zero (bf16: the smallest normal, which no device flushes to zero)
 FLOAT_DTYPES = {"bf16": (torch.bfloat16, 2.0**-126), "fp16": (torch.float16, 2.0**-24)}
 VALUE_DTYPES = {n: dtype for n, (dtype, _) in FLOAT_DTYPES.items()} | {"fp8": torch.float8_e4m3fn}
@@ -16,12 +18,10 @@ def log_table(bits: int) -> Tensor:
     """The scales that the codes of log<bits> stand for, fp32 [2^bits]: 16 octaves of 2^(bits - 4) steps from 2^-12.
 
     Code 0 is a zero group. Code c is 2^(c / 2^(bits-4) - 12) with its mantissa rounded to bf16's 7 bits, so that the
-    table is exact in bf16 and the same on every machine.
+    table is exact in bf16 and the same on every machine; also without torch, where a file is read for another program
+    (tern/logscale.py has the formula).
     """
-    steps = 2 ** (bits - 4)
-    values = [2.0 ** (c // steps - 12) * (1 + round(128 * (2 ** (c % steps / steps) - 1)) / 128)
-              for c in range(2**bits)]
-    return torch.tensor([0.0] + values[1:])
+    return torch.tensor(log_values(bits))
 
 
 LOG_TABLES = {f"log{bits}": log_table(bits) for bits in range(4, 9)}

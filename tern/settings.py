@@ -70,6 +70,20 @@ def from_file(config_class: type[Any], held: object) -> dict:
     return held
 
 
+def check_start(held: Mapping | None, config, where: str) -> None:
+    """Raises ConfigError unless the run's model computes what one whose file says held, as in for_file, does.
+
+    The length of sequences may be another. held None: a checkpoint of a run, whose tensors may start other models.
+    """
+    if held is None:
+        return
+    known = {f.name: f.default for f in fields(config) if f.metadata["in_file"]} | dict(held)
+    for name, value in known.items():
+        ours = getattr(config, name, None)
+        if value != ours and name != "train_seq_len":
+            raise ConfigError(f"{where}: its model has {name}={str(value)[:40]}, this run's {ours}: give the same")
+
+
 def differences(theirs: object, config) -> list[str]:
     """Where other settings, a JSON object's, would compute something else; a setting that they lack has its default,
     as one that came later did nothing then."""

@@ -144,10 +144,7 @@ def open_data(path: str | Path, tokenizer_path: str | Path = "", need_train: boo
     odd = [p for p in (*train, *val) if not p.is_file()]
     if odd:
         raise DataError(f"{odd[0]}: not a file; remove it, or put the shard itself there")
-    tokenizer = Path(tokenizer_path) if tokenizer_path else path / "tokenizer.model"
-    models = sorted(path.glob("*.model"))
-    if not tokenizer_path and not tokenizer.is_file() and len(models) == 1:
-        tokenizer = models[0]
+    tokenizer = Path(tokenizer_path) if tokenizer_path else find_tokenizer(path)
     if not tokenizer.is_file():
         raise DataError(f"{tokenizer}: no tokenizer; give one with --tokenizer-path, or run: python data/prepare.py")
 
@@ -185,6 +182,12 @@ def open_data(path: str | Path, tokenizer_path: str | Path = "", need_train: boo
                 "a model trained on it cannot be scored: remove it"
             )
     return DataFolder(path, train, val, tokenizer, hashes | {name: tokenizer_sha256}, tokenizer_sha256, manifest)
+
+
+def find_tokenizer(folder: Path) -> Path:
+    """tokenizer.model of a data folder, or the one *.model that it has; there may be none."""
+    named, models = folder / "tokenizer.model", sorted(folder.glob("*.model"))
+    return models[0] if len(models) == 1 and not named.is_file() else named
 
 
 def read_manifest(path: Path, tokenizer_elsewhere: bool = False) -> Manifest | None:
