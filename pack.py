@@ -1090,10 +1090,7 @@ def stored_in_checkpoint(path: str | Path) -> dict[str, StoredTensor]:
 
 def verify(path: str | Path, against: str | None = None) -> list[str]:
     """What was proven about the file, a line each. Raises ArtifactError on the first thing that does not hold."""
-    data = read_bytes(path)
-    tensors, meta = with_path(path, decode_artifact, data)
-    for name, t in tensors.items():
-        check_values(name, t)
+    tensors, meta, data = read_sound(path)
     lines = [f"sound: {len(data):,} bytes, {len(tensors)} tensors, every checksum, code and scale"]
     same = encode_artifact(tensors, meta) == data
     lines.append("canonical: packing its tensors again gives the same bytes" if same else
@@ -1112,43 +1109,21 @@ def verify(path: str | Path, against: str | None = None) -> list[str]:
 
 
 def find_module(name: str):
-    """The module tern.<name>, by its name, for what only a few need: an import would make it part of every submission,
-    and its bytes count there. Raises ArtifactError where it, or a library of it, is not."""
+    """The module tern.<name>, by its name: what few need. An import would make it part of every submission, where its
+    bytes count. Raises ArtifactError where it is not."""
     try:
         return importlib.import_module(f"tern.{name}")
     except ModuleNotFoundError as e:
-        if e.name == f"tern.{name}":
-            raise ArtifactError(f"{e.name} is not in the one file of a submission: use pack.py of its source") from None
-        raise ArtifactError(f"{e.name} is not installed: make setup, or pip install -r requirements.txt") from None
+        raise ArtifactError(f"{e.name} is not here, as in a submission's one file: use pack.py of its source") from e
 
 
-def export(args: argparse.Namespace) -> list[str]:
-    """Write an artifact in another format; lines on what was written. Raises ArtifactError, ExportError and others."""
-    exports = find_module("exports")
-    out = exports.free_place(args.file, args.out or Path(args.file).with_suffix(f".{args.to}"), args.force)
-    data = read_bytes(args.file)
-    tensors, meta = with_path(args.file, decode_artifact, data)
+def read_sound(path: str | Path) -> tuple[dict[str, StoredTensor], dict, bytes]:
+    """(tensors, meta, the file's bytes) of an artifact whose every value is finite. Raises ArtifactError."""
+    data = read_bytes(path)
+    tensors, meta = with_path(path, decode_artifact, data)
     for name, t in tensors.items():
         check_values(name, t)
-    model = exports.make_model(tensors, meta, data, args.tokenizer)
-    options = (args.blocks, args.reblock) if args.to == "gguf" else ()
-    written, lines = find_module(f"{args.to}_files").encode(model, *options)
-    write_atomic(out, written)
-    return [f"written     {out}  {len(written):,} bytes",
-            f"from        {args.file}  {len(data):,} bytes  sha256 {model.sha256[:16]}",
-            f"tokenizer   {model.tokenizer or 'not in the file: --tokenizer puts it there'}", *lines]
-
-
-def import_dense(args: argparse.Namespace) -> list[str]:
-    """Write the checkpoint that --init-from takes; lines on it. Raises ExportError, WriteError."""
-    default = Path(args.file).with_suffix(".checkpoint.safetensors")
-    out = find_module("exports").free_place(args.file, args.out or default, args.force)
-    arrays, state = find_module("safetensors_files").start_from(args.file)
-    checkpoints.write_checkpoint(out, arrays, state)
-    named = state["tokenizer"]
-    return [f"written     {out}  {len(arrays)} latents, {sum(x.size for x in arrays.values()):,} weights, all finite",
-            "tokenizer   " + (f"sha256 {named[:16]}" if named else "NOT NAMED: the data must be of the model's own"),
-            f"train on    train_gpt.py --init-from {out}, with the settings of its model"]
+    return tensors, meta, data
 
 
 def read_exported(path: str | Path) -> tuple[dict[str, StoredTensor], dict]:
@@ -1202,9 +1177,9 @@ def main(argv: list[str] | None = None) -> int:
         elif args.command == "verify":
             print("\n".join(verify(args.file, args.against)))
         elif args.command == "export":
-            print("\n".join(export(args)))
+            print("\n".join(find_module("conversions").export(args, read_sound)))
         elif args.command == "import":
-            print("\n".join(import_dense(args)))
+            print("\n".join(find_module("conversions").import_dense(args)))
         else:
             b = budget(args.file, args.code, args.cap, not args.model_only)
             counted = "" if b.count_code else " (not counted)"

@@ -1,14 +1,11 @@
 """An artifact's values as other programs read them, and what all exports share. numpy, no torch.
 
-These files are no part of a submission: pack.py finds them by name when it is asked to export, so that a scored
-program's bytes hold nothing of them.
+No part of a submission: pack.py finds it by name, when it is asked for (tern/conversions.py).
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from tern.errors import Foreseen
-from tern.files import sha256_file
 from tern.logscale import log_values
-from tern.shards import find_tokenizer
-from tern.tokenizers import open_tokenizer
 
 
 class ExportError(Foreseen):
@@ -110,33 +104,6 @@ def check_tokenizer_sha256(meta: Mapping, sha256: str, where: str | Path) -> Non
     if meta.get("tokenizer") not in (None, sha256):
         raise ExportError(f"{where}: the tokenizer's sha256 is {sha256[:16]}, and the model was trained with "
                           f"{str(meta['tokenizer'])[:16]!a}: give that one")
-
-
-def make_model(tensors: Mapping[str, Stored], meta: dict, artifact: bytes, tokenizer: str | None) -> Model:
-    """What the bytes of an artifact hold, with a tokenizer, a file or a data folder, if it is the model's.
-
-    Raises ExportError and DataError.
-    """
-    sha256 = hashlib.sha256(artifact).hexdigest()
-    if not tokenizer:
-        return Model(tensors, meta, sha256)
-    file = find_tokenizer(Path(tokenizer)) if os.path.isdir(tokenizer) else Path(tokenizer)
-    pieces, config = open_tokenizer(file).vocab_size(), meta.get("config")
-    check_tokenizer_sha256(meta, sha256_file(file), file)
-    tokens = config.get("vocab_size", pieces) if isinstance(config, dict) else pieces
-    if tokens != pieces:
-        raise ExportError(f"{file}: has {pieces} pieces, the model {tokens} tokens; give its own tokenizer")
-    return Model(tensors, meta, sha256, file)
-
-
-def free_place(file: str | Path, out: str | Path, force: bool) -> Path:
-    """Where to write what is made of a file. Raises ExportError if something is there that must not be overwritten."""
-    if os.path.lexists(out):
-        own = os.path.exists(file) and os.path.exists(out) and os.path.samefile(file, out)
-        if own or not (force and os.path.isfile(out)):
-            hint = "" if own or force else ", or overwrite it with --force"
-            raise ExportError(f"{out} exists; choose another name with --out{hint}")
-    return Path(out)
 
 
 EXACT = "exact       every value, bit for bit what the artifact's model computes with"
