@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import base64
 import functools
 import hashlib
@@ -112,7 +113,7 @@ def refused(capsys, *argv: object) -> str:
 
 SCALED = [Ternary(8, scale=s) for s in groups.SCALE_DTYPES]
 SCALED += [Ternary(), Ternary(0), Ternary(5), formats.Binary(7), formats.Five(8, "fp16"), formats.Five(0),
-           formats.Codebook(3, 0), formats.Codebook(5, 9)]
+           formats.Codebook(3, 0), formats.Codebook(4, 9)]
 SCALED += [Int(bits, size, scale) for bits, size, scale in (
     (2, 8, "log7"), (3, 6, "log4"), (4, 0, "fp16"), (5, 128, "log7"), (6, 7, "bf16"), (7, 20, "log8"), (8, 3, "fp16"))]
 
@@ -147,9 +148,10 @@ def test_every_pattern_of_a_float_and_every_tie_is_rounded_as_torch_rounds_it():
 
 
 @fast
-def test_log_scales_are_the_trainers():
+def test_log_scales_are_the_trainers_and_the_pages():
     for bits in range(4, 9):
-        assert groups.LOG_TABLES[f"log{bits}"].tolist() == log_values(bits)
+        page = independent_decoder.floats(f"log{bits}", np.arange(2**bits))
+        assert groups.LOG_TABLES[f"log{bits}"].tolist() == log_values(bits) == page.tolist()
 
 
 # safetensors --------------------------------------------------------------------------------------------------
@@ -498,6 +500,13 @@ def test_expected_shapes_are_the_models(settings):
     with torch.device("meta"):
         shapes = {name: tuple(p.shape) for name, p in GPT(c).named_parameters()}
     assert safetensors_files.expected_shapes(config_of(c)) == shapes
+
+
+@fast
+def test_the_pages_example_is_what_it_says():
+    page = (source.root() / "docs" / "export.md").read_text(encoding="utf-8")
+    text = page.partition("\nconfig = ")[2].partition("\nabout = ")[0]
+    assert ast.literal_eval(text) == config_of(Config(**train_gpt.PRESETS["cpu"]))
 
 
 CASES = {
