@@ -1153,7 +1153,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("file")
     p.add_argument("--to", required=True, choices=("safetensors", "gguf"), help="dense bf16, or GGUF's tensor types")
     p.add_argument("--blocks", choices=("TQ1_0", "TQ2_0"), default="TQ1_0",
-                   help="GGUF's type of ternary matrices: the smaller, or the faster (default %(default)s)")
+                   help="GGUF's type of ternary matrices: the smaller, or that made for speed (default %(default)s)")
     p.add_argument("--reblock", action="store_true", help="GGUF: also matrices with several scales in a block of 256, "
                    "which changes them by an error that is printed; without it they stay exact, in bf16")
     p.add_argument("--tokenizer", metavar="PATH", help="to put in: a .model file, or the folder of the data")
