@@ -32,7 +32,7 @@ from torch import Tensor
 
 import pack
 import train_gpt
-from tern import audits, command, machine, metric, processes
+from tern import audits, command, machine, metric, processes, spread
 from tern.files import write_atomic
 from tern.metric import Score, evaluate, position_losses, sliding_windows
 from tern.processes import LaunchError, Place
@@ -149,6 +149,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--seq-len", type=int, default=0, help="window length in tokens; 0: the model's training length")
     p.add_argument("--batch-seqs", type=int, default=32, help="windows per batch")
     p.add_argument("--json", default="", help="write the result to this file as well")
+    p.add_argument("--details", default="", help="write what is behind the score to this file: bytes of each tensor, "
+                   "where the bits go (tern/report.py shows it)")
     p.add_argument("--sample", metavar="PROMPT", help="do not score: continue this text by 200 tokens")
     return p.parse_args(argv)
 
@@ -178,19 +180,19 @@ def check_identity(meta: dict, data: DataFolder, artifact: str | Path) -> None:
         )
 
 
-def check_json_target(path: str) -> None:
-    """Raises ValueError where --json would overwrite anything but an older score."""
+def check_json_target(option: str, path: str, keys: set[str]) -> None:
+    """Raises ValueError where an option would overwrite anything but an older JSON of this program, with such keys."""
     if not os.path.isfile(path):
         return  # new, a device, or an error of writing that names it
     try:
         with open(path, encoding="utf-8") as f:
             older = json.loads(f.read(1 << 24))
-        if {"artifact", "chunked"} <= older.keys():
+        if keys <= older.keys():
             return
     except (ValueError, AttributeError, RecursionError):
         pass  # the same answer
-    raise ValueError(f"--json {path}: the file is not a score of this program, so it is not overwritten; choose "
-                     "another name")
+    raise ValueError(f"{option} {path}: the file is not one that this program wrote there, so it is not overwritten; "
+                     "choose another name")
 
 
 def write_json(path: str, result: dict) -> None:
@@ -203,8 +205,9 @@ def write_json(path: str, result: dict) -> None:
         write_atomic(path, text.encode())
 
 
-def score_file(args: argparse.Namespace, device: torch.device) -> dict:
-    """All checks and scores of one artifact, as the JSON that --json writes."""
+def score_file(args: argparse.Namespace, device: torch.device) -> tuple[dict, dict | None]:
+    """All checks and scores of one artifact, as the JSON that --json writes, and that of --details where it is asked
+    for."""
     data = open_data(args.data, args.tokenizer_path, need_train=False)
     file = pack.read_bytes(args.artifact)
     artifact_sha256 = hashlib.sha256(file).hexdigest()
@@ -229,18 +232,19 @@ def score_file(args: argparse.Namespace, device: torch.device) -> dict:
             "score it on the data it was trained for"
         )
     checks = audit_model(model, tokens, seq_len)
-    chunked = evaluate(model, tokens, counter, seq_len, seq_len, args.batch_seqs)
+    kept = [torch.zeros(len(tokens) - 1, device=device) if args.details else None for _ in range(2)]
+    chunked = evaluate(model, tokens, counter, seq_len, seq_len, args.batch_seqs, kept=kept[0])
     positions = len(tokens) // max(args.stride, 1) * seq_len
     compiles = args.stride < seq_len and positions >= metric.COMPILE_FROM and machine.can_compile(device)
     sliding = None
     if args.stride:
-        sliding = evaluate(model, tokens, counter, seq_len, args.stride, args.batch_seqs, compiles)
+        sliding = evaluate(model, tokens, counter, seq_len, args.stride, args.batch_seqs, compiles, kept=kept[1])
     scored = text.bytes - int(counter.count_stream(tokens[:1])[0])
     if chunked.bytes != scored:
         raise AuditError(f"{chunked.bytes} bytes were scored but the decoded text has {scored}")
     frequencies = np.bincount(tokens) / tokens.size
     unigram = float(-(frequencies[frequencies > 0] * np.log(frequencies[frequencies > 0])).sum())
-    return {
+    result = {
         "artifact": {"file": Path(args.artifact).name, "bytes": len(file), "sha256": artifact_sha256},
         "data": {"sha256": data.hashes, "shards": text.documents, "origin": text.origin,
                  "manifest": data.manifest is not None, "tokenizer_sha256": data.tokenizer_sha256,
@@ -254,6 +258,36 @@ def score_file(args: argparse.Namespace, device: torch.device) -> dict:
         "chunked": asdict(chunked),
         "sliding": asdict(sliding) if sliding else None,
     }
+    return result, details_of(file, tensors, result, tokens, counter, kept) if args.details else None
+
+
+def details_of(file: bytes, tensors: dict[str, pack.StoredTensor], result: dict, tokens: np.ndarray,
+               counter: ByteCounter, kept: list[Tensor]) -> dict:
+    """What is behind a score, as the JSON that --details writes: pack.py's inspection, a ternary matrix as a picture,
+    and the bits by document and position. kept: every token's loss in chunks, and in sliding windows.
+
+    Raises AuditError where the losses are not those of the score; those of a technique that scores in its own way, and
+    keeps none, are left out.
+    """
+    losses: dict[str, np.ndarray] = {}
+    where = None
+    for name, found in zip(("chunked", "sliding"), kept, strict=True):
+        if result[name] and bool(found.any()):
+            losses[name] = found.double().cpu().numpy()
+            total = result[name]["val_loss"] * result[name]["tokens"]
+            if not abs(losses[name].sum() - total) <= 1e-6 * total:
+                raise AuditError(f"the {name} losses of all tokens add up to {losses[name].sum():.6f} nats, the score "
+                                 f"says {total:.6f}")
+    if losses:
+        seq_len = result["seq_len"]
+        chunks = sliding_windows(len(tokens) - 1, seq_len, seq_len)
+        where = asdict(spread.spread(tokens, counter, losses, seq_len, chunks))
+    picture = spread.picture({name: t.codes for name, t in tensors.items() if t.format["kind"] == "ternary"
+                              and len(t.shape) == 2})
+    return {"artifact": result["artifact"], "data": result["data"]["sha256"],
+            "inspection": pack.describe(file, tensors), "picture": asdict(picture) if picture else None,
+            "entropies": {name: spread.entropy(t.codes) for name, t in tensors.items()},
+            "spread": where}
 
 
 def report(result: dict) -> str:
@@ -320,8 +354,10 @@ def run(args: argparse.Namespace) -> int:
         place = processes.process_place(os.environ)
         for notice in machine.writable_compiler_cache() if place.rank == 0 else []:
             print(f"notice      {notice}", file=sys.stderr)
-        if args.json:
-            check_json_target(args.json)
+        for option, path, keys in (("--json", args.json, {"artifact", "chunked"}),
+                                   ("--details", args.details, {"artifact", "inspection"})):
+            if path:
+                check_json_target(option, path, keys)
         device = torch.device("cuda", place.local_rank) if torch.cuda.is_available() else torch.device("cpu")
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -337,10 +373,11 @@ def run(args: argparse.Namespace) -> int:
             if place.rank == 0:
                 print(sample(model, open_tokenizer(data.tokenizer), args.sample, 200))
             return 0
-        result = score_file(args, device)
+        result, details = score_file(args, device)
         if place.rank == 0:
-            if args.json:  # first: a terminal may be gone
-                write_json(args.json, result)
+            for path, found in ((args.json, result), (args.details, details)):  # first: a terminal may be gone
+                if path:
+                    write_json(path, found)
             try:
                 print(report(result), flush=True)
             except OSError as e:

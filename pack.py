@@ -987,9 +987,10 @@ def tensor_bytes(header: Header) -> dict[str, int]:
     return shares
 
 
-def describe(data: bytes) -> dict:
-    """All that `inspect` shows."""
-    header, (tensors, meta) = parse_header(data), decode_artifact(data)
+def describe(data: bytes, tensors: dict[str, StoredTensor] | None = None) -> dict:
+    """All that `inspect` shows. tensors: those of the file, where it was decoded already."""
+    header = parse_header(data)
+    tensors = tensors or decode_artifact(data)[0]
     shares, rows = tensor_bytes(header), []
     for name, shape, index in header.tensors:
         share, format, t = shares[name], header.formats[index], tensors[name]
@@ -1005,7 +1006,7 @@ def describe(data: bytes) -> dict:
               "count": s.count, "offset": s.offset, "bytes": s.bytes, "crc32": s.crc32} for s in header.streams]
     return {"bytes": len(data), "header_bytes": header.header_bytes, "weights": weights,
             "bits_per_parameter": 8 * len(data) / weights if weights else 0.0, "tensors": rows, "streams": table,
-            "formats": header.formats, "meta": meta}
+            "formats": header.formats, "meta": header.meta}
 
 
 def inspect_text(d: dict) -> str:

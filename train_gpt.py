@@ -42,7 +42,7 @@ import pack
 from tern import audits, checkpoints, foreign, groups, kernels, machine, metric, processes, runlog, settings, source
 from tern.checkpoints import CheckpointError
 from tern.command import steady_streams
-from tern.ending import report_end
+from tern.ending import end_well, report_end
 from tern.errors import Foreseen
 from tern.files import folder_identity
 from tern.finite import first_bad, first_bad_output
@@ -75,6 +75,7 @@ class Config:
     run_id: str = setting("", "name of the run's folder; empty: <preset>_seed<seed>", free=True)
     out_dir: str = setting("runs", "where the run's folder is made", free=True)
     resume: str = setting("never", "auto: continue from the run folder's checkpoint if there is one; never", free=True)
+    write_page: bool = setting(True, "report.html at the end: the run as a page (tern/report.py)", free=True)
     seed: int = setting(1337, "initialisation, and the order of the windows", 0, 2**63 - 1)
     device: str = setting("auto", "auto (cuda if there is one), cpu or cuda", free=True)
     threads: int = setting(0, "CPU threads per process; 0: cores / processes", 0, 1024, free=True)
@@ -1436,9 +1437,8 @@ class Trainer:
     def score_file(self, artifact: Path) -> dict:
         """Run eval_bpb on the file, on as many processes as trained it here, and return its JSON."""
         c = self.config
-        options = ["--data", c.data_path, "--stride", str(c.eval_stride), "--batch-seqs", str(c.eval_batch_seqs)]
-        if c.tokenizer_path:
-            options += ["--tokenizer-path", c.tokenizer_path]
+        options = ["--data", c.data_path, "--stride", str(c.eval_stride), "--batch-seqs", str(c.eval_batch_seqs),
+                   "--tokenizer-path", c.tokenizer_path]
         env = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
         if self.device.type != "cuda":
             env["CUDA_VISIBLE_DEVICES"] = ""
@@ -1486,7 +1486,7 @@ def run(argv: list[str]) -> int:
         trainer.train()
         trainer.signals.interrupt("after training: the same command with --resume auto packs and scores")
         trainer.finish()
-        return 0
+        return end_well(place, trainer.folder)
     except (Exception, KeyboardInterrupt) as e:
         return report_end(e, place, trainer.folder if trainer is not None else None)
     finally:

@@ -140,7 +140,7 @@ def command_of(job: Job, runs: Path, threads: int) -> list[str]:
     c, folder = job.config, runs / job.id
     command = [sys.executable, str(PROGRAM)]
     if not job.row.score_of:
-        settings = replace(c, out_dir=str(folder), run_id="run", threads=threads)
+        settings = replace(c, out_dir=str(folder), run_id="run", threads=threads, write_page=False)
         if job.row.init_from:
             settings = replace(settings, init_from=str(runs / job.parent.id / "run"))
         return [*command, *patch_flags(job.row.patches), "train", *flags(settings)]

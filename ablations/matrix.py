@@ -60,8 +60,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 SOLVABLE = {"mlp_hidden": 8, "num_layers": 1}  # settings that equal_bytes may solve for, and in steps of what
 # Settings that the runner decides, and those that say where a run is and how it is watched.
-RUNNER_SETTINGS = {"run_id", "out_dir", "resume", "threads", "seed", "iterations", "max_wallclock_seconds", "init_from"}
-WATCHING = {"run_id", "out_dir", "resume", "threads", "init_from", "data_path", "tokenizer_path"}
+RUNNER_SETTINGS = {"run_id", "out_dir", "resume", "threads", "seed", "iterations", "max_wallclock_seconds", "init_from",
+                   "write_page"}
+WATCHING = {"run_id", "out_dir", "resume", "threads", "init_from", "data_path", "tokenizer_path", "write_page"}
 CADENCE = {"train_log_every", "checkpoint_every"}  # inside the clock of a timed run
 NAMES = {"preset", "data_path", "tokenizer_path"}  # settings that are strings and decide which other settings there are
 

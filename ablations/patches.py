@@ -608,12 +608,12 @@ def temperature(sequences: int = 64) -> None:
     """Logits divided by the temperature that makes the loss of training tokens least (Guo et al., arXiv 1706.04599)."""
     original = eval_bpb.evaluate
 
-    def evaluate(model, tokens, counter, seq_len, stride, batch_seqs=32, compiled=False):
+    def evaluate(model, tokens, counter, seq_len, stride, batch_seqs=32, compiled=False, kept=None):
         if not hasattr(model, "temperature"):
             model.temperature = best_temperature(model, seq_len, sequences)
             head = model.head
             model.head = lambda hidden: head(hidden) / model.temperature
-        return original(model, tokens, counter, seq_len, stride, batch_seqs, compiled)
+        return original(model, tokens, counter, seq_len, stride, batch_seqs, compiled, kept)
 
     eval_bpb.evaluate = evaluate
 
@@ -642,7 +642,7 @@ def ttt(what: str, lr: float = 0.001, chunk: int = 4096, group: int = 128) -> No
     embedding), scales (one factor for each group of the matrices and embedding, the codes staying as they are), or
     none, which must give the score of no training."""
 
-    def evaluate(model, tokens, counter, seq_len, stride, batch_seqs=32, compiled=False):
+    def evaluate(model, tokens, counter, seq_len, stride, batch_seqs=32, compiled=False, kept=None):
         return score_and_train(model, np.asarray(tokens).astype(np.int64), counter, seq_len, stride, batch_seqs, what,
                                lr, chunk, group)
 

@@ -16,9 +16,9 @@ from matplotlib.figure import Figure
 from ablations import stats
 from ablations.matrix import Job, Matrix, Row
 from ablations.results import Line, what_of_lines
-from tern import report as pages
+from tern import pages
 from tern.files import write_atomic
-from tern.report import html_table, markdown_table
+from tern.pages import html_table, markdown_table
 
 # ---------------------------------------------------------------------------------------------------------------
 # Rows with their runs

@@ -1,14 +1,43 @@
-"""How a run ends that did not get to its end: said once, over all its processes."""
+"""How a run ends: with its page, or, where it did not get to its end, with why, said once over all its processes."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
 
-from tern import command, processes
+from tern import command, processes, source
 from tern.errors import Foreseen
 from tern.processes import Elsewhere, LaunchError, Place, RankLost
 from tern.runfolder import AlreadyFinished, RunFolder
 from tern.signals import Interrupted
+
+
+PAGE_PATIENCE = 120  # seconds after which a page is not worth waiting for
+
+
+def end_well(place: Place, folder: RunFolder) -> int:
+    """Have a finished run drawn on rank 0, after all that is timed or counts; the exit status, which is 0 whatever comes
+    of the page.
+
+    By a process of its own: what draws is no part of the program, so it takes no bytes of code, and a submission's one
+    file, which has no such thing beside it, leaves the page out.
+    """
+    script = source.root() / "tern/report.py"
+    if place.rank or not folder.config.write_page or not script.is_file():
+        return 0
+    try:
+        done = subprocess.run([sys.executable, str(script), str(folder.path)], stdin=subprocess.DEVNULL,
+                              env=processes.environment_alone(os.environ), capture_output=True, encoding="utf-8",
+                              errors="replace", timeout=PAGE_PATIENCE, check=False)
+        why = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1] if done.returncode else ""
+    except (OSError, subprocess.TimeoutExpired, KeyboardInterrupt) as e:
+        why = str(e) or "stopped"
+    if why:
+        folder.log.line(f"notice      no report.html was written ({why.removeprefix('error: ')}); try again: python "
+                        f"tern/report.py {folder.path}")
+    return 0
 
 
 def report_end(e: BaseException, place: Place, folder: RunFolder | None) -> int:

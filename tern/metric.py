@@ -93,10 +93,12 @@ def position_losses(model, ids: Tensor, targets: Tensor, scored: Tensor, forward
 
 @torch.inference_mode()
 def evaluate(model, tokens, counter: ByteCounter, seq_len: int, stride: int, batch_seqs: int = 32,
-             compiled: bool = False) -> Score:
+             compiled: bool = False, kept: Tensor | None = None) -> Score:
     """Score a token stream [n + 1] with windows of seq_len tokens, batch_seqs windows at a time.
 
     compiled: compile the forward of full batches, which is worth its while on long streams (COMPILE_FROM).
+    kept: zeros, fp32 [n] on the model's device, that take the loss of every token, in nats, for those who ask where the
+    bits went (tern/spread.py); the score does not look at it.
 
     In a process group the windows are shared by the ranks and every rank returns the same Score. The sum over windows
     is exact (math.fsum), so it does not depend on how they were shared. Raises AuditError if a loss is not finite.
@@ -123,11 +125,15 @@ def evaluate(model, tokens, counter: ByteCounter, seq_len: int, stride: int, bat
         full = scored.shape == (batch_seqs, stride)  # the first window and the last batch are not worth a compilation
         losses = position_losses(model, stream[position].to(device), stream[at_end + 1].to(device), scored,
                                  fast if full else hidden_last)
+        if kept is not None:
+            kept[at_end.to(device)[scored]] = losses
         padded = torch.zeros(scored.shape, dtype=torch.float64, device=device)
         padded[scored] = losses.double()
         sums[batch] = padded.sum(1)
     if world > 1:
         dist.all_reduce(sums)  # each window has one non-zero term, so this is exact
+        if kept is not None:
+            dist.all_reduce(kept)
     total = math.fsum(sums.tolist())
     before = np.concatenate(([0], np.cumsum(per_token)))
     scored_tokens = int((windows[:, 1] - windows[:, 2]).sum())

@@ -106,8 +106,8 @@ def look_at_folder(folder: Path, resume: bool, check_settings: Callable[[Path, d
 
 
 # What a killed run may leave: halves of files that files.write_atomic, or the scoring process, was writing.
-HALF_WRITTEN = re.compile(r"\.(model\.tern|score\.json|checkpoint\.safetensors|\.score\.json\.[0-9a-f]{8}\.tmp)"
-                          r"\.[0-9a-f]{8}\.tmp")
+HALF_WRITTEN = re.compile(r"\.(model\.tern|checkpoint\.safetensors|report\.html|(score|details)\.json|"
+                          r"\.(score|details)\.json\.[0-9a-f]{8}\.tmp)\.[0-9a-f]{8}\.tmp")
 
 
 def lock_folder(folder: Path):

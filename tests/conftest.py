@@ -93,7 +93,8 @@ def clean_env(**extra: str) -> dict[str, str]:
 
 
 def tiny_args(data: Path, out: Path, *more: object) -> list[str]:
-    base = ["--preset", "tiny", "--vocab-size", VOCAB, "--data-path", data, "--out-dir", out, "--threads", 1]
+    base = ["--preset", "tiny", "--vocab-size", VOCAB, "--data-path", data, "--out-dir", out, "--threads", 1,
+            "--write-page", 0]
     return [str(a) for a in (*base, *more)]
 
 
