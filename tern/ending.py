@@ -13,13 +13,12 @@ from tern.processes import Elsewhere, LaunchError, Place, RankLost
 from tern.runfolder import AlreadyFinished, RunFolder
 from tern.signals import Interrupted
 
-
 PAGE_PATIENCE = 120  # seconds after which a page is not worth waiting for
 
 
 def end_well(place: Place, folder: RunFolder) -> int:
-    """Have a finished run drawn on rank 0, after all that is timed or counts; the exit status, which is 0 whatever comes
-    of the page.
+    """Have a finished run drawn on rank 0, after all that is timed or counts; the exit status, which is 0 whatever
+    comes of the page.
 
     By a process of its own: what draws is no part of the program, so it takes no bytes of code, and a submission's one
     file, which has no such thing beside it, leaves the page out.

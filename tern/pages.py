@@ -32,11 +32,34 @@ CHART_STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans", "font.size": 9, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": GRID,
     "axes.grid": True, "axes.axisbelow": True, "grid.color": GRID, "grid.linewidth": 0.7, "xtick.color": INK,
     "ytick.color": INK, "xtick.major.size": 0, "ytick.major.size": 0, "axes.spines.top": False,
-    "axes.spines.right": False, "lines.linewidth": 1.4, "axes.formatter.useoffset": False,
+    "axes.spines.right": False, "lines.linewidth": 1.4, "axes.formatter.useoffset": False, "text.parse_math": False,
     "svg.hashsalt": "tern", "svg.fonttype": "none",  # text stays text
 }
 LINE_OF_NAMES = 0.16  # inches
 NO_METADATA = {"Creator": None, "Date": None, "Format": None, "Type": None}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Text
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def visible(text: str) -> str:
+    """A text in which nothing hides and nothing turns the line around: controls, marks of direction and what is no
+    character are written as their number, a line's end as an arrow too."""
+    def shown(c: str) -> str:
+        if c == "\n":
+            return "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}\n"
+        if c == "\t" or unicodedata.category(c) not in ("Cc", "Cf", "Co", "Cs", "Cn", "Zl", "Zp"):
+            return c
+        return f"<U+{ord(c):04X}>"
+
+    return "".join(map(shown, text))
+
+
+def escaped(text: str) -> str:
+    """A text as it may stand in a page."""
+    return html.escape(visible(text))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -93,7 +116,7 @@ def svg_of(figure: Figure, description: str) -> str:
     text = re.sub(r' id="[a-zA-Z0-9]+_[0-9]+"', "", text)  # of groups, which nothing refers to: a page has many figures
     for fixed, name in OF_THE_PAGE.items():
         text = text.replace(f": {fixed}", f": {name}")  # in styles
-    return text.replace("<svg ", f'<svg role="img" aria-label="{html.escape(description)}" ', 1)
+    return text.replace("<svg ", f'<svg role="img" aria-label="{escaped(description)}" ', 1)
 
 
 def png_of(figure: Figure) -> bytes:
@@ -124,9 +147,9 @@ def html_table(columns: Sequence[str], rows: Sequence[Sequence[str]], prose: Seq
             kind = "text"
         elif value and value[0] in "<+-.0123456789":
             kind = "number"
-        return f'<td class="{kind}">{html.escape(value)}</td>'
+        return f'<td class="{kind}">{escaped(value)}</td>'
 
-    head = "".join(f'<th scope="col">{html.escape(column)}</th>' for column in columns)
+    head = "".join(f'<th scope="col">{escaped(column)}</th>' for column in columns)
     body = "".join("<tr>" + "".join(map(cell, columns, row)) + "</tr>" for row in rows)
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
@@ -168,15 +191,15 @@ PAGE_STYLE += "".join(f".h{i} {{ background: rgba(var(--heat), {0.85 * i / HEAT_
 
 
 def heading(text: str, level: int = 2) -> str:
-    return f"<h{level}>{html.escape(text)}</h{level}>"
+    return f"<h{level}>{escaped(text)}</h{level}>"
 
 
 def paragraph(text: str) -> str:
-    return f"<p>{html.escape(text)}</p>"
+    return f"<p>{escaped(text)}</p>"
 
 
 def figure_with_caption(svg: str, caption: str) -> str:
-    return f"<figure>{svg}<figcaption>{html.escape(caption)}</figcaption></figure>"
+    return f"<figure>{svg}<figcaption>{escaped(caption)}</figcaption></figure>"
 
 
 def image_with_caption(pixels: np.ndarray, description: str, caption: str) -> str:
@@ -184,33 +207,20 @@ def image_with_caption(pixels: np.ndarray, description: str, caption: str) -> st
     out = io.BytesIO()
     imsave(out, pixels, format="png", metadata={"Software": None})
     source = f"data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}"
-    return (f'<figure><img class="pixels" alt="{html.escape(description)}" src="{source}">'
-            f"<figcaption>{html.escape(caption)}</figcaption></figure>")
+    return (f'<figure><img class="pixels" alt="{escaped(description)}" src="{source}">'
+            f"<figcaption>{escaped(caption)}</figcaption></figure>")
 
 
 def folded(summary: str, parts: Sequence[str]) -> str:
     """What is there for who asks."""
-    return f"<details><summary>{html.escape(summary)}</summary>{''.join(parts)}</details>"
+    return f"<details><summary>{escaped(summary)}</summary>{''.join(parts)}</details>"
 
 
 def boxes(facts: Sequence[tuple[str, str, str, str]]) -> str:
     """(name, value, what there is to say of it, "good", "bad" or "") beside each other."""
-    cells = [f'<div><dl><dt>{html.escape(name)}</dt><dd class="{verdict}">{html.escape(value)}'
-             f'<span class="more">{html.escape(more)}</span></dd></dl></div>' for name, value, more, verdict in facts]
+    cells = [f'<div><dl><dt>{escaped(name)}</dt><dd class="{verdict}">{escaped(value)}'
+             f'<span class="more">{escaped(more)}</span></dd></dl></div>' for name, value, more, verdict in facts]
     return f'<div class="boxes">{"".join(cells)}</div>'
-
-
-def visible(text: str) -> str:
-    """A text in which nothing hides and nothing turns the line around: controls, marks of direction and what is no
-    character are written as their number, a line's end as an arrow too."""
-    def shown(c: str) -> str:
-        if c == "\n":
-            return "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}\n"
-        if c == "\t" or unicodedata.category(c) not in ("Cc", "Cf", "Co", "Cs", "Cn", "Zl", "Zp"):
-            return c
-        return f"<U+{ord(c):04X}>"
-
-    return "".join(map(shown, text))
 
 
 def heat_of(bits: float, size: int) -> int:
@@ -221,7 +231,7 @@ def heat_of(bits: float, size: int) -> int:
 def heated_text(pieces: Sequence[tuple[str, int, float]]) -> str:
     """Pieces (text, bytes, bits), each on a ground that is the deeper the more bits a byte of it takes."""
     spans = [f'<span class="h{heat_of(bits, size)}" title="{bits:.2f} bits, {size} byte{"s" if size != 1 else ""}">'
-             f"{html.escape(visible(text)) or '&#9656;'}</span>" for text, size, bits in pieces]
+             f"{escaped(text) or '&#9656;'}</span>" for text, size, bits in pieces]
     return f'<p class="heat" dir="ltr">{"".join(spans)}</p>'
 
 
@@ -232,6 +242,6 @@ def heat_legend() -> str:
 
 def page(title: str, parts: Sequence[str]) -> str:
     """A whole HTML file of elements; it asks for nothing outside of itself."""
-    return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+    return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escaped(title)}</title>'
             f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{PAGE_STYLE}</style></head>'
             f"<body>{''.join(parts)}</body></html>\n")

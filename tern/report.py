@@ -109,8 +109,6 @@ class Scored:
 class Result:
     chunked: Scored
     sliding: Scored | None
-    seq_len: int
-    stride: int
 
     @property
     def kind(self) -> str:
@@ -184,15 +182,16 @@ def read_run(path: Path) -> Seen:
     """Raises ReportError."""
     metrics = path / "metrics.jsonl" if path.is_dir() else path
     records = read_records(metrics)
-    header, final = records[0], None
+    header: runlog.Header = None
+    final: runlog.Final | None = None
     steps: dict[int, runlog.Step] = {}
     validations: dict[int, runlog.Validation] = {}
     phases = []
     for record in records:
         if isinstance(record, runlog.Header):  # resumed: what came after its checkpoint was done again
             header = record
-            steps, validations = ({step: x for step, x in table.items() if step <= header.resumed_at}
-                                  for table in (steps, validations))
+            steps = {step: x for step, x in steps.items() if step <= header.resumed_at}
+            validations = {step: x for step, x in validations.items() if step <= header.resumed_at}
         elif isinstance(record, runlog.Step):
             steps[record.step] = record
         elif isinstance(record, runlog.Validation):
@@ -202,7 +201,7 @@ def read_run(path: Path) -> Seen:
         elif isinstance(record, runlog.Final):
             final = record
     details = path / "details.json"
-    return Seen(path, str(header.settings.get("run_id") or path.name), header, list(steps.values()),
+    return Seen(path, pages.visible(str(header.settings.get("run_id") or path.name)), header, list(steps.values()),
                 list(validations.values()), phases, final,
                 typed(final.score, Result, f"{metrics}: final.score") if final else None,
                 read_details(details, final) if final and details.is_file() else None)
@@ -273,8 +272,9 @@ def sentence(run: Seen) -> str:
     c = run.settings
     said = (f"A GPT of {c.get('num_layers', '?')} layers, {c.get('model_dim', '?')} wide, with "
             f"{run.header.parameters:,} parameters: matrices {c.get('matrix_format', '?')}, embedding "
-            f"{c.get('embed_format', '?')}, vectors {c.get('vector_format', '?')}; vocabulary {c.get('vocab_size', '?')}, windows of "
-            f"{c.get('train_seq_len', '?')} tokens; trained on {c.get('data_path', '?')} (preset {run.header.preset}).")
+            f"{c.get('embed_format', '?')}, vectors {c.get('vector_format', '?')}; vocabulary "
+            f"{c.get('vocab_size', '?')}, windows of {c.get('train_seq_len', '?')} tokens; trained on "
+            f"{c.get('data_path', '?')} (preset {run.header.preset}).")
     if run.details and run.details.inspection.weights:
         d = run.details.inspection
         said += f" In the file a parameter takes {d.bits_per_parameter:.2f} bits."
@@ -670,7 +670,7 @@ def page_of_several(runs: Sequence[Seen]) -> str:
     title = " and ".join(run.name for run in runs) if len(runs) < 4 else f"{len(runs)} runs"
     scores = [run.result.best.val_bpb for run in runs if run.result]
     said = f"{len(runs)} runs side by side."
-    if len(scores) > 1:
+    if len(scores) > 1 and all(row[0] == "seed" for row in differing(runs)):  # of one recipe
         said += (f" Mean {statistics.fmean(scores):.4f} bits per byte, standard deviation "
                  f"{statistics.stdev(scores):.4f}.")
     rows = differing(runs)
@@ -680,7 +680,7 @@ def page_of_several(runs: Sequence[Seen]) -> str:
         return [pages.folded(run.name, parts) for run in runs if (parts := chapter(run))]
 
     chapters = [
-        ("What differs", [pages.html_table(["setting", *names], rows)] if rows else [
+        ("What differs", [pages.html_table(["setting", *names], rows, prose=names)] if rows else [
             pages.paragraph("Nothing: same settings, program, data and machine.")]),
         ("When they learned", chapter_learned(runs)), ("What they are bad at", chapter_weak(runs)),
         ("Do they fit, and where did their bytes go", each(chapter_fit)), ("The weights", each(chapter_weights))]

@@ -187,3 +187,14 @@ def test_compiled_training_on_two_threads_is_deterministic(compiled_run, data_di
     assert done.returncode == 0 and "\nnotice" not in done.stdout, done.stdout + done.stderr
     mine, theirs = tmp_path / NAME, compiled_run.folder.path
     assert (mine / "model.tern").read_bytes() == (theirs / "model.tern").read_bytes()
+
+
+def test_a_run_leaves_what_is_behind_its_score(tiny_run):
+    folder = tiny_run[0]
+    score, details = (json.loads((folder / name).read_text()) for name in ("score.json", "details.json"))
+    assert details["artifact"] == score["artifact"] and details["inspection"]["bytes"] == score["artifact"]["bytes"]
+    for key, kind in (("lengths", "sliding"), ("positions", "chunked")):
+        bins, whole = details["spread"][key], score[kind]
+        assert sum(b["bytes"] for b in bins) == whole["bytes"] and sum(b["tokens"] for b in bins) == whole["tokens"]
+        assert sum(b["nats"] for b in bins) == pytest.approx(whole["val_loss"] * whole["tokens"], rel=1e-6)
+    assert not list(folder.glob(".*.tmp")), "nothing half-written"

@@ -180,7 +180,8 @@ def test_only_our_own_halves_are_removed(data_dir, tmp_path):
     folder.mkdir()
     mine = [".mine.tmp", ".model.tern.tmp", "model.tern.0a0a0a0a.tmp", ".notes.0a0a0a0a.tmp"]
     halves = [".model.tern.0a0a0a0a.tmp", ".score.json.0a0a0a0a.tmp", "..score.json.0a0a0a0a.tmp.0b0b0b0b.tmp",
-              f".{FILE}.00ff00ff.tmp"]
+              f".{FILE}.00ff00ff.tmp", ".details.json.0a0a0a0a.tmp", "..details.json.0a0a0a0a.tmp.0b0b0b0b.tmp",
+              ".report.html.0a0a0a0a.tmp"]
     for name in mine + halves:
         (folder / name).write_text("x")
     with closing(tiny_trainer(data_dir, tmp_path).folder):

@@ -24,6 +24,7 @@ FACTS = runlog.Preflight("cpu", "asked for", 1, 80, 1000, 100, {"matrices codes"
                          "header": ("", 0, 99.0)}, 300, 512, 0.0, False, ["a notice"])
 STEP = runlog.Step(50, 2.5, 20.0, 0.5, 1024, 51200, 0.25, 0.125, 0.75, 0.9, 64)
 SCORE = {"val_loss": 1.5, "val_bpb": 1.25, "tokens": 99, "bytes": 198, "seconds": 2.0}
+VALIDATION = runlog.Validation(50, 20.0, 1.5, 1.25, 99, 198, 2.0)
 FINAL = runlog.Final(100, 102400, SCORE, {"chunked": SCORE, "sliding": SCORE | {"val_bpb": 1.125}}, 0.0, True,
                      dict(zip(runlog.PHASES, (1.0, 2.0, 3.0, 4.0, 5.0), strict=True)), 800, 300, 800, 1000, True,
                      "0123456789abcdef" * 4)
@@ -40,7 +41,7 @@ def line_of(lines: list[str], begin: str) -> str:
 
 def test_every_record_is_a_line_of_strict_json_with_its_type(tmp_path, capsys):
     records = [HEADER, runlog.Phase("load", 1.5), STEP, replace(STEP, zero_frac=math.nan, churn=None),
-               runlog.Validation(50, 20.0, 1.5, 1.25, 99, 198, 2.0), runlog.Memory([10], [0], [0], 0.0), FINAL]
+               VALIDATION, runlog.Memory([10], [0], [0], 0.0), FINAL]
     log = runlog.Log(tmp_path, 0, append=False)
     for record in records:
         log.record(record)
