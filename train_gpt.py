@@ -156,8 +156,7 @@ class Config:
         need(self.model_dim % self.num_heads == 0, self, "num_heads", f"must divide model_dim={self.model_dim}")
         need(self.num_heads % self.num_kv_heads == 0, self, "num_kv_heads", f"must divide num_heads={self.num_heads}")
         need(self.model_dim // self.num_heads % 2 == 0, self, "num_heads", "model_dim / it must be even for RoPE")
-        names = self.run_id.split("/")
-        need(not self.run_id or not {"", ".", ".."} & set(names), self, "run_id",
+        need(not self.run_id or not {"", ".", ".."} & set(self.run_id.split("/")), self, "run_id",
              "must be a name, or names below each other as in a/b; --out-dir says where")
         need(self.resume in ("auto", "never"), self, "resume", "must be auto or never")
         need(self.device in ("auto", "cpu", "cuda"), self, "device", "must be auto, cpu or cuda")

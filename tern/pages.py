@@ -164,7 +164,8 @@ PAGE_STYLE = """
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e6e6; --paper: #161616; --line: #3c3c3c; --faint: #9a9a9a;
   --good: #6cc585; --bad: #ff8a80; --heat: 255, 130, 40; } }
 @media print { :root { color-scheme: light; --ink: #000; --paper: #fff; --line: #bbb; --faint: #555; --good: #1b7837;
-  --bad: #b2182b; --heat: 213, 94, 0; } figure, .boxes, pre { break-inside: avoid; } h2, h3 { break-after: avoid; }
+  --bad: #b2182b; --heat: 213, 94, 0; } figure, .boxes { break-inside: avoid; }
+  h2, h3, h3 + p { break-after: avoid; }
   .wide { overflow: visible; } details > * { display: revert; } }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 2rem auto;
   max-width: 66rem; padding: 0 1rem; overflow-wrap: anywhere; }

@@ -15,6 +15,7 @@ import math
 import re
 import statistics
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -201,7 +202,8 @@ def read_run(path: Path) -> Seen:
         elif isinstance(record, runlog.Final):
             final = record
     details = path / "details.json"
-    return Seen(path, pages.visible(str(header.settings.get("run_id") or path.name)), header, list(steps.values()),
+    name = " ".join(pages.visible(str(header.settings.get("run_id") or path.name)).split())
+    return Seen(path, name, header, list(steps.values()),
                 list(validations.values()), phases, final,
                 typed(final.score, Result, f"{metrics}: final.score") if final else None,
                 read_details(details, final) if final and details.is_file() else None)
@@ -366,7 +368,7 @@ def series(runs: Sequence[Seen], axes: Axes, x: str, y: str, skip: float = 0.0, 
         steps = [s for s in steps if s.step >= skip * steps[-1].step]
         if len(steps) > 1:
             axes.plot([getattr(s, x) for s in steps], [getattr(s, y) for s in steps], color=shade(i),
-                      label=run.name, **style)
+                      label=textwrap.shorten(run.name, 40), **style)
             drawn += 1
     return drawn
 
@@ -504,7 +506,7 @@ def draw_bins(runs: Sequence[Seen], key: str, label: str) -> Figure | None:
             bins = [b for b in bins if b.bytes]
             middle = [math.sqrt(max(b.low, 1) * max(b.high, 1)) for b in bins]
             left.plot(middle, [bits_per_byte([b]) for b in bins], "o-", markersize=4, color=shade(i),
-                      label=runs[i].name)
+                      label=textwrap.shorten(runs[i].name, 40))
             total = sum(b.nats for b in bins)
             right.plot(middle, [b.nats / total for b in bins], "o-", markersize=4, color=shade(i))
         for axes in (left, right):
