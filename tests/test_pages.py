@@ -27,7 +27,8 @@ DARK = "--blink-settings=preferredColorScheme=0"
 def opened(page: Path, *options: str) -> str:
     """What the browser said of a page in its log: the console's lines, too."""
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", *OFFLINE,
-               f"--user-data-dir={page.parent / 'profile'}", "--enable-logging=stderr", "--v=0", *options, page.as_uri()]
+               f"--user-data-dir={page.parent / 'profile'}", "--enable-logging=stderr", "--v=0", *options,
+               page.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 0, done.stderr
     return done.stderr
