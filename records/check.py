@@ -28,6 +28,8 @@ if __package__ in (None, ""):
 
 import pack
 from records import rules
+from records.claim import weigh_claim
+from records.static import forbidden
 from records.rules import Blocked, Run, Submission, SubmissionError, Track, differences, seed_names, sha256
 from tern import command, runlog, source
 from tern.files import folder_identity
@@ -287,41 +289,8 @@ def check_artifact(run: Run, names: Mapping[str, str]) -> Iterator[str]:
         yield f"{names['model.tern']}: its configuration is not that of {names['metrics.jsonl']}"
 
 
-NETWORK = {"socket", "ssl", "urllib", "http", "requests", "huggingface_hub", "ftplib", "smtplib", "httpx", "aiohttp"}
-PICKLE = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"}
-DYNAMIC = {"importlib", "imp", "runpy"}
-PICKLE_CALLS = {"torch.load", "torch.save", "pandas.read_pickle", "torch.hub.load", "pd.read_pickle"}
-DYNAMIC_CALLS = {"__import__", "exec", "eval", "compile"}
 PICKLE_MAGIC = tuple(bytes([0x80, protocol]) for protocol in range(2, 6))
 ZIP_MAGIC = (b"PK\x03\x04", b"PK\x05\x06")
-
-
-def dotted(node: ast.expr) -> str:
-    """a.b.c as it is written; empty for anything else."""
-    if isinstance(node, ast.Attribute):
-        left = dotted(node.value)
-        return f"{left}.{node.attr}" if left else ""
-    return node.id if isinstance(node, ast.Name) else ""
-
-
-def forbidden(tree: ast.AST) -> Iterator[str]:
-    """What a module imports or calls for network, pickle or code from elsewhere; what it builds up is not found."""
-    for node in ast.walk(tree):
-        imported = []
-        if isinstance(node, ast.Import):
-            imported = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            imported = [f"{node.module}.{alias.name}" for alias in node.names]
-        for name in imported:
-            root = name.split(".")[0]
-            if root in NETWORK | PICKLE | DYNAMIC or name in PICKLE_CALLS or name.startswith("torch.hub"):
-                yield f"line {node.lineno} imports {name}"
-        if isinstance(node, ast.Call):
-            name = dotted(node.func)
-            unpickles = any(k.arg == "allow_pickle" and getattr(k.value, "value", True) is not False
-                            for k in node.keywords)
-            if name in PICKLE_CALLS | DYNAMIC_CALLS or unpickles:
-                yield f"line {node.lineno} calls {name or 'a function'}{' with allow_pickle' if unpickles else ''}"
 
 
 def check_imports(c: Case) -> Iterator[str]:
@@ -471,101 +440,6 @@ def check_seconds(c: Case) -> Iterator[str]:
 # ---------------------------------------------------------------------------------------------------------------
 # The claim
 # ---------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class SeedScore:
-    val_bpb: float
-
-
-@dataclass(frozen=True)
-class Record:
-    """Of an older submission.json, what a claim is tested against."""
-
-    track: str
-    seeds: list[SeedScore]
-    data_sha256: dict[str, str]
-    name: str = ""
-    date: str = ""
-    files: dict[str, rules.Listed] = field(default_factory=dict)
-
-
-def p_value(values: list[float], record: list[float], margin: float = 0.0) -> float:
-    """One-sided p of values that are no more than margin below the record's: the chance of such values if so.
-
-    Against one number the t-test of one sample, against several Welch's. nan where nothing can be said: one value.
-    """
-    from scipy import stats  # a second to import, and only this needs it
-
-    if len(values) < 2:
-        return math.nan
-    raised = [value + margin for value in values]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # equal values: p is then 0, 1 or nan, as it should be
-        if len(record) == 1:
-            return float(stats.ttest_1samp(raised, record[0], alternative="less").pvalue)
-        return float(stats.ttest_ind(raised, record, equal_var=False, alternative="less").pvalue)
-
-
-def read_record(text: str) -> tuple[list[float], Record | None]:
-    """(bits per byte, the record) of --against: a number, a folder or its submission.json. Raises SubmissionError.
-
-    For a number, and for a record of one seed, there is one value; for a number there is no record.
-    """
-    try:
-        value = float(text)
-    except ValueError:
-        path = Path(text) / "submission.json" if Path(text).is_dir() else Path(text)
-        record = rules.read_json(pack.read_bytes(path), Record, str(path))
-        if not record.seeds:
-            raise SubmissionError(f"{path}: has no seeds") from None
-        return [seed.val_bpb for seed in record.seeds], record
-    if not 0 < value < math.inf:
-        raise SubmissionError(f"--against {text}: not a number of bits per byte")
-    return [value], None
-
-
-def weigh_claim(summary: Mapping, claimed: bool, against: str | None) -> tuple[list[str], str]:
-    """(what speaks against the claim of a record, a line each; the statistics in words) by the competition's rule.
-
-    Against a record whose program ran in turn with this one it must hold by that record's seeds and by the pairs: only
-    these were on one machine in the same hours, but their logs are all that there is of those runs.
-    summary: of rules.summarize. Raises SubmissionError where `against` cannot be read.
-    """
-    if against is None:
-        if claimed:
-            return ["a record is claimed and was not tested: give --against, the record's folder or its bits per byte"
-                    ], "none made"
-        return [], "none made"
-    faults, values = [], [row["val_bpb"] for row in summary["seeds"]]
-    others, record = read_record(against)
-    if record and record.track != summary["track"]:
-        faults.append(f"--against {against}: a record of track {record.track}, not {summary['track']}")
-    if record and validation_hashes(record.data_sha256) != validation_hashes(summary["data_sha256"]):
-        faults.append(f"--against {against}: scored on other validation data")
-    margin = math.inf  # the nats in bits per byte, as this model's losses compare
-    if summary["val_loss"] > 0:
-        margin = rules.RECORD_NATS * summary["val_bpb"] / summary["val_loss"]
-    better, p = statistics.mean(others) - statistics.mean(values), p_value(values, others, margin)
-    text = (f"{better:+.6f} bpb better than {statistics.mean(others):.6f} (n = {len(others)}), p = "
-            f"{p_value(values, others):.3g}; by {rules.RECORD_NATS} nats = {margin:.6f} bpb: p = {p:.3g}")
-    rival = summary.get("rival")
-    if record and rival and (record.name, record.date) == (rival["name"], rival["date"]):
-        program = record.files.get("train_gpt.py")
-        for row in rival["seeds"]:
-            if program is None or list(row["code_sha256"].values()) != [program.sha256]:
-                faults.append(f"--against {against}: seed {row['seed']} ran beside another program than that record's")
-        pairs = [row["difference"] for row in rival["seeds"]]
-        in_turn = p_value(pairs, [0.0], margin)
-        text += f"; in turn with its program {-statistics.mean(pairs):+.6f} ({len(pairs)} pairs): p = {in_turn:.3g}"
-        p = math.nan if math.isnan(in_turn) else max(p, in_turn)
-    if claimed and not p < rules.RECORD_P:
-        faults.append(f"a record is claimed, but: {text}, which must be below {rules.RECORD_P}")
-    return faults, text
-
-
-def validation_hashes(data_sha256: Mapping[str, str]) -> set[str]:
-    return {sha for name, sha in data_sha256.items() if "_val_" in name}
 
 
 def check_claim(c: Case) -> Iterator[str]:

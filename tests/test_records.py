@@ -13,7 +13,8 @@ import pytest
 from conftest import PATIENCE, ROOT, VOCAB, ended, run, started
 from data import prepare
 from records import rules
-from records.check import check, final_lines, weigh_claim
+from records.check import check, final_lines
+from records.claim import weigh_claim
 from tern import source
 
 RECORDS = sorted((ROOT / "records").glob("track_*/*"))

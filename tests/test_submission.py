@@ -22,8 +22,10 @@ import pytest
 import pack
 from conftest import PATIENCE, ROOT, VOCAB
 from records import bundle, rules
-from records.check import CHECKS, Case, check, check_files, forbidden, p_value, weigh_claim
+from records.check import CHECKS, Case, check, check_files
 from records.check import main as check_main
+from records.claim import p_value, weigh_claim
+from records.static import forbidden
 from records.rules import SubmissionError, sha256
 from tern import runlog, source
 from tern.files import folder_identity
