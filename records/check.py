@@ -1,25 +1,28 @@
 """The referee: whether a submission's folder is what it says.
 
     python records/check.py FOLDER [--against RECORD] [--data DATA]
+    python records/check.py PUBLISHED [--against RECORD] [--json FILE]
 
-submission.json says nothing of its own but who, when and what is claimed: every number in it is rules.summarize of the
-other files, and is computed again here. The referee believes nothing that it reads and runs nothing of it, except with
---data, and then only the train_gpt.py that it has just shown to be source/ compressed, after everything else held.
+Of a folder that records/bundle.py wrote, submission.json says nothing of its own but who, when and what is claimed:
+every number in it is rules.summarize of the other files, and is computed again here. The referee believes nothing that
+it reads and runs nothing of it, except with --data, and then only the train_gpt.py that it has just shown to be source/
+compressed, after everything else held.
+
+A folder of the competition in any other layout is read by records/published.py and judged by records/findings.py: a
+line per finding, with file, line, severity and what to do.
 """
 
 from __future__ import annotations
 
 import ast
-import math
 import os
 import re
 import statistics
 import subprocess
 import sys
 import tempfile
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
 
@@ -27,12 +30,12 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import pack
-from records import rules
+from records import findings, published, rules
 from records.claim import weigh_claim
-from records.static import forbidden
 from records.rules import Blocked, Run, Submission, SubmissionError, Track, differences, seed_names, sha256
+from records.static import forbidden
 from tern import command, runlog, source
-from tern.files import folder_identity
+from tern.files import folder_identity, write_atomic
 
 MAX_FILES, MAX_FOLDER, MAX_SEEDS = 1000, 1 << 30, 100  # files, bytes and seeds of a folder that is looked at
 MAX_READ = 1 << 25  # bytes of one file: above every cap, and three times a log of 20,000 steps
@@ -546,15 +549,36 @@ def check(folder: Path, against: str | None = None, data: Path | None = None,
     return lines, case.failed
 
 
+def check_published(folder: Path, against: str | None, json_file: Path | None) -> tuple[list[str], bool]:
+    """(a line per finding and one that counts them, whether any is an error) of a folder in the field's own layout."""
+    case, found = findings.find(folder, against)
+    if json_file is not None:
+        write_atomic(json_file, findings.to_json(case, found).encode())
+    counts = [sum(f.severity == severity for f in found) for severity in findings.SEVERITIES]
+    lines = [printable(f.line()) for f in found]
+    return [*lines, "{} errors, {} warnings, {} notes".format(*counts)], counts[0] > 0
+
+
 def main(argv: list[str] | None = None) -> int:
     command.steady_streams()
-    p = command.Parser(description="Check a submission's folder as a referee does.", allow_abbrev=False)
-    p.add_argument("folder", help="one that records/bundle.py wrote")
+    p = command.Parser(description="Check a submission's folder as a referee does: one that records/bundle.py wrote, "
+                       "or one of the competition in whatever layout, of which nothing is run (docs/check.md).",
+                       allow_abbrev=False)
+    p.add_argument("folder", type=Path, help="a submission's folder")
     p.add_argument("--against", help="the record to beat: its folder, its submission.json or its bits per byte")
-    p.add_argument("--data", type=Path, help="also score every artifact again on this data, by the folder's program")
+    p.add_argument("--data", type=Path, help="of our own: also score every artifact again on this data, by the "
+                   "folder's program")
+    p.add_argument("--json", type=Path, metavar="FILE", help="of others': also write the findings to this file")
     args = p.parse_args(argv)
     try:
-        lines, failed = check(Path(args.folder), args.against, args.data)
+        ours = published.is_ours(args.folder)
+        if ours and args.json:
+            raise SubmissionError(f"--json {args.json}: {args.folder} is of records/bundle.py, whose checks are lines; "
+                                  "leave --json out")
+        if not ours and args.data:
+            raise SubmissionError(f"--data {args.data}: nothing of a published folder is run; leave --data out")
+        lines, failed = (check(args.folder, args.against, args.data) if ours else
+                         check_published(args.folder, args.against, args.json))
     except (ValueError, OSError) as e:
         command.say_error(e)
         return 1

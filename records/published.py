@@ -1,9 +1,9 @@
-"""The folder of a published submission, as the field lays it out: its logs, claims, programs and tokenizers, with where.
+"""The folder of a published submission, in the field's own layout: its logs, claims, programs, tokenizers, with where.
 
-A folder holds README.md, submission.json, the logs of the seeds under any name and train_gpt.py under any name; keys and
-lines have as many spellings as authors. What is read here is what is printed: which score a log ends with, how many
-bytes, steps and seconds it states, each with its file and line. Nothing of a folder is run, and all of it is hostile: it
-is read up to limits (MAX_*), never through links.
+A folder holds README.md, submission.json, the logs of the seeds and train_gpt.py, each under any name; keys and lines
+have as many spellings as authors. What is read here is what is printed: which score a log ends with, how many bytes,
+steps and seconds it states, each with its file and line. Nothing of a folder is run, and all of it is hostile: it is
+read up to limits (MAX_*), never through links.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -109,7 +109,8 @@ class Log:
             if score.kind in (RUNNING, OTHER):
                 continue
             old = last.get(score.name)
-            if old is None or score.bpb.digits >= old.bpb.digits or not old.bpb.agrees(score.bpb.value, score.bpb.digits):
+            if (old is None or score.bpb.digits >= old.bpb.digits
+                    or not old.bpb.agrees(score.bpb.value, score.bpb.digits)):
                 seconds = score.seconds if score.seconds is not None or old is None else old.seconds
                 stride = score.stride or (old.stride if old else None)
                 kind = score.kind if old is None or stride == score.stride else old.kind
@@ -146,7 +147,7 @@ class Log:
 NUMBER = r"([-+]?\d{1,6}\.\d{1,18})(?![\d%])"
 PAIR = re.compile(rf"(?:val_?|q_)?loss\s*[=:]\s*{NUMBER}[\s,;|]*(?:val_?|q_)?bpb\s*[=:]\s*{NUMBER}", re.IGNORECASE)
 RIAP = re.compile(rf"(?:val_?|q_)?bpb\s*[=:]\s*{NUMBER}[\s,;|(]*(?:val_?|q_)?loss\s*[=:]\s*{NUMBER}", re.IGNORECASE)
-ALONE = re.compile(rf"([\w.-]*?)_?(?:bpb|bits per byte)(?:_exact)?\s*(?:\([^()]{{0,40}}\))?\s*[=:]?\s*{NUMBER}",
+ALONE = re.compile(rf"([\w.-]*?)_?(?:bpb|bits per byte)(?:_exact)?\s*(?:\(([^()]{{0,40}})\))?\s*[=:]?\s*{NUMBER}",
                    re.IGNORECASE)
 IS_CODE = re.compile(r"""^\s*(#|//|f?["']|\(|log\d?\(|print\(|return |def |if |assert |\|)|\bf["']|\{\w""")
 STEP = re.compile(r"^\s*(?:step[:\s=]*)?(\d{1,8})/\d{1,9}\b|^\s*(?:step|iter)[:\s=]+(\d{1,8})\b", re.IGNORECASE)
@@ -164,10 +165,11 @@ IS_ADAPTED = re.compile(r"ttt|slot|n[-_]?gram|adapt|ppm|cache|two_pass|online|kn
 IS_SLIDING = re.compile(r"slid(e|ing)|(^|_| )sw\d*(_| |$)|stride", re.IGNORECASE)
 IS_CHUNKED = re.compile(r"roundtrip|quant|int\d|final|artifact|non[-_]?overlap|ternary|chunked|standard|^val$|^$",
                         re.IGNORECASE)
-SIZE = re.compile(r"([A-Za-z][\w+ ()./-]{0,60}?)\s{0,8}[:=]\s{0,8}(\d[\d,_]{3,14})(?![.\d])(\s{0,3}(?:bytes|B)\b)?")
-SIZES = re.compile(r"^\s*(?:model|budget)[:=](?:(\d{5,11})\s+code[:=](\d{3,9})\s+total[:=])?(\d{5,11})(?:\b|/)")  # in one
-NOT_A_SIZE = re.compile(r"trial|target|limit|budget|payload|raw|baseline|est|remain|headroom|margin|cap\b|memory|alloc|"
-                        r"uncompressed|param|per_|stored|token|sent|max_|needed|reserve|float|fp32|original", re.IGNORECASE)
+SIZE = re.compile(r"([A-Za-z][\w+ ()./=-]{0,60}?)\s{0,8}[:=]\s{0,8}(\d[\d,_]{3,14})(?![.\d])(\s{0,3}(?:bytes|B)\b)?")
+SIZES = re.compile(r"^\s*(?:model|budget)[:=](?:(\d{5,11})\s+code[:=](\d{3,9})\s+total[:=])?(\d{5,11})(?:\b|/)")
+NOT_A_SIZE = re.compile(r"trial|target|limit|budget|payload|raw|baseline|est|remain|headroom|margin|cap\b|memory|"
+                        r"alloc|uncompressed|param|per_|stored|token|sent|max_|needed|reserve|float|fp32|original",
+                        re.IGNORECASE)
 SEED = re.compile(r"(?:^|[\s,(])(?:seed|SEED)\s{0,3}[:=]\s{0,3}(\d{1,10})\b")
 SEED_IN_NAME = re.compile(r"(?:seed|(?:^|[_\W])s)[_=-]?(\d{1,10})(?!\d)", re.IGNORECASE)
 SETTING = re.compile(r"^\s{1,8}(\w{2,40}): (\S.{0,200})$")
@@ -175,9 +177,10 @@ PREFIX = re.compile(r"^(?:\[[^\[\]]{1,40}\][:\s]{0,3}|\d{4}-\d\d-\d\d[ T][\d:,.]
 DECIMAL = re.compile(r"(?<![\d.])\d{1,3}\.(\d{3,18})(?!\d)")
 WHOLE = re.compile(r"(?<![\d.])\d[\d,]{4,16}(?![.\d])")
 COLOUR = re.compile(r"\x1b\[[0-9;]{0,12}[A-Za-z]")
+SIMPLE = re.compile(r"[\w.+-]{1,40}")  # a value that can be compared
 RULE = re.compile(r"^={60,}\s*$")
-OWN_SETTINGS = re.compile(r"seed|run_id|log_?file|path|dir$|_dir_|files|rank|artifact|^name$|datasets|output|checkpoint|"
-                          r"timestamp|^date", re.IGNORECASE)  # that differ between seeds of one submission
+OWN_SETTINGS = re.compile(r"seed|^log$|every$|run_id|log_?file|path|dir$|_dir_|files|rank|artifact|^name$|data|"
+                          r"output|checkpoint|timestamp", re.IGNORECASE)  # that differ between seeds of one submission
 
 
 def number_of(text: str, at: Place, name: str = "") -> Number:
@@ -263,9 +266,10 @@ def read_scores(line: str, at: Place) -> Iterator[Score]:
     for m in ALONE.finditer(line):
         if any(a < m.end() and m.start() < b for a, b in spans):
             continue
-        name = line[max((b for _, b in spans if b <= m.start()), default=0) : m.start()] + " " + m.group(1)
+        name = line[max((b for _, b in spans if b <= m.start()), default=0) : m.start()]
+        name = " ".join(part for part in (name.strip(), m.group(1), m.group(2)) if part)
         spans.append(m.span())
-        yield make_score(name, line[m.end():], number_of(m.group(2), at), None, bool(step))
+        yield make_score(name, line[m.end():], number_of(m.group(3), at), None, bool(step))
 
 
 def make_score(name: str, rest: str, bpb: Number, loss: Number | None, is_step: bool) -> Score:
@@ -289,12 +293,12 @@ def float_or(text: str, default: float = math.nan) -> float:
         return default
 
 
-def size_kind(name: str, has_unit: bool) -> str:
-    """ "model", "code" or "total" of a line that states bytes; empty for anything else."""
+def size_kind(name: str, has_unit: bool, line: str) -> str:
+    """ "model", "code" or "total" of what states bytes in a line; empty for anything else."""
     name = name.lower().strip()
     if not has_unit and "byte" not in name and "size" not in name or NOT_A_SIZE.search(name):
         return ""
-    if "total" in name or "submission" in name:
+    if "submission" in name or "total" in name and re.search(r"artifact|model|code|int\d|size|train_log", line.lower()):
         return "total"
     if "code" in name or name.endswith(".py"):
         return "code"
@@ -304,7 +308,7 @@ def size_kind(name: str, has_unit: bool) -> str:
 
 
 def read_log(name: str, text: str) -> Log:
-    """What a log prints. Lines are split at line feeds alone, so that editors find them; bars redraw themselves in one."""
+    """What a log prints. Lines are split at line feeds alone, as editors count them; bars redraw themselves in one."""
     log = Log(name)
     if m := SEED_IN_NAME.search(name.rpartition("/")[2]):
         log.named_seed = int(m.group(1))
@@ -364,7 +368,7 @@ def read_line(log: Log, line: str, at: Place, sliding_mode: str) -> None:
                       zip(("model", "code", "total"), m.groups(), strict=True) if text]
         return
     for m in SIZE.finditer(line):
-        kind, value = size_kind(m.group(1), bool(m.group(3))), int(m.group(2).replace(",", "").replace("_", ""))
+        kind, value = size_kind(m.group(1), bool(m.group(3)), line), int(m.group(2).replace(",", "").replace("_", ""))
         if kind and 1000 <= value < 1 << 40:
             packed = not re.fullmatch(r"(serialized model|total submission size)", m.group(1).strip().lower())
             log.sizes.append(Number(value, at, digits=int(packed), name=kind))
@@ -376,10 +380,16 @@ def read_line(log: Log, line: str, at: Place, sliding_mode: str) -> None:
 
 
 def trim_raw_sizes(log: Log) -> None:
-    """Drop the bytes of what is not packed, where packed ones are named too: the field's trainers print both."""
+    """Drop the bytes of what is not packed: the field's trainers print both, the packed one under a longer name."""
+    raw = {n.value for n in log.sizes if n.name == "model" and not n.digits}
+    code = {n.value for n in log.sizes if n.name == "code"}
     for kind in ("model", "total"):
-        if any(n.name == kind and n.digits for n in log.sizes):
-            log.sizes = [n for n in log.sizes if n.name != kind or n.digits]
+        packed = any(n.name == kind and n.digits for n in log.sizes)
+        log.sizes = [n for n in log.sizes if n.name != kind or n.digits or not packed
+                     and n.value < 2 * rules.OFFICIAL.cap_bytes]
+    if any(n.name == "model" and n.digits for n in log.sizes):
+        log.sizes = [n for n in log.sizes if n.name != "total" or n.digits
+                     or n.value not in {a + b for a in raw for b in code}]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -407,15 +417,24 @@ class Claim:
         for name in names:
             value = self.value.get(name)
             if is_number(value) and low < value < high:
-                return number(value, self.at(name), name)
+                return self.stated(value, self.at(name), name)
             if isinstance(value, dict) and is_number(value.get("mean")) and low < value["mean"] < high:
-                return number(value["mean"], self.at(name, "mean"), f"{name}.mean")
+                return self.stated(value["mean"], self.at(name, "mean"), f"{name}.mean")
         return None
+
+    def stated(self, value: float, at: Place, name: str) -> Number:
+        """A number with the digits that its line has: 1.0640 is not 1.064."""
+        line = self.lines[at.line - 1] if at.line <= len(self.lines) else ""
+        written = [len(digits) for whole, digits in re.findall(r"(-?\d{1,20})\.?(\d{0,20})", line[:MAX_LINE])
+                   if float(f"{whole}.{digits or 0}") == value]
+        return Number(float(value), at, max(written, default=len(repr(value).partition(".")[2])), name)
 
     @property
     def bpb(self) -> Number | None:
-        return self.number("val_bpb", "mean_val_bpb", "val_bpb_mean", "bpb", "final_val_bpb", "score", "best_val_bpb",
-                           high=30.0)
+        said = self.number("val_bpb", "mean_val_bpb", "val_bpb_mean", "val_bpb_3seed_mean", "bpb", "validation_bpb",
+                           "final_val_bpb", "score", "best_val_bpb", high=30.0)
+        # Some write it as val_loss; nats of a token are more.
+        return said or (self.number("val_loss", low=0.2, high=1.6) if "val_bpb" not in self.value else None)
 
     @property
     def loss(self) -> Number | None:
@@ -444,19 +463,29 @@ class Claim:
             for key, row in rows:
                 seed = int(re.sub(r"\D", "", key))
                 if isinstance(row, dict):
-                    facts = seed_facts(row, lambda *keys, group=group, key=key: self.at(group, key, *keys))
+                    facts = self.seed_facts(row, group, key)
                 elif is_number(row) and re.search(r"bpb|seed|result|score", group) and 0.2 < row < 5:
-                    facts = {"bpb": number(row, self.at(group, key), group)}
+                    facts = {"bpb": self.stated(row, self.at(group, key), group)}
                 else:
                     continue
                 found[seed] = facts | found.get(seed, {})
         return found
 
+    def seed_facts(self, row: Mapping, group: str, seed: str) -> dict[str, Number]:
+        """What a seed's own object says, by SEED_KEYS."""
+        facts = {}
+        for fact, keys in SEED_KEYS.items():
+            for key in keys:
+                if is_number(row.get(key)):
+                    facts[fact] = self.stated(row[key], self.at(group, seed, key), key)
+                    break
+        return facts
+
     @property
     def seed_list(self) -> list[int]:
         """The seeds that it names, in any way."""
         listed = self.value.get("seeds")
-        plain = [s for s in listed if isinstance(s, int) and not isinstance(s, bool)] if isinstance(listed, list) else []
+        plain = [s for s in listed if type(s) is int] if isinstance(listed, list) else []
         return list(dict.fromkeys([*plain, *self.seeds]))
 
 
@@ -470,23 +499,8 @@ SEED_KEYS = {
 }
 
 
-def seed_facts(row: Mapping, at: Callable[..., Place]) -> dict[str, Number]:
-    facts = {}
-    for fact, keys in SEED_KEYS.items():
-        for key in keys:
-            if is_number(row.get(key)):
-                facts[fact] = number(row[key], at(key), key)
-                break
-    return facts
-
-
 def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def number(value: float, at: Place, name: str) -> Number:
-    text = repr(value)
-    return Number(float(value), at, len(text.partition(".")[2]) if "e" not in text else 12, name)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -555,8 +569,9 @@ def read_folder(path: Path) -> Published:
             log = read_log(name, decode(data))
             if log.steps or any(score.kind in (RUNNING, CHUNKED, SLIDING, ADAPTED) for score in log.scores):
                 found.logs.append(log)
-    if claim := found.claim:
-        found.non_record |= bool(re.search(r"non[-_ ]?record|unlimited", str(claim.value.get("track", ""))[:200]))
+    words = str(found.claim.value.get("track", ""))[:200] if found.claim else ""
+    words += " ".join(found.readme.lines[:40])[:8000] if found.readme else ""
+    found.non_record |= bool(re.search(r"non[-_ ]?record|unlimited", words, re.IGNORECASE))
     return found
 
 

@@ -7,6 +7,7 @@ import base64
 import binascii
 import bz2
 import lzma
+import platform
 import re
 import warnings
 import zlib
@@ -54,6 +55,9 @@ def forbidden(tree: ast.AST) -> Iterator[str]:
 # ---------------------------------------------------------------------------------------------------------------
 # A file of a program, as it lies and unpacked
 # ---------------------------------------------------------------------------------------------------------------
+
+
+PYTHON = ".".join(platform.python_version_tuple()[:2])
 
 
 class Unreadable(ValueError):
@@ -220,9 +224,8 @@ def pickle_uses(tree: ast.AST) -> Iterator[ast.AST]:
             continue
         name = dotted(node.func)
         given = {k.arg: getattr(k.value, "value", None) for k in node.keywords}
-        if name == "torch.load" and given.get("weights_only", True) is False:
-            yield node
-        elif name.split(".")[0] in PICKLE and name.rpartition(".")[2] in ("load", "loads", "Unpickler"):
+        loads = name.split(".")[0] in PICKLE and name.rpartition(".")[2] in ("load", "loads", "Unpickler")
+        if loads or (name == "torch.load" and given.get("weights_only", True) is False):
             yield node
 
 
@@ -268,8 +271,8 @@ def words(node: ast.AST) -> set[str]:
 
 
 SCORES = re.compile(r"loss_sum|nll|bpb|byte_count|byte_sum|token_count|total_loss|loss_total|val_loss|scored")
-TRAINS = re.compile(r"train_loader|loader$|next_batch|train_files|train_batch|train_stream|train_tokens|distributedtoken"
-                    r"|shuffledsequence")
+TRAINS = re.compile(r"train_loader|loader$|next_batch|train_files|train_batch|train_stream|train_tokens|"
+                    r"distributedtoken|shuffledsequence")
 
 
 def unscored_adaptation(tree: ast.AST) -> Iterator[ast.FunctionDef]:

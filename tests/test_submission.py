@@ -25,8 +25,8 @@ from records import bundle, rules
 from records.check import CHECKS, Case, check, check_files
 from records.check import main as check_main
 from records.claim import p_value, weigh_claim
-from records.static import forbidden
 from records.rules import SubmissionError, sha256
+from records.static import forbidden
 from tern import runlog, source
 from tern.files import folder_identity
 
