@@ -287,8 +287,8 @@ def check_score(c: Case) -> Found:
     one_of = any(said.agrees(score.bpb.value, score.bpb.digits) for score in finals)
     if mean_of or one_of:
         before = [s for s in finals if s.kind == BEFORE and said.agrees(s.bpb.value, s.bpb.digits)]
-        if before and not mean_of and not any(said.agrees(s.bpb.value, s.bpb.digits) for s in finals
-                                              if s.kind != BEFORE):
+        after = [s for s in finals if s.kind != BEFORE]
+        if before and after and not any(said.agrees(s.bpb.value, s.bpb.digits) for s in after):
             yield Finding(ERROR, "score", said.at, f"{said.name} {said.value:g} is {before[0].name} of "
                           f"{before[0].bpb.at}, a score before quantization: not of what is submitted",
                           "claim the score of the file")
@@ -331,10 +331,11 @@ def claimed_mean(c: Case, said: Number) -> Found:
             some = any(said.agrees(v, digits) for v in values)
             small = abs(said.value - mean) < SMALL
             yield Finding(WARNING if some or small else ERROR, "score", said.at, f"{said.name} is {said.value:g}, the "
-                          f"mean of its own {len(values)} seeds is {mean:.6f}"
+                          f"mean of the {len(values)} seeds that it has values of is {mean:.6f}"
                           + (": it is that of one of them" if some else ""), "claim the mean")
         std = c.folder.claim.number("val_bpb_std", "std_val_bpb", high=1.0)
-        if std and not any(std.agrees(f(values), digits) for f in (statistics.stdev, statistics.pstdev)):
+        unit = 10.0 ** -min(digits, std.digits) if std else 0.0  # of the last digit: the values are rounded as well
+        if std and not any(abs(std.value - f(values)) <= 1.6 * unit for f in (statistics.stdev, statistics.pstdev)):
             yield Finding(WARNING, "score", std.at, f"{std.name} is {std.value:g}; the seeds' values here have a "
                           f"sample standard deviation of {statistics.stdev(values):.6f} (that of a population is "
                           f"{statistics.pstdev(values):.6f})", "state the sample's")
@@ -361,6 +362,8 @@ def check_text(c: Case) -> Found:
             if score.loss is None or min(score.loss.digits, score.bpb.digits) < 4 or score.bpb.value < 0.1:
                 continue
             size = tokens * score.loss.value / (score.bpb.value * math.log(2))
+            if abs(size / tokens - 1) < SAME_TEXT < abs(tokens / OFFICIAL_BYTES - 1):
+                continue  # the loss is one of a byte, which says nothing of the text
             share = size / OFFICIAL_BYTES
             verdict, do = text_verdict(share, tokens)
             if verdict[0] == NOTE and any(rule == NOTE for rule, _ in seen):

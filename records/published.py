@@ -151,8 +151,8 @@ ALONE = re.compile(rf"([\w.-]*?)_?(?:bpb|bits per byte)(?:_exact)?\s*(?:\(([^()]
                    re.IGNORECASE)
 IS_CODE = re.compile(r"""^\s*(#|//|f?["']|\(|log\d?\(|print\(|return |def |if |assert |\|)|\bf["']|\{\w""")
 STEP = re.compile(r"^\s*(?:step[:\s=]*)?(\d{1,8})/\d{1,9}\b|^\s*(?:step|iter)[:\s=]+(\d{1,8})\b", re.IGNORECASE)
-TRAIN_TIME = re.compile(r"train_time[:=]\s*([\d.]{1,16})\s*(ms|s|m)\b")
-STEP_AVG = re.compile(r"step_avg[:=]\s*([\d.]{1,16})\s*ms\b")
+TRAIN_TIME = re.compile(r"\b(?:train_)?time[:=]\s*([\d.]{1,16})\s*(ms|s|m)\b")
+STEP_AVG = re.compile(r"(?:\b|_)avg[:=]\s*([\d.]{1,16})\s*ms\b")
 EVAL_TIME = re.compile(r"(?:eval_time|elapsed|ttt_time|time)[:=]\s*([\d.]{1,16})\s*(ms|s)\b")
 PASSING = re.compile(r"\d+\s*/\s*\d+|chunk|windows|running|batch|\bep(och)?\b|\bstep\b|\biter|^tt[pg]\b|\[|%|progress|"
                      r"\blayer|trial|\bat step", re.IGNORECASE)
@@ -166,6 +166,7 @@ IS_SLIDING = re.compile(r"slid(e|ing)|(^|_| )sw\d*(_| |$)|stride", re.IGNORECASE
 IS_CHUNKED = re.compile(r"roundtrip|quant|int\d|final|artifact|non[-_]?overlap|ternary|chunked|standard|^val$|^$",
                         re.IGNORECASE)
 SIZE = re.compile(r"([A-Za-z][\w+ ()./=-]{0,60}?)\s{0,8}[:=]\s{0,8}(\d[\d,_]{3,14})(?![.\d])(\s{0,3}(?:bytes|B)\b)?")
+PARTS = re.compile(r"(\d{5,11}) bytes \(model[:=]\s?(\d{5,11})\s+code[:=]\s?(\d{3,9})\)")  # a total and its parts
 SIZES = re.compile(r"^\s*(?:model|budget)[:=](?:(\d{5,11})\s+code[:=](\d{3,9})\s+total[:=])?(\d{5,11})(?:\b|/)")
 NOT_A_SIZE = re.compile(r"trial|target|limit|budget|payload|raw|baseline|est|remain|headroom|margin|cap\b|memory|"
                         r"alloc|uncompressed|param|per_|stored|token|sent|max_|needed|reserve|float|fp32|original",
@@ -173,7 +174,7 @@ NOT_A_SIZE = re.compile(r"trial|target|limit|budget|payload|raw|baseline|est|rem
 SEED = re.compile(r"(?:^|[\s,(])(?:seed|SEED)\s{0,3}[:=]\s{0,3}(\d{1,10})\b")
 SEED_IN_NAME = re.compile(r"(?:seed|(?:^|[_\W])s)[_=-]?(\d{1,10})(?!\d)", re.IGNORECASE)
 SETTING = re.compile(r"^\s{1,8}(\w{2,40}): (\S.{0,200})$")
-PREFIX = re.compile(r"^(?:\[[^\[\]]{1,40}\][:\s]{0,3}|\d{4}-\d\d-\d\d[ T][\d:,.]{8,16}\s{0,3}[-:]?\s{0,3})")
+PREFIX = re.compile(r"^(?:\s?\[[^\[\]]{1,40}\]:?|\d{4}-\d\d-\d\d[ T][\d:,.]{8,16}\s{0,3}[-:]?\s{0,3})")
 DECIMAL = re.compile(r"(?<![\d.])\d{1,3}\.(\d{3,18})(?!\d)")
 WHOLE = re.compile(r"(?<![\d.])\d[\d,]{4,16}(?![.\d])")
 COLOUR = re.compile(r"\x1b\[[0-9;]{0,12}[A-Za-z]")
@@ -276,7 +277,8 @@ def make_score(name: str, rest: str, bpb: Number, loss: Number | None, is_step: 
     """A score from the words before and after its numbers."""
     name = re.sub(r"^.*\b(?:eval_)?time[:=]\S+", "", name)  # of an earlier score on its line
     name = re.sub(r"[\s:=|,>*-]+$", "", re.sub(r"^[\s:=|,>*#.-]+", "", name))
-    name = re.sub(r"^final step:\d+$", "final", re.sub(r"_exact$| exact$", "", name))[-80:]
+    name = re.sub(r"[_ ]exact$|(^|[_ ])val$", "", name)[-80:]
+    name = re.sub(r"^final step:\d+$", "final", name)
     is_step &= name != "final"
     seconds = None
     if m := EVAL_TIME.search(rest):
@@ -350,7 +352,7 @@ def read_line(log: Log, line: str, at: Place, sliding_mode: str) -> None:
             average = STEP_AVG.search(line)
             log.steps.append(Step(int(step.group(1) or step.group(2)), seconds,
                                   float_or(average.group(1)) / 1000 if average else None, at))
-        elif line.startswith("stopping_early") and math.isfinite(seconds):
+        elif line.lstrip().startswith("stopping_early") and math.isfinite(seconds):
             log.stopped = Number(seconds, at, name="seconds of training")
             if at_step := re.search(r"step:\s?(\d{1,8})/", line):
                 log.steps.append(Step(int(at_step.group(1)), seconds, None, at))
@@ -363,18 +365,22 @@ def read_line(log: Log, line: str, at: Place, sliding_mode: str) -> None:
         log.val_tokens = Number(int(m.group(1)), at)
     if m := re.search(r"^\s*total_eval_time\s?[:=]\s?([\d.]{1,12})\s?s\b", line):
         log.eval_seconds = Number(float_or(m.group(1), 0.0), at)
+    if m := PARTS.search(line):
+        log.sizes += [Number(int(text), at, 1, kind) for kind, text in
+                      zip(("total", "model", "code"), m.groups(), strict=True)]
+        return
     if m := SIZES.search(line):
         log.sizes += [Number(int(text), at, 1, kind) for kind, text in
                       zip(("model", "code", "total"), m.groups(), strict=True) if text]
         return
-    for m in SIZE.finditer(line):
+    for m in SIZE.finditer(line) if "trial" not in line else ():
         kind, value = size_kind(m.group(1), bool(m.group(3)), line), int(m.group(2).replace(",", "").replace("_", ""))
         if kind and 1000 <= value < 1 << 40:
             packed = not re.fullmatch(r"(serialized model|total submission size)", m.group(1).strip().lower())
             log.sizes.append(Number(value, at, digits=int(packed), name=kind))
     if not log.steps and (m := SETTING.match(line)):
         log.settings.setdefault(m.group(1), (m.group(2), at))
-    elif not log.steps and re.match(r"train_batch_tokens:|tie_embeddings:", line):
+    elif not log.steps and re.match(r"\s?train_batch_tokens:|tie_embeddings:", line):
         for key, value in re.findall(r"(\w{2,40}):(\S{1,100})", line):
             log.settings.setdefault(key, (value, at))
 
