@@ -273,7 +273,7 @@ PACKINGS: dict[str, Callable[[bytes], bytes]] = {
     "base 64, zlib ": lambda code: b"import gzip,base64\nexec(gzip.decompress(base64.b64decode(%r)))"
     % base64.b64encode(gzip.compress(code)),
 }
-PADDED = PROGRAM + "".join(f"# {i * i * 7919 % 10007} {i ** 3 % 99991}\n" for i in range(400))  # longer than PACKED_FROM
+PADDED = PROGRAM + "".join(f"# {i * i * 7919 % 10007} {i ** 3 % 99991}\n" for i in range(400))
 
 
 @pytest.mark.fast
