@@ -12,7 +12,7 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from records import rules, static
@@ -67,6 +67,7 @@ class Score:
     loss: Number | None
     seconds: float | None  # of evaluation, as the line says
     stride: int | None = None
+    tokens: int | None = None  # that were scored, where the line says so
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ class Log:
 
     name: str
     named_seed: int | None = None  # of its file's name
+    says_seed: bool = False  # whether the name has the word; s2 may be a second stage
     printed_seed: Number | None = None
     scores: list[Score] = field(default_factory=list)  # every one, in order
     steps: list[Step] = field(default_factory=list)
@@ -113,10 +115,11 @@ class Log:
                     or not old.bpb.agrees(score.bpb.value, score.bpb.digits)):
                 seconds = score.seconds if score.seconds is not None or old is None else old.seconds
                 stride = score.stride or (old.stride if old else None)
+                tokens = score.tokens or (old.tokens if old else None)
                 kind = score.kind if old is None or stride == score.stride else old.kind
-                score = Score(score.name, kind, score.bpb, score.loss, seconds, stride)
+                score = replace(score, kind=kind, seconds=seconds, stride=stride, tokens=tokens)
             else:
-                score = Score(old.name, old.kind, old.bpb, old.loss, old.seconds or score.seconds, old.stride)
+                score = replace(old, seconds=old.seconds or score.seconds)
             last.pop(score.name, None)
             last[score.name] = score
         return list(last.values())
@@ -147,13 +150,13 @@ class Log:
 NUMBER = r"([-+]?\d{1,6}\.\d{1,18})(?![\d%])"
 PAIR = re.compile(rf"(?:val_?|q_)?loss\s*[=:]\s*{NUMBER}[\s,;|]*(?:val_?|q_)?bpb\s*[=:]\s*{NUMBER}", re.IGNORECASE)
 RIAP = re.compile(rf"(?:val_?|q_)?bpb\s*[=:]\s*{NUMBER}[\s,;|(]*(?:val_?|q_)?loss\s*[=:]\s*{NUMBER}", re.IGNORECASE)
-ALONE = re.compile(rf"([\w.-]*?)_?(?:bpb|bits per byte)(?:_exact)?\s*(?:\(([^()]{{0,40}})\))?\s*[=:]?\s*{NUMBER}",
-                   re.IGNORECASE)
+ALONE = re.compile(rf"([\w.-]{{0,60}}?)_?(?:bpb|bits per byte)(?:_exact)?\s*(?:\(([^()]{{0,40}})\))?\s*[=:]?\s*"
+                   rf"{NUMBER}", re.IGNORECASE)
 IS_CODE = re.compile(r"""^\s*(#|//|f?["']|\(|log\d?\(|print\(|return |def |if |assert |\|)|\bf["']|\{\w""")
 STEP = re.compile(r"^\s*(?:step[:\s=]*)?(\d{1,8})/\d{1,9}\b|^\s*(?:step|iter)[:\s=]+(\d{1,8})\b", re.IGNORECASE)
 TRAIN_TIME = re.compile(r"\b(?:train_)?time[:=]\s*([\d.]{1,16})\s*(ms|s|m)\b")
 STEP_AVG = re.compile(r"(?:\b|_)avg[:=]\s*([\d.]{1,16})\s*ms\b")
-EVAL_TIME = re.compile(r"(?:eval_time|elapsed|ttt_time|time)[:=]\s*([\d.]{1,16})\s*(ms|s)\b")
+EVAL_TIME = re.compile(r"\b(?:eval_time|elapsed|ttt_time|time)[:=]\s*([\d.]{1,16})\s*(ms|s)\b")
 PASSING = re.compile(r"\d+\s*/\s*\d+|chunk|windows|running|batch|\bep(och)?\b|\bstep\b|\biter|^tt[pg]\b|\[|%|progress|"
                      r"\blayer|trial|\bat step", re.IGNORECASE)
 NOT_OURS = re.compile(r"(?:^|[\W_])(delta|gain|improve\w*|gap|baseline|sota|target|previous|best|record|vs|std|diff|"
@@ -172,7 +175,7 @@ NOT_A_SIZE = re.compile(r"trial|target|limit|budget|payload|raw|baseline|est|rem
                         r"alloc|uncompressed|param|per_|stored|token|sent|max_|needed|reserve|float|fp32|original",
                         re.IGNORECASE)
 SEED = re.compile(r"(?:^|[\s,(])(?:seed|SEED)\s{0,3}[:=]\s{0,3}(\d{1,10})\b")
-SEED_IN_NAME = re.compile(r"(?:seed|(?:^|[_\W])s)[_=-]?(\d{1,10})(?!\d)", re.IGNORECASE)
+SEED_IN_NAME = re.compile(r"seed[_=-]?(\d{1,10})(?!\d)|(?:^|[_\W])s(\d{1,10})(?=[._-])", re.IGNORECASE)
 SETTING = re.compile(r"^\s{1,8}(\w{2,40}): (\S.{0,200})$")
 PREFIX = re.compile(r"^(?:\s?\[[^\[\]]{1,40}\]:?|\d{4}-\d\d-\d\d[ T][\d:,.]{8,16}\s{0,3}[-:]?\s{0,3})")
 DECIMAL = re.compile(r"(?<![\d.])\d{1,3}\.(\d{3,18})(?!\d)")
@@ -285,7 +288,8 @@ def make_score(name: str, rest: str, bpb: Number, loss: Number | None, is_step: 
         seconds = float_or(m.group(1)) / (1000 if m.group(2) == "ms" else 1)
     stride = re.search(r"stride[:=]\s?(\d{1,6})\b", rest)
     kind = OTHER if not 0 < bpb.value < 30 else kind_of(name, rest, is_step)
-    return Score(name, kind, bpb, loss, seconds, int(stride.group(1)) if stride else None)
+    tokens = re.search(r"\btokens[:=]\s?(\d{1,12})\b", rest)
+    return Score(name, kind, bpb, loss, seconds, *(int(m.group(1)) if m else None for m in (stride, tokens)))
 
 
 def float_or(text: str, default: float = math.nan) -> float:
@@ -304,7 +308,7 @@ def size_kind(name: str, has_unit: bool, line: str) -> str:
         return "total"
     if "code" in name or name.endswith(".py"):
         return "code"
-    if re.search(r"model|artifact|serialized|compressed|quantized|blob|int\d|ternary|weights", name):
+    if re.search(r"^q$|model|artifact|serialized|compressed|quantized|blob|int\d|ternary|weights", name):
         return "model"
     return ""
 
@@ -313,7 +317,7 @@ def read_log(name: str, text: str) -> Log:
     """What a log prints. Lines are split at line feeds alone, as editors count them; bars redraw themselves in one."""
     log = Log(name)
     if m := SEED_IN_NAME.search(name.rpartition("/")[2]):
-        log.named_seed = int(m.group(1))
+        log.named_seed, log.says_seed = int(m.group(1) or m.group(2)), m.group(1) is not None
     lines = text.split("\n")
     ranges = code_ranges(lines)
     for a, b in ranges[:1]:
@@ -342,7 +346,7 @@ def read_line(log: Log, line: str, at: Place, sliding_mode: str) -> None:
     if "bpb" in line.lower() or "bits per byte" in line.lower():
         for score in read_scores(line, at):
             if sliding_mode and score.kind == CHUNKED:
-                score = Score(score.name, SLIDING, score.bpb, score.loss, score.seconds, score.stride)
+                score = replace(score, kind=SLIDING)
             log.scores.append(score)
     step = STEP.match(line)
     if time := TRAIN_TIME.search(line):
@@ -364,7 +368,7 @@ def read_line(log: Log, line: str, at: Place, sliding_mode: str) -> None:
             m := re.search(r"(?:val_loader.{0,300}tokens|^\s*val_tokens)\s?[:=]\s?(\d{3,12})\b", line)):
         log.val_tokens = Number(int(m.group(1)), at)
     if m := re.search(r"^\s*total_eval_time\s?[:=]\s?([\d.]{1,12})\s?s\b", line):
-        log.eval_seconds = Number(float_or(m.group(1), 0.0), at)
+        log.eval_seconds = Number(float_or(m.group(1), 0.0), at, name="evaluation")
     if m := PARTS.search(line):
         log.sizes += [Number(int(text), at, 1, kind) for kind, text in
                       zip(("total", "model", "code"), m.groups(), strict=True)]
@@ -376,7 +380,7 @@ def read_line(log: Log, line: str, at: Place, sliding_mode: str) -> None:
     for m in SIZE.finditer(line) if "trial" not in line else ():
         kind, value = size_kind(m.group(1), bool(m.group(3)), line), int(m.group(2).replace(",", "").replace("_", ""))
         if kind and 1000 <= value < 1 << 40:
-            packed = not re.fullmatch(r"(serialized model|total submission size)", m.group(1).strip().lower())
+            packed = not re.fullmatch(r"(serialized model|total submission size|model)", m.group(1).strip().lower())
             log.sizes.append(Number(value, at, digits=int(packed), name=kind))
     if not log.steps and (m := SETTING.match(line)):
         log.settings.setdefault(m.group(1), (m.group(2), at))
