@@ -152,7 +152,7 @@ def check_folder(c: Case) -> Found:
     if not c.folder.logs:
         yield Finding(WARNING, "folder", Place(c.folder.path.name), "no training log with a score or a step in it, so "
                       "nothing that is claimed can be set against anything", "submit the log of each seed")
-    texts = {program.text.strip(): name for name, program in c.folder.programs.items() if not program.packed}
+    texts = {program.data.strip(): name for name, program in c.folder.programs.items()}
     for name, size in c.folder.files.items():
         if name.endswith((".log", ".txt")) and size < static.MAX_SOURCE and (
                 other := texts.get(c.folder.read(name).strip())):
@@ -224,8 +224,9 @@ def check_bytes(c: Case) -> Found:
 
 def logged_code(c: Case) -> Found:
     """The code that a log weighs against the files that lie here."""
-    sizes = {p.size for p in c.folder.programs.values()} | {len(p.text) for p in c.folder.programs.values()}
-    sums = sizes | {sum(c.folder.programs[n].size for n in c.folder.counted)}
+    counted = [c.folder.programs[name] for name in c.folder.counted]
+    sums = {p.size for p in c.folder.programs.values()} | {len(p.text) for p in counted}
+    sums.add(sum(p.size for p in counted))
     for log, _ in c.chosen.values():
         stated = [n for n in log.sizes if n.name == "code"]
         if stated and c.folder.programs and not any(n.value in sums for n in stated):
@@ -465,8 +466,9 @@ def same_settings(c: Case) -> Found:
 
 def check_code(c: Case) -> Found:
     """The program that logs print against the one that lies here."""
-    texts = {program.text.decode(errors="replace").strip().replace("\r\n", "\n"): name
-             for name, program in c.folder.programs.items()}
+    texts = {data.decode(errors="replace").strip().replace("\r\n", "\n"): name
+             for name, program in c.folder.programs.items()
+             for data in ((program.data, program.text) if name in c.folder.counted else (program.data,))}
     told = False
     for log, _ in c.chosen.values():
         if log.printed_code is None or not texts:
@@ -488,7 +490,7 @@ def check_code(c: Case) -> Found:
                       f"{other} lines are in one of them alone, the first difference is at its line {at + 1}",
                       "submit the program that ran")
     for name in c.folder.counted:
-        if fault := c.folder.programs[name].fault:
+        if fault := c.folder.programs[name].opened.fault:
             yield Finding(WARNING, "code", Place(name), f"Python {static.PYTHON} cannot parse it ({fault[:120]}): "
                           "nothing of it was read", "say which Python it needs")
 

@@ -169,6 +169,7 @@ IS_SLIDING = re.compile(r"slid(e|ing)|(^|_| )sw\d*(_| |$)|stride", re.IGNORECASE
 IS_CHUNKED = re.compile(r"roundtrip|quant|int\d|final|artifact|non[-_]?overlap|ternary|chunked|standard|^val$|^$",
                         re.IGNORECASE)
 SIZE = re.compile(r"([A-Za-z][\w+ ()./=-]{0,60}?)\s{0,8}[:=]\s{0,8}(\d[\d,_]{3,14})(?![.\d])(\s{0,3}(?:bytes|B)\b)?")
+UNIT = re.compile(r"\d\s{0,3}B\b")
 PARTS = re.compile(r"(\d{5,11}) bytes \(model[:=]\s?(\d{5,11})\s+code[:=]\s?(\d{3,9})\)")  # a total and its parts
 SIZES = re.compile(r"^\s*(?:model|budget)[:=](?:(\d{5,11})\s+code[:=](\d{3,9})\s+total[:=])?(\d{5,11})(?:\b|/)")
 NOT_A_SIZE = re.compile(r"trial|target|limit|budget|payload|raw|baseline|est|remain|headroom|margin|cap\b|memory|"
@@ -341,9 +342,10 @@ def read_line(log: Log, line: str, at: Place, sliding_mode: str) -> None:
     """Add what one line prints."""
     for m in DECIMAL.finditer(line):
         log.numbers.setdefault(len(m.group(1)), set()).add(m.group())
-    if "bytes" in line or "size" in line.lower():
+    low = line.lower()
+    if "bytes" in low or "size" in low:
         log.whole.update(int(m.group().replace(",", "")) for m in WHOLE.finditer(line))
-    if "bpb" in line.lower() or "bits per byte" in line.lower():
+    if "bpb" in low or "bits per byte" in low:
         for score in read_scores(line, at):
             if sliding_mode and score.kind == CHUNKED:
                 score = replace(score, kind=SLIDING)
@@ -369,6 +371,17 @@ def read_line(log: Log, line: str, at: Place, sliding_mode: str) -> None:
         log.val_tokens = Number(int(m.group(1)), at)
     if m := re.search(r"^\s*total_eval_time\s?[:=]\s?([\d.]{1,12})\s?s\b", line):
         log.eval_seconds = Number(float_or(m.group(1), 0.0), at, name="evaluation")
+    if not log.steps and (m := SETTING.match(line)):
+        log.settings.setdefault(m.group(1), (m.group(2), at))
+    elif not log.steps and re.match(r"\s?train_batch_tokens:|tie_embeddings:", line):
+        for key, value in re.findall(r"(\w{2,40}):(\S{1,100})", line):
+            log.settings.setdefault(key, (value, at))
+    read_sizes(log, line, at)
+
+
+def read_sizes(log: Log, line: str, at: Place) -> None:
+    """Add the bytes that one line states."""
+    low = line.lower()
     if m := PARTS.search(line):
         log.sizes += [Number(int(text), at, 1, kind) for kind, text in
                       zip(("total", "model", "code"), m.groups(), strict=True)]
@@ -377,16 +390,13 @@ def read_line(log: Log, line: str, at: Place, sliding_mode: str) -> None:
         log.sizes += [Number(int(text), at, 1, kind) for kind, text in
                       zip(("model", "code", "total"), m.groups(), strict=True) if text]
         return
-    for m in SIZE.finditer(line) if "trial" not in line else ():
+    if "trial" in low or not ("byte" in low or "size" in low or UNIT.search(line)):
+        return  # most lines
+    for m in SIZE.finditer(line):
         kind, value = size_kind(m.group(1), bool(m.group(3)), line), int(m.group(2).replace(",", "").replace("_", ""))
         if kind and 1000 <= value < 1 << 40:
             packed = not re.fullmatch(r"(serialized model|total submission size|model)", m.group(1).strip().lower())
             log.sizes.append(Number(value, at, digits=int(packed), name=kind))
-    if not log.steps and (m := SETTING.match(line)):
-        log.settings.setdefault(m.group(1), (m.group(2), at))
-    elif not log.steps and re.match(r"\s?train_batch_tokens:|tie_embeddings:", line):
-        for key, value in re.findall(r"(\w{2,40}):(\S{1,100})", line):
-            log.settings.setdefault(key, (value, at))
 
 
 def trim_raw_sizes(log: Log) -> None:
@@ -644,7 +654,7 @@ def read_programs(found: Published, texts: Mapping[str, bytes]) -> None:
     """The Python files, which of them is the trainer, and what it needs."""
     for name, data in texts.items():
         if name.endswith(".py"):
-            found.programs[name] = static.open_program(name, data)
+            found.programs[name] = static.Program(name, data)
     # By name, as the rules have it; else what trains by its name; else the one there is.
     ranked = sorted(found.programs, key=lambda n: (n != "train_gpt.py", n.count("/"), "train_gpt" not in n,
                                                    "train" not in n, -found.programs[n].size))

@@ -79,15 +79,53 @@ def parse(source: bytes) -> ast.Module:
 
 
 @dataclass(frozen=True)
-class Program:
-    """A Python file. Of a packed one `text` is what it holds, else what lies there."""
+class Opened:
+    """What a Python file holds: of a packed one the program inside."""
 
-    name: str
-    size: int  # bytes as it lies there
     text: bytes
     packed: str = ""  # how it is packed, as "base 85, xz"; empty if it is not
     fault: str = ""  # why it cannot be parsed
     tree: ast.Module | None = None
+
+
+@dataclass(frozen=True)
+class Program:
+    """A Python file. It is opened when something of it is asked for: folders have dozens that nobody asks about."""
+
+    name: str
+    data: bytes  # as it lies there
+
+    @property
+    def size(self) -> int:
+        return len(self.data)
+
+    @cached_property
+    def opened(self) -> Opened:
+        """Nothing of it is run. What is packed in it is unpacked, once."""
+        try:
+            tree = parse(self.data)
+        except Unreadable as e:
+            return Opened(self.data, fault=str(e))
+        found = unpacked(tree)
+        if found is None:
+            return Opened(self.data, tree=tree)
+        packed, text = found
+        try:
+            return Opened(text, packed, tree=parse(text))
+        except Unreadable as e:
+            return Opened(text, packed, f"what is packed in it: {e}")
+
+    @property
+    def text(self) -> bytes:
+        return self.opened.text
+
+    @property
+    def packed(self) -> str:
+        return self.opened.packed
+
+    @property
+    def tree(self) -> ast.Module | None:
+        return self.opened.tree
 
     @property
     def shown(self) -> str:
@@ -102,22 +140,6 @@ class Program:
         """What is written at a node, cut: minified files have long lines."""
         line = self.lines[node.lineno - 1] if node.lineno <= len(self.lines) else ""
         return line.encode()[node.col_offset:].decode(errors="replace").strip()[:100]
-
-
-def open_program(name: str, data: bytes) -> Program:
-    """A Python file from its bytes; nothing of it is run. What is packed in it is unpacked, once."""
-    try:
-        tree = parse(data)
-    except Unreadable as e:
-        return Program(name, len(data), data, fault=str(e))
-    found = unpacked(tree)
-    if found is None:
-        return Program(name, len(data), data, tree=tree)
-    packed, text = found
-    try:
-        return Program(name, len(data), text, packed, tree=parse(text))
-    except Unreadable as e:
-        return Program(name, len(data), text, packed, f"what is packed in it: {e}")
 
 
 PACKED_FROM = 1000  # characters of a string that may hold a program

@@ -280,7 +280,7 @@ PADDED = PROGRAM + "".join(f"# {i * i * 7919 % 10007} {i ** 3 % 99991}\n" for i 
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_a_packed_program_is_weighed_as_it_lies_and_read_as_what_it_holds(packing, place):
     data = PACKINGS[packing](PADDED.encode())
-    program = static.open_program("train_gpt.py", data)
+    program = static.Program("train_gpt.py", data)
     assert (program.packed, program.size, program.text.decode()) == (packing.strip(), len(data), PADDED)
     files = with_logs(code=len(data), print_code=False)
     bad = PACKINGS[packing](PADDED.replace("weights_only=True", "weights_only=False").encode())
@@ -293,8 +293,8 @@ def test_a_packed_program_is_weighed_as_it_lies_and_read_as_what_it_holds(packin
 @pytest.mark.fast
 def test_what_is_packed_is_unpacked_to_a_limit():
     bomb = base64.b85encode(lzma.compress(b"import os\n" * 500_000))
-    program = static.open_program("train_gpt.py", b"exec(%r)" % bomb)
-    assert len(program.text) <= static.MAX_SOURCES and program.fault
+    program = static.Program("train_gpt.py", b"exec(%r)" % bomb)
+    assert len(program.text) <= static.MAX_SOURCES and program.opened.fault
 
 
 @pytest.mark.fast
