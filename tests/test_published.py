@@ -237,6 +237,15 @@ def test_what_only_looks_like_a_result_is_none(text):
 
 
 @pytest.mark.fast
+def test_what_a_printed_program_says_in_its_comments_is_no_result():
+    code = PROGRAM.replace('"""An invented trainer."""', '"""Was:\nfinal_roundtrip val_bpb:0.5000\n"""')
+    log = read_log("x.log", baseline_log(7, 1.9).replace(PROGRAM, code))
+    assert log.printed_code[1].startswith('"""Was:') and min(s.bpb.value for s in log.scores) > 1
+    bare = read_log("x.log", code + "final_roundtrip val_bpb:1.2000\n")  # no line of = between them
+    assert [s.bpb.value for s in bare.scores] == [1.2]
+
+
+@pytest.mark.fast
 @pytest.mark.parametrize("line, sizes", [
     ("model:11474336 code:73514 total:11547850 (11.55 MB)", (11_474_336, 73_514, 11_547_850)),
     ("artifact: 15546665 bytes (model:15499532 code:47133)", (15_499_532, 47_133, 15_546_665)),
@@ -291,9 +300,9 @@ def test_a_packed_program_is_weighed_as_it_lies_and_read_as_what_it_holds(packin
 
 
 @pytest.mark.fast
-def test_what_is_packed_is_unpacked_to_a_limit():
-    bomb = base64.b85encode(lzma.compress(b"import os\n" * 500_000))
-    program = static.Program("train_gpt.py", b"exec(%r)" % bomb)
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_what_is_packed_is_unpacked_to_a_limit(packing):
+    program = static.Program("train_gpt.py", PACKINGS[packing](b"import os\n" * 500_000))
     assert len(program.text) <= static.MAX_SOURCES and program.opened.fault
 
 
