@@ -597,6 +597,10 @@ def check_tokenizers(c: Case) -> Found:
             yield Finding(WARNING, "tokenizer", Place(name), f"{c.folder.files[name]:,} bytes: not opened")
             continue
         yield from audit_tokenizer(name, c.folder.read(name))
+    for name in c.folder.files:
+        if re.search(r"tokenizer[^/]*\.(json|pkl|tiktoken|vocab)$", name.lower()):
+            yield Finding(NOTE, "tokenizer", Place(name), "may be a tokenizer, in a format that is not audited here: "
+                          "whether its bytes are counted right cannot be said")
 
 
 def audit_tokenizer(name: str, data: bytes) -> Found:
@@ -650,7 +654,7 @@ def to_beat(against: str) -> list[float]:
     """Bits per byte of --against: a number, one of our records, or a published folder. Raises SubmissionError."""
     try:
         return claim.read_record(against)[0]
-    except SubmissionError:
+    except ValueError:  # no number, and no submission.json of ours
         if not Path(against).is_dir():
             raise
     values = Case(read_folder(Path(against))).values

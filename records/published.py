@@ -550,13 +550,14 @@ class Published:
 
 
 def is_ours(folder: Path) -> bool:
-    """Whether a folder is one that records/bundle.py wrote: its submission.json names its files and their hashes."""
+    """Whether a folder is one that records/bundle.py wrote: by its submission.json, or by source/ if that is broken."""
     try:
         with open(folder / "submission.json", "rb") as f:
             value = rules.parse_json(f.read(MAX_READ), "submission.json")
     except (OSError, SubmissionError):
-        return (folder / "source").is_dir()
-    return isinstance(value, dict) and "files" in value and "claim" in value or (folder / "source").is_dir()
+        value = None
+    ours = isinstance(value, dict) and "files" in value and "claim" in value
+    return ours or (folder / "source" / "pack.py").is_file()
 
 
 LOG_NAMES = (".log", ".txt", ".out", ".stdout", ".err", ".tsv", "")

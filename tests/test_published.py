@@ -445,6 +445,7 @@ FAULTS: dict[str, tuple[Files, str, str, str, str]] = {
     "a number beyond all": ({"submission.json": '{"val_bpb": 1e999}'}, ERROR, "folder", "submission.json", "range"),
     "no score claimed": (with_json(val_bpb=None, val_loss=None), WARNING, "claim", "submission.json", "no val_bpb"),
     "a pickle": ({"model.pt": b"\x80\x02}q\x00."}, NOTE, "pickle", "model.pt", "not opened"),
+    "a tokenizer in another format": ({"tokenizer.json": "{}"}, NOTE, "tokenizer", "tokenizer.json", "not audited"),
     "a tokenizer that is none": ({"mine.model": b"\x00" * 99}, WARNING, "tokenizer", "mine.model", "not a Sentence"),
 }
 
@@ -511,6 +512,8 @@ def test_p_is_that_of_the_competitions_rule(place):
     rival = write(place.parent / "older", other | with_json(val_bpb=None, seed_results=None))
     line = next(f for f in findings.find(folder, str(rival))[1] if f.rule == "record")
     assert line.severity == NOTE and "(n = 3)" in line.text
+    (rival / "submission.json").unlink()
+    assert line in findings.find(folder, str(rival))[1]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -541,6 +544,17 @@ def test_what_cannot_be_done_is_one_error(more, place, capsys):
     assert check_main([str(write(place, sound())), *more]) == 1
     out, err = capsys.readouterr()
     assert not out and err.startswith("error: ") and err.count("\n") == 1
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("files, ours", [
+    ({"submission.json": '{"files": {}, "claim": "none"}'}, True),
+    ({"submission.json": "{", "source/pack.py": ""}, True), (sound(), False), (sound() | {"source/train.py": ""}, False), ({"submission.json": "[]"}, False),
+])
+def test_our_own_bundles_have_a_referee_of_their_own(files, ours, place, capsys):
+    check_main([str(write(place, files))])
+    out = capsys.readouterr().out
+    assert ("FAIL  files" in out) == ours and out.endswith(" notes\n") != ours
 
 
 @pytest.mark.fast
