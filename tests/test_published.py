@@ -549,7 +549,8 @@ def test_what_cannot_be_done_is_one_error(more, place, capsys):
 @pytest.mark.fast
 @pytest.mark.parametrize("files, ours", [
     ({"submission.json": '{"files": {}, "claim": "none"}'}, True),
-    ({"submission.json": "{", "source/pack.py": ""}, True), (sound(), False), (sound() | {"source/train.py": ""}, False), ({"submission.json": "[]"}, False),
+    ({"submission.json": "{", "source/pack.py": ""}, True), (sound(), False),
+    (sound() | {"source/train.py": ""}, False), ({"submission.json": "[]"}, False),
 ])
 def test_our_own_bundles_have_a_referee_of_their_own(files, ours, place, capsys):
     check_main([str(write(place, files))])
