@@ -352,6 +352,13 @@ def claimed_mean(c: Case, said: Number) -> Found:
                           "state what the log does, or submit the log that has it")
 
 
+def implied_bytes(score: Score, tokens: float) -> float | None:
+    """Bytes of the text by a score's nats per token and bits per byte; None where the line is too coarse."""
+    if score.loss is None or min(score.loss.digits, score.bpb.digits) < 4 or score.bpb.value < 0.1:
+        return None
+    return tokens * score.loss.value / (score.bpb.value * math.log(2))
+
+
 def check_text(c: Case) -> Found:
     """Loss and bits per byte of a log give the bytes of the text that it scored."""
     seen: set[tuple[str, int]] = set()
@@ -359,19 +366,18 @@ def check_text(c: Case) -> Found:
         if log.val_tokens is None:
             continue
         tokens = log.val_tokens.value
+        sizes = [(score, size) for score in log.scores if (size := implied_bytes(score, tokens))]
         for score in log.finals():
-            if score.loss is None or min(score.loss.digits, score.bpb.digits) < 4 or score.bpb.value < 0.1:
-                continue
-            if score.tokens is not None and score.tokens < tokens / 2:
+            size = implied_bytes(score, tokens)
+            if size is None or (score.tokens is not None and score.tokens < tokens / 2):
                 continue  # of a few tokens, as a test of another kind
-            size = tokens * score.loss.value / (score.bpb.value * math.log(2))
             if abs(size / tokens - 1) < SAME_TEXT < abs(tokens / OFFICIAL_BYTES - 1):
                 continue  # the loss is one of a byte, which says nothing of the text
             share = size / OFFICIAL_BYTES
-            verdict, do = text_verdict(share, tokens)
-            if verdict[0] == NOTE and any(rule == NOTE for rule, _ in seen):
-                continue
-            key = (verdict[0], round(100 * share))
+            alone = not any(other.bpb.value != score.bpb.value and abs(theirs / size - 1) < SAME_TEXT
+                            for other, theirs in sizes if other.name != score.name)
+            severity, verdict, do = text_verdict(share, tokens, alone)
+            key = (severity, 0 if severity == NOTE else round(100 * share))
             if key in seen:
                 continue
             seen.add(key)
@@ -380,20 +386,27 @@ def check_text(c: Case) -> Found:
                     f"official text has {OFFICIAL_BYTES:,}")
             if share > 1 + SAME_TEXT and tokens > WHOLE_TEXT:
                 text += f", by which this would be {score.bpb.value * share:.4f}"
-            yield Finding(verdict[0], "text", score.bpb.at, text + verdict[1], do)
+            yield Finding(severity, "text", score.bpb.at, text + verdict, do)
 
 
-def text_verdict(share: float, tokens: float) -> tuple[tuple[str, str], str]:
-    """((severity, what it says), what to do) of the share of the official text's bytes."""
+def text_verdict(share: float, tokens: float, alone: bool) -> tuple[str, str, str]:
+    """(severity, what it says, what to do) of the share of the official text's bytes.
+
+    alone: no other score of the log makes as many bytes. A text has its bytes whatever is scored, so a score alone may
+    be one whose loss and bits are of different predictions.
+    """
     if tokens <= WHOLE_TEXT:
-        return (WARNING, f": {share:.1%} of it, so the score is not of the whole text"), "score all of it"
+        return WARNING, f": {share:.1%} of it, so the score is not of the whole text", "score all of it"
     if abs(share - 1) <= SAME_TEXT:
-        return (NOTE, ": the same but for rounding and the last window"), ""
+        return NOTE, ": the same but for rounding and the last window", ""
+    if share > 1 + OTHER_TEXT and alone:
+        return (WARNING, ": no other score of the log makes as many, so its loss and its bits may be of different "
+                "predictions, as in a mixture", "print the loss of what is scored")
     if share > 1 + OTHER_TEXT:
-        return (ERROR, ": bytes are counted that the text does not have, or it is another text, or part of one"), (
-            "count the bytes of the decoded official text")
-    return (WARNING, f": {share - 1:+.2%}, so another text, a part of it, or bytes counted otherwise"), (
-        "say on what text and by which count")
+        return (ERROR, ": bytes are counted that the text does not have, or it is another text, or part of one",
+                "count the bytes of the decoded official text")
+    return (WARNING, f": {share - 1:+.2%}, so another text, a part of it, or bytes counted otherwise",
+            "say on what text and by which count")
 
 
 def check_claim(c: Case) -> Found:

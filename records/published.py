@@ -281,7 +281,7 @@ def make_score(name: str, rest: str, bpb: Number, loss: Number | None, is_step: 
     """A score from the words before and after its numbers."""
     name = re.sub(r"^.*\b(?:eval_)?time[:=]\S+", "", name)  # of an earlier score on its line
     name = re.sub(r"[\s:=|,>*-]+$", "", re.sub(r"^[\s:=|,>*#.-]+", "", name))
-    name = re.sub(r"[_ ]exact$|(^|[_ ])val$", "", name)[-80:]
+    name = re.sub(r"[_ ]exact\b|(^|[_ ])val$", "", name)[-80:]
     name = re.sub(r"^final step:\d+$", "final", name)
     is_step &= name != "final"
     seconds = None

@@ -219,6 +219,7 @@ def test_later_logs_with_ranks_settings_and_test_time_training_are_read():
     ("final step:10000 val_loss:1.3001 val_bpb:1.8756", "final", 1.8756),
     ("ttt_sliding:done val_loss=1.884390 val_bpb=1.116045 elapsed=474.4s", "ttt_sliding:done", 1.116045),
     ("val_bpb (int4 roundtrip): 1.60", "int4 roundtrip", 1.60),
+    ("final_kv_eval_exact backend:none val_loss:3.6 val_bpb:1.9", "final_kv_eval backend:none", 1.9),
     ("[2026-03-26 18:45:12] [RANK 0] final val_bpb = 1.1189", "final", 1.1189),
 ])
 def test_scores_are_read_in_the_words_of_many_authors(text, name, value):
@@ -393,6 +394,9 @@ FAULTS: dict[str, tuple[Files, str, str, str, str]] = {
         with_logs(share=1.2) | with_json(val_bpb=round(sum(bpb(x, 1.2) for x in LOSS.values()) / 3, 5),
                                          seed_results=None),
         ERROR, "text", "train_seed1337.log:", "1,080,891, by which this would be"),
+    "bits that are not of the loss": (
+        {"train_seed7.log": baseline_log(7, LOSS[7]) + "final_mix val_loss:1.90060000 val_bpb:0.90000000\n"}, WARNING,
+        "text", "train_seed7.log:", "no other score of the log makes as many"),
     "a part of the text": (
         {"train_seed7.log": baseline_log(7, LOSS[7]).replace(f"tokens:{TOKENS}", "tokens:6202163")}, WARNING, "text",
         "train_seed7.log:", "10.0% of it"),
