@@ -1,7 +1,7 @@
 """Score an artifact in bits per byte, from the file on disk, and audit every byte of the score.
 
     python eval_bpb.py ARTIFACT --data DIR [--stride S] [--json OUT]
-    python eval_bpb.py ARTIFACT --data DIR --sample "Once upon"               # see what it says
+    python eval_bpb.py sample ARTIFACT --tokenizer MODEL --prompt "Once upon"    # see what it says; --help: more
     torchrun --standalone --nproc_per_node=N eval_bpb.py ARTIFACT --data DIR     # windows shared by N processes
 
 bpb = (sum of the scored tokens' negative log-likelihoods in nats / ln 2) / (UTF-8 bytes of the same tokens).
@@ -16,16 +16,18 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
+import math
 import os
 import re
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-import sentencepiece as spm
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -33,11 +35,12 @@ from torch import Tensor
 import pack
 import train_gpt
 from tern import audits, command, machine, metric, processes, spread
-from tern.files import write_atomic
+from tern.files import sha256_file, write_atomic
 from tern.metric import Score, evaluate, position_losses, sliding_windows
 from tern.processes import LaunchError, Place
-from tern.shards import AuditError, DataError, DataFolder, open_data, read_shard
-from tern.tokenizers import ByteCounter, check_provable, check_tokenizer, open_tokenizer
+from tern.sampling import Context, TextStream, continue_tokens
+from tern.shards import AuditError, DataError, open_data, read_shard
+from tern.tokenizers import ByteCounter, check_provable, check_tokenizer
 
 # The metric lies in tern/, where no program changes it; these names of it belong to scoring, so they are here too.
 __all__ = ["AuditError", "ByteCounter", "DataError", "Score", "evaluate", "load_artifact", "open_data", "read_shard",
@@ -123,16 +126,71 @@ def audit_model(model, tokens: np.ndarray, seq_len: int) -> dict:
     return {"softmax_error": off, "uses_context": uses_context}
 
 
-@torch.inference_mode()
-def sample(model, tokenizer: spm.SentencePieceProcessor, prompt: str, count: int, seed: int = 0) -> str:
-    """The prompt, continued by count tokens drawn at temperature 1; the same seed gives the same text."""
-    generator, device = torch.Generator().manual_seed(seed), next(model.parameters()).device
-    ids = [tokenizer.bos_id(), *tokenizer.encode(prompt)]
-    for _ in range(count):
-        window = torch.tensor([ids[-model.config.train_seq_len :]], device=device)
-        probabilities = model.head(model.hidden(window)[0, -1]).softmax(-1)
-        ids.append(int(torch.multinomial(probabilities.cpu(), 1, generator=generator)))
-    return tokenizer.decode(ids)
+# ---------------------------------------------------------------------------------------------------------------
+# The model one token at a time
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class KeepingAttention(train_gpt.Attention):
+    """Attention over new positions, which see those before by the keys and values that were kept of them."""
+
+    def make_room(self, positions: int) -> None:
+        """For keys and values of so many positions, of which none is known."""
+        self.known = 0
+        self.kept = self.c_k.weight.new_empty(2, 1, self.kv_heads, positions, self.head_dim)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, last: int) -> Tensor:
+        """x, and the queries, are of new positions; cos, sin and last are those of all."""
+        new = x.shape[1]
+        return super().forward(x, cos[-new:], sin[-new:], min(last, new))
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        start, self.known = self.known, self.known + k.shape[2]
+        for kept, new in zip(self.kept, (k, v), strict=True):
+            kept[:, :, start : self.known] = new
+        return super().mix(q, *self.kept[:, :, :, : self.known])
+
+
+class Cached(train_gpt.GPT):
+    """The same function as a model, whose params it shares, for one sequence [1, time] of at most `room` tokens.
+
+    It keeps keys and values, and computes only what follows the longest beginning that a sequence has in common with
+    the one before it. So a token more takes one position's work, and no order of calls gives another result.
+    """
+
+    def __init__(self, model: train_gpt.GPT, room: int):
+        with torch.device("meta"):
+            super().__init__(model.config)
+        self.load_state_dict(model.state_dict(), assign=True)
+        for module in self.modules():
+            if isinstance(module, train_gpt.Attention):
+                module.__class__ = KeepingAttention
+        self.attentions = [module for module in self.modules() if isinstance(module, KeepingAttention)]
+        for attention in self.attentions:
+            attention.make_room(room)
+        self.ids, self.known = self.tok_emb.weight.new_empty(1, 0, dtype=torch.int64), 0
+        self.eval()
+
+    def hidden_last(self, ids: Tensor, last: int) -> Tensor:
+        both = min(ids.shape[1] - last, self.ids.shape[1])
+        same = ids[0, :both] == self.ids[0, :both]
+        self.known = int(same.cumprod(0).sum())
+        self.ids = ids[:, : self.known]  # until the others are there
+        for attention in self.attentions:
+            attention.known = self.known
+        hidden = super().hidden_last(ids, last)
+        self.ids = ids
+        return hidden
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Of the positions that are not known; an embedding knows of the token before, and of no other."""
+        start = max(self.known - 1, 0)
+        return super().embed(ids[:, start:])[:, self.known - start :]
+
+
+def for_sampling(model: train_gpt.GPT, window: int) -> train_gpt.GPT:
+    """A model that is faster at one token after the other, if there is one; ablations/program.py knows when not."""
+    return Cached(model, window)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -140,8 +198,14 @@ def sample(model, tokenizer: spm.SentencePieceProcessor, prompt: str, count: int
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    p = command.Parser(description="Score an artifact in bits per byte.", allow_abbrev=False)
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    """Of either command; `work` is the function that does it."""
+    return parse_sample_args(argv[1:]) if argv[:1] == ["sample"] else parse_score_args(argv)
+
+
+def parse_score_args(argv: list[str]) -> argparse.Namespace:
+    p = command.Parser(description="Score an artifact in bits per byte.", allow_abbrev=False,
+                       epilog="eval_bpb.py sample --help: let it continue a text.")
     p.add_argument("artifact", help="file written by train_gpt.py")
     p.add_argument("--data", required=True, help="folder with *_val_*.bin shards and their tokenizer")
     p.add_argument("--tokenizer-path", default="", help="tokenizer, if it is not in the data folder")
@@ -151,7 +215,27 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--json", default="", help="write the result to this file as well")
     p.add_argument("--details", default="", help="write what is behind the score to this file: bytes of each tensor, "
                    "where the bits go (tern/report.py shows it)")
-    p.add_argument("--sample", metavar="PROMPT", help="do not score: continue this text by 200 tokens")
+    p.set_defaults(work=score)
+    return p.parse_args(argv)
+
+
+def parse_sample_args(argv: list[str]) -> argparse.Namespace:
+    p = command.Parser(prog="eval_bpb.py sample", allow_abbrev=False, description="Continue a text, as an artifact's "
+                       "model does: the text and what follows go to the standard output, all else to the error file.")
+    p.add_argument("artifact", help="file written by train_gpt.py")
+    p.add_argument("--tokenizer", required=True, metavar="MODEL", help="the model's own: tokenizer.model of its data")
+    p.add_argument("--prompt", help="the text; left out: what comes from the standard input, if that is no terminal, "
+                   "without the newline at its end")
+    p.add_argument("--tokens", type=int, default=200, help="how many more; controls (BOS, padding) and unknown never "
+                   "come")
+    p.add_argument("--temperature", type=float, default=1.0, help="divides the logits; 0: always the likeliest token")
+    p.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest tokens that have this share "
+                   "together, and no others")
+    p.add_argument("--seed", type=int, default=0, help="another one, another text")
+    p.add_argument("--seq-len", type=int, default=0, help="tokens that the model sees at most; over that, it goes on "
+                   "from the newest half of them; 0: the model's training length")
+    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is one")
+    p.set_defaults(work=sample)
     return p.parse_args(argv)
 
 
@@ -169,14 +253,22 @@ def artifact_tokenizer(meta: dict) -> str | None:
     return found
 
 
-def check_identity(meta: dict, data: DataFolder, artifact: str | Path) -> None:
-    """Raises DataError if the artifact was trained with another tokenizer than the data's."""
+def check_identity(meta: dict, tokenizer: Path, sha256: str, artifact: str | Path) -> None:
+    """Raises DataError if the artifact was trained with another tokenizer than this one, whose sha256 is given."""
     trained_with = artifact_tokenizer(meta)
-    if trained_with not in (None, data.tokenizer_sha256):
+    if trained_with not in (None, sha256):
         raise DataError(
-            f"{artifact}: was trained with the tokenizer of sha256 {trained_with[:16]}, {data.tokenizer} is "
-            f"{data.tokenizer_sha256[:16]}: its tokens mean other text to this model; score it on data made with its "
-            "own tokenizer"
+            f"{artifact}: was trained with the tokenizer of sha256 {trained_with[:16]}, {tokenizer} is {sha256[:16]}: "
+            "its tokens mean other text to this model; use its own tokenizer, and data made with that"
+        )
+
+
+def check_vocabulary(model: train_gpt.GPT, counter: ByteCounter, tokenizer: Path, artifact: str | Path) -> None:
+    """Raises DataError unless model and tokenizer have equally many tokens."""
+    if model.config.vocab_size != counter.vocab_size:
+        raise DataError(
+            f"{artifact}: the model has {model.config.vocab_size} tokens, {tokenizer} {counter.vocab_size}; use the "
+            "tokenizer and the data that it was trained with"
         )
 
 
@@ -212,7 +304,7 @@ def score_file(args: argparse.Namespace, device: torch.device) -> tuple[dict, di
     file = pack.read_bytes(args.artifact)
     artifact_sha256 = hashlib.sha256(file).hexdigest()
     tensors, meta = pack.with_path(args.artifact, pack.decode_artifact, file)
-    check_identity(meta, data, args.artifact)
+    check_identity(meta, data.tokenizer, data.tokenizer_sha256, args.artifact)
     processes.check_agreement({"artifact": artifact_sha256, "data": data.identity,
                                "settings": [args.stride, args.seq_len, args.batch_seqs]}, device)
     counter = ByteCounter(data.tokenizer)
@@ -226,11 +318,7 @@ def score_file(args: argparse.Namespace, device: torch.device) -> tuple[dict, di
     if not 0 <= args.stride <= seq_len or seq_len < 1 or args.batch_seqs < 1:
         raise ValueError(f"--stride {args.stride}, --seq-len {seq_len}, --batch-seqs {args.batch_seqs}: the stride "
                          "must be between 0 and the window length, the others positive")
-    if model.config.vocab_size != counter.vocab_size:
-        raise DataError(
-            f"{args.artifact}: the model has {model.config.vocab_size} tokens, {data.tokenizer} {counter.vocab_size}; "
-            "score it on the data it was trained for"
-        )
+    check_vocabulary(model, counter, data.tokenizer, args.artifact)
     checks = audit_model(model, tokens, seq_len)
     kept = [torch.zeros(len(tokens) - 1, device=device) if args.details else None for _ in range(2)]
     chunked = evaluate(model, tokens, counter, seq_len, seq_len, args.batch_seqs, kept=kept[0])
@@ -340,13 +428,94 @@ def report(result: dict) -> str:
     return "\n".join(lines)
 
 
+def score(args: argparse.Namespace, place: Place) -> None:
+    """The first command: score, and report."""
+    for option, path, keys in (("--json", args.json, {"artifact", "chunked"}),
+                               ("--details", args.details, {"artifact", "inspection"})):
+        if path:
+            check_json_target(option, path, keys)
+    device = machine.pick_device("auto", place.local_rank)
+    machine.prepare_device(device)
+    if place.world > 1:
+        processes.join_group(place, "nccl" if device.type == "cuda" else "gloo")
+    result, details = score_file(args, device)
+    if place.rank == 0:
+        for path, found in ((args.json, result), (args.details, details)):  # first: a terminal may be gone
+            if path:
+                write_json(path, found)
+        command.write_out(report(result) + "\n")
+
+
+def prompt_text(given: str | None) -> str:
+    """What --prompt gives, else the standard input, else nothing. Raises ValueError on what is no text."""
+    try:
+        if given is not None:
+            return os.fsencode(given).decode()
+        if sys.stdin is None or sys.stdin.isatty():
+            return ""
+        return sys.stdin.buffer.read().decode().removesuffix("\n")
+    except UnicodeDecodeError as e:
+        where = "the standard input" if given is None else "--prompt"
+        raise ValueError(f"{where}: not UTF-8 text (byte {e.start}: {e.object[e.start]:#x}); convert it") from None
+
+
+def sample(args: argparse.Namespace, place: Place) -> None:
+    """The second command: a text, and how the model continues it, as it comes."""
+    if place.world > 1:
+        raise LaunchError("sample: takes one process; start it without torchrun, and unset WORLD_SIZE")
+    if not (args.tokens > 0 and 0 <= args.temperature < math.inf and 0 < args.top_p <= 1 and args.seq_len >= 0
+            and 0 <= args.seed < 2**63):
+        raise ValueError(f"--tokens {args.tokens}, --temperature {args.temperature}, --top-p {args.top_p}, --seq-len "
+                         f"{args.seq_len}, --seed {args.seed}: none may be negative, tokens and top-p are above 0, and "
+                         "top-p is at most 1")
+    prompt, tokenizer = prompt_text(args.prompt), Path(args.tokenizer)
+    device = machine.pick_device(args.device, place.local_rank)
+    machine.prepare_device(device)
+    began = time.perf_counter()
+    counter = ByteCounter(tokenizer)
+    ids = [counter.bos_id, *counter.tokenizer.encode(prompt)]
+    if counter.unknown[ids].any():
+        raise DataError(f"{tokenizer}: has no pieces for all of the prompt's characters; leave the rare ones out")
+    tensors, meta = pack.read_artifact(args.artifact)
+    check_identity(meta, tokenizer, sha256_file(tokenizer), args.artifact)
+    if artifact_tokenizer(meta) is None:
+        print(f"warning     {args.artifact} is older than the naming of tokenizers in files: whether {tokenizer} is "
+              "its own was not checked", file=sys.stderr)
+    model = load_tensors(tensors, meta, args.artifact, device)
+    check_vocabulary(model, counter, tokenizer, args.artifact)
+    window = args.seq_len or model.config.train_seq_len
+    context = Context(for_sampling(model, min(window, len(ids) + args.tokens)), window)
+    print(f"loaded      {args.artifact}: {sum(p.numel() for p in model.parameters()):,} parameters, window {window}, "
+          f"on {device.type}, in {time.perf_counter() - began:.1f} s", file=sys.stderr, flush=True)
+    began = time.perf_counter()
+    context.add(ids)
+    tokens = continue_tokens(context, torch.from_numpy(counter.boundary), args.tokens, args.temperature, args.top_p,
+                             args.seed)
+    try:
+        write_text(itertools.chain(ids, tokens), TextStream(counter))
+    except BrokenPipeError:  # `| head` has read enough
+        return
+    seconds = time.perf_counter() - began
+    print(f"sampled     {args.tokens:,} tokens after {len(ids):,} in {seconds:.2f} s, {args.tokens / seconds:.1f} "
+          "tokens/s", file=sys.stderr, flush=True)
+
+
+def write_text(tokens: Iterable[int], text: TextStream) -> None:
+    """To the standard output, each token's as soon as it is there, and a newline. Raises OSError."""
+    try:
+        for token in tokens:
+            command.write_out(text.add(token))
+    finally:  # when it is stopped, too
+        command.write_out(text.end() + "\n")
+
+
 def main(argv: list[str] | None = None) -> int:
     command.steady_streams()
-    return processes.end_process(run(parse_args(argv)))
+    return processes.end_process(run(parse_args(sys.argv[1:] if argv is None else argv)))
 
 
 def run(args: argparse.Namespace) -> int:
-    """Score, or sample, as the arguments say; the exit status."""
+    """Do what the arguments say; the exit status."""
     place = Place()
     try:
         if os.environ.get(command.FOLLOWED, "").isdecimal():
@@ -354,34 +523,7 @@ def run(args: argparse.Namespace) -> int:
         place = processes.process_place(os.environ)
         for notice in machine.writable_compiler_cache() if place.rank == 0 else []:
             print(f"notice      {notice}", file=sys.stderr)
-        for option, path, keys in (("--json", args.json, {"artifact", "chunked"}),
-                                   ("--details", args.details, {"artifact", "inspection"})):
-            if path:
-                check_json_target(option, path, keys)
-        device = torch.device("cuda", place.local_rank) if torch.cuda.is_available() else torch.device("cpu")
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        else:
-            machine.keep_freed_memory()
-        if place.world > 1:
-            processes.join_group(place, "nccl" if device.type == "cuda" else "gloo")
-        if args.sample is not None:
-            data = open_data(args.data, args.tokenizer_path, need_train=False)
-            tensors, meta = pack.read_artifact(args.artifact)
-            check_identity(meta, data, args.artifact)
-            model = load_tensors(tensors, meta, args.artifact, device)
-            if place.rank == 0:
-                print(sample(model, open_tokenizer(data.tokenizer), args.sample, 200))
-            return 0
-        result, details = score_file(args, device)
-        if place.rank == 0:
-            for path, found in ((args.json, result), (args.details, details)):  # first: a terminal may be gone
-                if path:
-                    write_json(path, found)
-            try:
-                print(report(result), flush=True)
-            except OSError as e:
-                raise OSError(f"cannot write to the standard output: {e.strerror}") from None
+        args.work(args, place)
         return 0
     except LaunchError as e:  # every process that meets one says so: it may be the only one
         command.say_error(e)
@@ -393,7 +535,7 @@ def run(args: argparse.Namespace) -> int:
             time.sleep(processes.LET_RANK_0_SPEAK)
         return 1
     except KeyboardInterrupt:
-        command.say_error("stopped; nothing was written")
+        command.say_error("stopped; no file was written")
         return 130
     except Exception as e:
         command.say_error(command.describe_unexpected(e))

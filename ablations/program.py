@@ -3,6 +3,7 @@
     python ablations/program.py --patch xsa=2 --patch ema=0.99 -- train --preset cpu
     python ablations/program.py train --preset cpu --matrix-format elastic
     python ablations/program.py --patch ttt=vectors -- eval_bpb runs/RUN/model.tern --data data/packages
+    python ablations/program.py --patch xsa=2 -- eval_bpb sample runs/RUN/model.tern --tokenizer MODEL
 
 The run's own scoring process gets the same, so that what a technique does to the model is in both.
 """
@@ -58,10 +59,17 @@ def main() -> int:
         again = [word for patch in args.patch for word in ("--patch", patch)]
         return [str(Path(__file__).resolve()), *again, "eval_bpb"]
 
+    def by_whole_windows(model, window: int):
+        """A patch may let a position need more of those before it than the keys and values that a cache has."""
+        print("notice      patched models have no cache: every token takes a whole window", file=sys.stderr)
+        return model
+
     train_gpt.scoring_command = scoring_command
+    if args.patch:
+        eval_bpb.for_sampling = by_whole_windows
     if args.program == "train":
         return train_gpt.main(args.rest)
-    if "temperature" in map(patches.name_of, args.patch):
+    if "temperature" in map(patches.name_of, args.patch) and args.rest[:1] != ["sample"]:
         parsed = eval_bpb.parse_args(args.rest)
         patches.TRAINING_SHARDS[:] = open_data(parsed.data, parsed.tokenizer_path).train
     return eval_bpb.main(args.rest)

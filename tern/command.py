@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import threading
@@ -31,6 +32,17 @@ def print_if_open(text: str) -> None:
         print(text, flush=True)
     except OSError:
         return
+
+
+def write_out(text: str) -> None:
+    """To the standard output, at once. Raises OSError, BrokenPipeError where its reader is gone; what was not written
+    is dropped then, so that Python does not try again at its end."""
+    try:
+        print(text, end="", flush=True)
+    except OSError as e:
+        with contextlib.suppress(OSError, ValueError):  # ValueError: no file is behind it
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise type(e)(f"cannot write to the standard output: {e.strerror}") from None
 
 
 def steady_streams() -> None:
