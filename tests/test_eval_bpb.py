@@ -19,7 +19,7 @@ import eval_bpb
 import pack
 import train_gpt
 from conftest import ROOT, VOCAB, ended, is_one_error, run, small_corpus, started
-from eval_bpb import audit_model, audit_ternary, load_artifact, sample
+from eval_bpb import audit_model, audit_ternary, load_artifact
 from tern.audits import audit_bytes
 from tern.files import folder_identity
 from tern.metric import evaluate, sliding_windows
@@ -356,13 +356,6 @@ def test_command_scores_a_file_and_says_what_is_wrong(tiny_run, data_dir, tmp_pa
                  [artifact, "--data", data_dir, "--stride", 9999]):
         assert is_one_error(eval_bpb.main([str(x) for x in argv]), (said := capsys.readouterr()).err)
         assert "val_bpb" not in said.out
-
-
-def test_sampling_continues_the_prompt_and_repeats_with_its_seed(tiny_run, data_dir):
-    model = load_artifact(tiny_run[0] / "model.tern")
-    sp = spm.SentencePieceProcessor(model_file=str(data_dir / "tokenizer.model"))
-    texts = [sample(model, sp, "No. 1", 90, seed) for seed in (0, 0, 1)]  # longer than the window of 64
-    assert texts[0] == texts[1] != texts[2] and all(t.startswith("No. 1") and len(t) > 60 for t in texts)
 
 
 def test_one_of_several_processes_ends_without_the_interpreter_s_end(monkeypatch):

@@ -119,7 +119,14 @@ def test_a_tokenizer_from_elsewhere_must_be_that_of_the_manifest(folders, artifa
 
 
 def test_sampling_asks_for_the_same_tokenizer(folders, artifact, capsys):
-    assert refused(*score(capsys, artifact, "--data", folders[1], "--sample", "x"))
+    """And says so in the words of scoring: it is one check."""
+    said = []
+    for folder in (folders[1], folders[0]):
+        tokenizer = str(folder / "tokenizer.model")
+        status = eval_bpb.main(["sample", str(artifact), "--tokenizer", tokenizer, "--prompt", "x"])
+        said.append((status, *capsys.readouterr()))
+    assert refused(*said[0]) and said[0][1] == "" and said[1][0] == 0
+    assert said[0][2] == score(capsys, artifact, "--data", folders[1])[2]
 
 
 def test_older_artifacts_are_scored_and_the_report_says_what_was_not_checked(folders, older, capsys):
