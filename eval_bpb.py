@@ -235,6 +235,8 @@ def parse_sample_args(argv: list[str]) -> argparse.Namespace:
     p.add_argument("--seq-len", type=int, default=0, help="tokens that the model sees at most; over that, it goes on "
                    "from the newest half of them; 0: the model's training length")
     p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is one")
+    p.add_argument("--threads", type=int, default=1, help="of the CPU; 0: as many as cores. More than one wait for "
+                   "each other hundreds of times a token, which on a busy machine takes longer than the work")
     p.set_defaults(work=sample)
     return p.parse_args(argv)
 
@@ -464,13 +466,14 @@ def sample(args: argparse.Namespace, place: Place) -> None:
     if place.world > 1:
         raise LaunchError("sample: takes one process; start it without torchrun, and unset WORLD_SIZE")
     if not (args.tokens > 0 and 0 <= args.temperature < math.inf and 0 < args.top_p <= 1 and args.seq_len >= 0
-            and 0 <= args.seed < 2**63):
+            and 0 <= args.seed < 2**63 and 0 <= args.threads <= 1024):
         raise ValueError(f"--tokens {args.tokens}, --temperature {args.temperature}, --top-p {args.top_p}, --seq-len "
-                         f"{args.seq_len}, --seed {args.seed}: none may be negative, tokens and top-p are above 0, and "
-                         "top-p is at most 1")
+                         f"{args.seq_len}, --seed {args.seed}, --threads {args.threads}: none may be negative, tokens "
+                         "and top-p are above 0, top-p is at most 1, threads are at most 1024")
     prompt, tokenizer = prompt_text(args.prompt), Path(args.tokenizer)
     device = machine.pick_device(args.device, place.local_rank)
     machine.prepare_device(device)
+    torch.set_num_threads(args.threads or machine.cores())
     began = time.perf_counter()
     counter = ByteCounter(tokenizer)
     ids = [counter.bos_id, *counter.tokenizer.encode(prompt)]

@@ -269,7 +269,7 @@ def test_command_repeats_with_its_seed_and_obeys_its_options(artifact, data_dir,
         assert status == 0, err
         return out
 
-    assert text() == text("--seed", 0) == text("--device", "cpu") != text("--seed", 1)
+    assert text() == text("--seed", 0) == text("--device", "cpu", "--threads", 1) != text("--seed", 1)
     assert text("--top-p", 1e-6) == text("--temperature", 0) != text()
     assert text("--seq-len", 4) != text() and text("--seq-len", 500) == text()
     assert text("--tokens", 1) != text()
@@ -295,6 +295,7 @@ def test_a_terminal_is_not_waited_for(artifact, data_dir, capsys, monkeypatch):
 @pytest.mark.parametrize(("argv", "says"), [
     (["--tokens", 0], "--tokens 0"), (["--temperature", -1], "--temperature -1"), (["--temperature", "nan"], "nan"),
     (["--top-p", 0], "--top-p 0"), (["--top-p", 1.1], "1.1"), (["--seed", -1], "--seed -1"), (["--seq-len", -1], "-1"),
+    (["--threads", -1], "--threads -1"),
     (["--prompt", "\udcff"], "not UTF-8 text (byte 0: 0xff)"),
 ])
 def test_wrong_options_are_one_clear_error(artifact, data_dir, capsys, argv, says):
