@@ -37,6 +37,7 @@ import train_gpt
 from tern import audits, command, machine, metric, processes, spread
 from tern.files import sha256_file, write_atomic
 from tern.metric import Score, evaluate, position_losses, sliding_windows
+from tern.packed import pack_matrices
 from tern.processes import LaunchError, Place
 from tern.sampling import Context, TextStream, continue_tokens
 from tern.shards import AuditError, DataError, open_data, read_shard
@@ -137,7 +138,7 @@ class KeepingAttention(train_gpt.Attention):
     def make_room(self, positions: int) -> None:
         """For keys and values of so many positions, of which none is known."""
         self.known = 0
-        self.kept = self.c_k.weight.new_empty(2, 1, self.kv_heads, positions, self.head_dim)
+        self.kept = self.q_gain.new_empty(2, 1, self.kv_heads, positions, self.head_dim)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, last: int) -> Tensor:
         """x, and the queries, are of new positions; cos, sin and last are those of all."""
@@ -189,8 +190,10 @@ class Cached(train_gpt.GPT):
 
 
 def for_sampling(model: train_gpt.GPT, window: int) -> train_gpt.GPT:
-    """A model that is faster at one token after the other, if there is one; ablations/program.py knows when not."""
-    return Cached(model, window)
+    """The model, made faster at one token after the other; ablations/program.py knows where it must stay as it is."""
+    cached = Cached(model, window)
+    pack_matrices(cached)
+    return cached
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -487,9 +490,12 @@ def sample(args: argparse.Namespace, place: Place) -> None:
     model = load_tensors(tensors, meta, args.artifact, device)
     check_vocabulary(model, counter, tokenizer, args.artifact)
     window = args.seq_len or model.config.train_seq_len
-    context = Context(for_sampling(model, min(window, len(ids) + args.tokens)), window)
-    print(f"loaded      {args.artifact}: {sum(p.numel() for p in model.parameters()):,} parameters, window {window}, "
-          f"on {device.type}, in {time.perf_counter() - began:.1f} s", file=sys.stderr, flush=True)
+    parameters = sum(p.numel() for p in model.parameters())
+    model = for_sampling(model, min(window, len(ids) + args.tokens))
+    del tensors  # the model has all that is needed, in fewer bytes
+    context = Context(model, window)
+    print(f"loaded      {args.artifact}: {parameters:,} parameters, window {window}, on {device.type}, in "
+          f"{time.perf_counter() - began:.1f} s", file=sys.stderr, flush=True)
     began = time.perf_counter()
     context.add(ids)
     tokens = continue_tokens(context, torch.from_numpy(counter.boundary), args.tokens, args.temperature, args.top_p,
