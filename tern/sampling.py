@@ -75,7 +75,7 @@ class TextStream:
     """The text of tokens that come one at a time, as the tokenizer would decode all of them.
 
     A character may take several byte pieces: nothing of it is given out before its last. Bytes that are no character
-    become U+FFFD.
+    become U+FFFD, of which sentencepiece has one for each byte and Python one for each beginning of a character.
     """
 
     def __init__(self, counter: ByteCounter):
