@@ -30,7 +30,6 @@ and every size is checked before memory is taken for it. CRC32 finds accidents, 
 from __future__ import annotations
 
 import argparse
-import importlib
 import itertools
 import json
 import lzma
@@ -1109,13 +1108,13 @@ def verify(path: str | Path, against: str | None = None) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def find_module(name: str):
-    """The module tern.<name>, by its name: what few need. An import would make it part of every submission, where its
-    bytes count. Raises ArtifactError where it is not."""
+def find_conversions():
+    """tern.conversions, of which no submission has a byte (tern.source.APART). Raises ArtifactError in one."""
     try:
-        return importlib.import_module(f"tern.{name}")
-    except ModuleNotFoundError as e:
-        raise ArtifactError(f"{e.name} is not here, as in a submission's one file: use pack.py of its source") from e
+        from tern import conversions
+    except ImportError as e:
+        raise ArtifactError(f"{e}: a submission's one file has it not; use pack.py of its source") from e
+    return conversions
 
 
 def read_sound(path: str | Path) -> tuple[dict[str, StoredTensor], dict, bytes]:
@@ -1130,7 +1129,7 @@ def read_sound(path: str | Path) -> tuple[dict[str, StoredTensor], dict, bytes]:
 def read_exported(path: str | Path) -> tuple[dict[str, StoredTensor], dict]:
     """(tensors, meta) of a model that was exported to safetensors, all in bf16. Raises ArtifactError."""
     try:
-        values, meta, _ = find_module("safetensors_files").read(path)
+        values, meta, _ = find_conversions().safetensors_files.read(path)
     except Foreseen as e:
         raise ArtifactError(str(e)) from None
     return {name: StoredTensor(x.shape, {"kind": "bf16"}, x, None) for name, x in values.items()}, meta
@@ -1178,9 +1177,9 @@ def main(argv: list[str] | None = None) -> int:
         elif args.command == "verify":
             print("\n".join(verify(args.file, args.against)))
         elif args.command == "export":
-            print("\n".join(find_module("conversions").export(args, read_sound)))
+            print("\n".join(find_conversions().export(args, read_sound)))
         elif args.command == "import":
-            print("\n".join(find_module("conversions").import_dense(args)))
+            print("\n".join(find_conversions().import_dense(args)))
         else:
             b = budget(args.file, args.code, args.cap, not args.model_only)
             counted = "" if b.count_code else " (not counted)"

@@ -193,7 +193,7 @@ def missing_modules(files: Mapping[str, bytes]) -> Iterator[str]:
     """
     folders = {parent.as_posix() for name in files for parent in Path(name).parents}
     for file, text in files.items():
-        for name in source.imported(text, file):
+        for name in source.imported(text, file) - source.APART:
             folder = ""
             for part in name.split("."):
                 path = f"{folder}/{part}".lstrip("/")

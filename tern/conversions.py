@@ -1,6 +1,6 @@
 """The commands that write a model for other programs, or read one of theirs: `pack.py export` and `pack.py import`.
 
-pack.py finds this file by name when it is asked for, so that a submission, whose bytes count, has nothing of it.
+A submission, whose bytes count, has nothing of it (tern.source.APART): pack.py imports it when it is asked for.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """An artifact's values as other programs read them, and what all exports share. numpy, no torch.
 
-No part of a submission: pack.py finds it by name, when it is asked for (tern/conversions.py).
+No part of a submission (tern/conversions.py).
 """
 
 from __future__ import annotations

@@ -597,8 +597,14 @@ def test_a_dense_model_in_other_floats_is_no_export(tmp_path):
 def test_exports_are_no_bytes_of_a_submission():
     files = {"tern/conversions.py", "tern/exports.py", "tern/safetensors_files.py", "tern/gguf_files.py"}
     assert not files & set(source.code_files()) and all((source.root() / name).is_file() for name in files)
-    with pytest.raises(pack.ArtifactError, match="nothing_here is not here, as in a submission's one file"):
-        pack.find_module("nothing_here")
+
+
+@fast
+def test_a_submission_says_that_it_has_no_exports(monkeypatch):
+    monkeypatch.delattr(tern, "conversions")
+    monkeypatch.setitem(sys.modules, "tern.conversions", None)
+    with pytest.raises(pack.ArtifactError, match="tern.conversions.*a submission's one file has it not"):
+        pack.find_conversions()
 
 
 @fast
