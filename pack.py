@@ -3,7 +3,7 @@
     python pack.py inspect FILE [--json]                      # what each byte is spent on
     python pack.py verify FILE [--against CHECKPOINT]         # is the file sound, canonical, and this checkpoint's?
     python pack.py budget FILE [--code FILE ...] [--cap N] [--model-only]
-    python pack.py export FILE --to safetensors | gguf        # for other programs; `import` is the way back
+    python pack.py export FILE --to safetensors | gguf        # for other programs; --from: the way back
 
 A file is a fixed preamble, a compressed JSON header and the streams, back to back, nothing else:
 
@@ -1149,22 +1149,25 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--code", nargs="+", metavar="FILE", help="default: the one file that this program is submitted as")
     p.add_argument("--cap", type=int, default=DEFAULT_CAP, help="bytes (default %(default)s)")
     p.add_argument("--model-only", action="store_true", help="report the code, count only the model (the CPU track)")
-    p = commands.add_parser("export", help="write the model in another program's format, with its exact values")
-    p.add_argument("file")
-    p.add_argument("--to", required=True, choices=("safetensors", "gguf"), help="dense bf16, or GGUF's tensor types")
+    p = commands.add_parser("export", help="write the model in another program's format, or read it from one")
+    p.add_argument("file", help="an artifact; with --from a safetensors file as docs/export.md describes it")
+    way = p.add_mutually_exclusive_group(required=True)
+    way.add_argument("--to", choices=("safetensors", "gguf"), help="dense bf16, or GGUF's tensor types; exact values")
+    way.add_argument("--from", dest="source", choices=("safetensors",),
+                     help="make a dense float model what training starts from (--init-from)")
     p.add_argument("--blocks", choices=("TQ1_0", "TQ2_0"), default="TQ1_0",
                    help="GGUF's type of ternary matrices: the smaller, or that made for speed (default %(default)s)")
     p.add_argument("--reblock", action="store_true", help="GGUF: also matrices with several scales in a block of 256, "
                    "which changes them by an error that is printed; without it they stay exact, in bf16")
-    p.add_argument("--tokenizer", metavar="PATH", help="to put in: a .model file, or the folder of the data")
-    q = commands.add_parser("import", help="make a dense float model what training starts from (--init-from)")
-    q.add_argument("file", help="a safetensors file as docs/export.md describes it")
-    for command, suffix in ((p, "the format's"), (q, ".checkpoint.safetensors")):
-        command.add_argument("-o", "--out", metavar="OUT", help=f"file to write (default: FILE, its suffix {suffix})")
-        command.add_argument("--force", action="store_true", help="overwrite it")
+    p.add_argument("--tokenizer", metavar="PATH", help="with --to, to put in: a .model file, or the folder of the data")
+    p.add_argument("-o", "--out", metavar="OUT", help="file to write (default: FILE, its suffix the format's, or "
+                   ".checkpoint.safetensors)")
+    p.add_argument("--force", action="store_true", help="overwrite it")
     args = parser.parse_args(argv)
     if args.command == "export" and args.to != "gguf" and (args.reblock or args.blocks != "TQ1_0"):
         parser.error("--blocks and --reblock are for --to gguf")
+    if args.command == "export" and args.source and args.tokenizer:
+        parser.error("--tokenizer is for --to: a model that is read has its own")
     return args
 
 
@@ -1177,9 +1180,9 @@ def main(argv: list[str] | None = None) -> int:
         elif args.command == "verify":
             print("\n".join(verify(args.file, args.against)))
         elif args.command == "export":
-            print("\n".join(find_conversions().export(args, read_sound)))
-        elif args.command == "import":
-            print("\n".join(find_conversions().import_dense(args)))
+            conversions = find_conversions()
+            lines = conversions.import_dense(args) if args.source else conversions.export(args, read_sound)
+            print("\n".join(lines))
         else:
             b = budget(args.file, args.code, args.cap, not args.model_only)
             counted = "" if b.count_code else " (not counted)"

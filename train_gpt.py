@@ -919,7 +919,7 @@ def load_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict]:
 def load_latents(path: str, data: DataFolder, config: Config) -> dict[str, Tensor]:
     """Name -> fp32 latent of a checkpoint that training starts from. Raises CheckpointError and ConfigError."""
     tensors, state = load_checkpoint(path)
-    settings.check_start(state.get("model"), config, f"init_from={path}")  # of another program (pack.py import)
+    settings.check_start(state.get("model"), config, f"init_from={path}")  # of another program (pack.py export)
     if state.get("tokenizer") not in (None, data.tokenizer_sha256):
         raise CheckpointError(f"init_from={path}: was trained with another tokenizer than {data.tokenizer}, so its "
                               "embedding means other text; use data of its own")

@@ -1,4 +1,4 @@
-"""The commands that write a model for other programs, or read one of theirs: `pack.py export` and `pack.py import`.
+"""The commands that write a model for other programs, or read one of theirs: `pack.py export`, --to and --from.
 
 A submission, whose bytes count, has nothing of it (tern.source.APART): pack.py imports it when it is asked for.
 """

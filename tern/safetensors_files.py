@@ -91,8 +91,8 @@ def read(path: str | Path) -> tuple[dict[str, np.ndarray], dict, bytes | None]:
     values, about = read_file(path)
     for name, (dtype, _) in values.items():
         if dtype != "BF16":
-            raise ExportError(f"{path}: tensor {name[:80]!a} is {dtype}, and models compute with bf16: pack.py import "
-                              "makes of it what training starts from")
+            raise ExportError(f"{path}: tensor {name[:80]!a} is {dtype}, and models compute with bf16: pack.py export "
+                              "--from safetensors makes of it what training starts from")
     return {name: x for name, (_, x) in values.items()}, about["meta"], held_tokenizer(about, path)
 
 

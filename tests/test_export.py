@@ -451,7 +451,7 @@ def latents_of(path: Path, config: Config = TINY, tokenizer: str = "t" * 64) -> 
 def test_a_dense_model_becomes_what_training_starts_from_bit_for_bit(tmp_path, capsys, dtype):
     dense = {name: x.to(dtype) for name, x in latents().items()}
     write_dense(tmp_path / "mine.safetensors", dense)
-    assert pack.main(["import", str(tmp_path / "mine.safetensors")]) == 0
+    assert pack.main(["export", "--from", "safetensors", str(tmp_path / "mine.safetensors")]) == 0
     out = tmp_path / "mine.checkpoint.safetensors"
     assert f"--init-from {out}" in capsys.readouterr().out
     found = latents_of(out)
@@ -468,7 +468,7 @@ def test_what_was_exported_comes_back_bit_for_bit(tmp_path):
     config, out = replace(TINY, matrix_format="bf16", embed_format="bf16"), tmp_path / "start.safetensors"
     made = make(tmp_path, config)
     assert pack.main(["export", str(made.file), "--to", "safetensors"]) == 0
-    assert pack.main(["import", str(tmp_path / "model.safetensors"), "-o", str(out)]) == 0
+    assert pack.main(["export", "--from", "safetensors", str(tmp_path / "model.safetensors"), "-o", str(out)]) == 0
     again = GPT(config)
     held = Latents(again, config)
     held.load(latents_of(out), "there")
@@ -485,7 +485,7 @@ def test_a_trainer_starts_from_an_import(tmp_path, data_dir):
     config = config_of(first.config)
     dense = {name: torch.full_like(p.data, 0.25).float() for name, p in first.model.named_parameters()}
     write_dense(tmp_path / "mine.safetensors", dense, config)
-    assert pack.main(["import", str(tmp_path / "mine.safetensors")]) == 0
+    assert pack.main(["export", "--from", "safetensors", str(tmp_path / "mine.safetensors")]) == 0
     trainer = tiny_trainer(data_dir, tmp_path / "b", "--init-from", tmp_path / "mine.checkpoint.safetensors")
     assert all((latent == 0.25).all() for _, _, latent, _ in trainer.latents.named())
     for t in (first, trainer):
@@ -526,7 +526,7 @@ def test_a_model_that_does_not_fit_is_one_error_and_nothing_is_written(tmp_path,
     change, message = CASES[case]
     tensors = latents()
     change(tensors)
-    err = refused(capsys, "import", write_dense(tmp_path / "mine.safetensors", tensors))
+    err = refused(capsys, "export", "--from", "safetensors", write_dense(tmp_path / "mine.safetensors", tensors))
     assert message in err and str(tmp_path) in err
     assert not (tmp_path / "mine.checkpoint.safetensors").exists()
 
@@ -537,26 +537,26 @@ def test_a_model_that_does_not_fit_is_one_error_and_nothing_is_written(tmp_path,
     ({"num_layers": 10**6}, "layers=1000000"), ({"mlp_hidden": -1}, "mlp_hidden is '-1'")], ids=str)
 def test_a_configuration_that_makes_no_model_is_one_error(tmp_path, capsys, config, message):
     config = config and config_of(TINY) | config
-    err = refused(capsys, "import", write_dense(tmp_path / "mine.safetensors", latents(), config))
+    err = refused(capsys, "export", "--from", "safetensors", write_dense(tmp_path / "mine.safetensors", latents(), config))
     assert message in err and "docs/export.md" in err
 
 
 @fast
 def test_a_file_that_says_nothing_or_is_none_is_one_error(tmp_path, capsys):
     path = tmp_path / "mine.safetensors"
-    assert "no such file" in refused(capsys, "import", path)
+    assert "no such file" in refused(capsys, "export", "--from", "safetensors", path)
     safetensors.torch.save_file(latents(), path)
-    assert "does not describe a model" in refused(capsys, "import", path)
+    assert "does not describe a model" in refused(capsys, "export", "--from", "safetensors", path)
     for about in ("[]", "{", '{"version": 2}', '{"version": 1, "meta": {"config": 3}}', "[" * 10**5):
         safetensors.torch.save_file({}, path, {ABOUT: about})
-        assert "does not describe a model" in refused(capsys, "import", path)
+        assert "does not describe a model" in refused(capsys, "export", "--from", "safetensors", path)
         with pytest.raises(pack.ArtifactError, match="does not describe a model"):
             eval_bpb.load_artifact(path)
     write_dense(path, latents())
     whole = path.read_bytes()
     for data in (b"", whole[:5], whole[:-1], whole + b"x"):
         path.write_bytes(data)
-        assert "not a safetensors file" in refused(capsys, "import", path)
+        assert "not a safetensors file" in refused(capsys, "export", "--from", "safetensors", path)
 
 
 @fast
@@ -565,7 +565,7 @@ def test_another_model_or_tokenizer_is_not_started_from(tmp_path, capsys):
     meta = {"config": config_of(TINY), "tokenizer": sha256}
     path, out = tmp_path / "mine.safetensors", tmp_path / "mine.checkpoint.safetensors"
     write_dense(path, latents(), meta=meta, tokenizer=base64.b64encode(b"pieces").decode())
-    assert pack.main(["import", str(path)]) == 0
+    assert pack.main(["export", "--from", "safetensors", str(path)]) == 0
     latents_of(out, tokenizer=sha256)
     with pytest.raises(CheckpointError, match="another tokenizer"):
         latents_of(out)
@@ -573,13 +573,13 @@ def test_another_model_or_tokenizer_is_not_started_from(tmp_path, capsys):
         (name, value), = change.items()
         with pytest.raises(ConfigError, match=f"init_from=.*its model has {name}=.*this run's {value}"):
             latents_of(out, replace(TINY, **change), sha256)
-    assert "exists" in refused(capsys, "import", path)
+    assert "exists" in refused(capsys, "export", "--from", "safetensors", path)
     others = base64.b64encode(b"others").decode()
     for other, why in ((others, "model was trained with"), ("?", "not base 64"), (3, "not base 64")):
         write_dense(path, latents(), meta=meta, tokenizer=other)
-        assert why in refused(capsys, "import", path, "--force")
+        assert why in refused(capsys, "export", "--from", "safetensors", path, "--force")
     write_dense(path, latents(), tokenizer=base64.b64encode(b"pieces").decode())
-    assert pack.main(["import", str(path), "--force"]) == 0  # named by the file that came along
+    assert pack.main(["export", "--from", "safetensors", str(path), "--force"]) == 0  # its file names it
     latents_of(out, tokenizer=sha256)
 
 
