@@ -537,7 +537,8 @@ def test_a_model_that_does_not_fit_is_one_error_and_nothing_is_written(tmp_path,
     ({"num_layers": 10**6}, "layers=1000000"), ({"mlp_hidden": -1}, "mlp_hidden is '-1'")], ids=str)
 def test_a_configuration_that_makes_no_model_is_one_error(tmp_path, capsys, config, message):
     config = config and config_of(TINY) | config
-    err = refused(capsys, "export", "--from", "safetensors", write_dense(tmp_path / "mine.safetensors", latents(), config))
+    path = write_dense(tmp_path / "mine.safetensors", latents(), config)
+    err = refused(capsys, "export", "--from", "safetensors", path)
     assert message in err and "docs/export.md" in err
 
 
