@@ -192,6 +192,7 @@ PRESETS: dict[str, dict] = {
         iterations=30, max_wallclock_seconds=0.0, compile=False, num_layers=2, model_dim=32, num_heads=2,
         num_kv_heads=1, mlp_hidden=80, train_seq_len=64, train_batch_tokens=1024, lr_warmup_steps=5, train_log_every=5,
         checkpoint_every=10, eval_stride=32, cap_bytes=128_000, cap_counts_code=False, group_size=32, warmup_steps=0,
+        write_page=False,
     ),
     "cpu_10min_128kb": CPU_TRACK | dict(max_wallclock_seconds=600.0),
     "pr367": PR367,

@@ -137,7 +137,8 @@ class Stage:
                 torch.cuda.empty_cache()
 
     def config(self, preset: str, **more) -> train_gpt.Config:
-        return train_gpt.Config(**(train_gpt.PRESETS[preset] | self.sizes.model | more))
+        whole = dict(seq_ramp_start=0, fit_cap=0.0)  # steps of the full length, with nothing packed beside them
+        return train_gpt.Config(**(train_gpt.PRESETS[preset] | whole | self.sizes.model | more))
 
     def data(self, vocab: int) -> Path:
         """A folder of shards with so many pieces: the one that was given, if it has them, else one that is made up."""

@@ -93,8 +93,7 @@ def clean_env(**extra: str) -> dict[str, str]:
 
 
 def tiny_args(data: Path, out: Path, *more: object) -> list[str]:
-    base = ["--preset", "tiny", "--vocab-size", VOCAB, "--data-path", data, "--out-dir", out, "--threads", 1,
-            "--write-page", 0]
+    base = ["--preset", "tiny", "--vocab-size", VOCAB, "--data-path", data, "--out-dir", out, "--threads", 1]
     return [str(a) for a in (*base, *more)]
 
 

@@ -183,10 +183,11 @@ def test_logits_are_bit_identical_compiled_and_eager(compiled_run, data_dir):
 
 @needs_compiler
 def test_compiled_training_on_two_threads_is_deterministic(compiled_run, data_dir, tmp_path):
-    done = run(*tiny_args(data_dir, tmp_path, *COMPILED))
+    done = run(*tiny_args(data_dir, tmp_path, *COMPILED, "--write-page", 1))
     assert done.returncode == 0 and "\nnotice" not in done.stdout, done.stdout + done.stderr
     mine, theirs = tmp_path / NAME, compiled_run.folder.path
     assert (mine / "model.tern").read_bytes() == (theirs / "model.tern").read_bytes()
+    assert "What it is bad at" in (mine / "report.html").read_text(encoding="utf-8"), "a run ends with its page"
 
 
 def test_a_run_leaves_what_is_behind_its_score(tiny_run):
