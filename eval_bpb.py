@@ -23,7 +23,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -302,9 +302,8 @@ def write_json(path: str, result: dict) -> None:
         write_atomic(path, text.encode())
 
 
-def score_file(args: argparse.Namespace, device: torch.device) -> tuple[dict, dict | None]:
-    """All checks and scores of one artifact, as the JSON that --json writes, and that of --details where it is asked
-    for."""
+def score_file(args: argparse.Namespace, device: torch.device) -> tuple[dict, Callable[[], dict]]:
+    """All checks and scores of one artifact, as the JSON that --json writes, and what makes that of --details."""
     data = open_data(args.data, args.tokenizer_path, need_train=False)
     file = pack.read_bytes(args.artifact)
     artifact_sha256 = hashlib.sha256(file).hexdigest()
@@ -351,7 +350,7 @@ def score_file(args: argparse.Namespace, device: torch.device) -> tuple[dict, di
         "chunked": asdict(chunked),
         "sliding": asdict(sliding) if sliding else None,
     }
-    return result, details_of(file, tensors, result, tokens, counter, kept) if args.details else None
+    return result, lambda: details_of(file, tensors, result, tokens, counter, kept)
 
 
 def details_of(file: bytes, tensors: dict[str, pack.StoredTensor], result: dict, tokens: np.ndarray,
@@ -445,10 +444,14 @@ def score(args: argparse.Namespace, place: Place) -> None:
         processes.join_group(place, "nccl" if device.type == "cuda" else "gloo")
     result, details = score_file(args, device)
     if place.rank == 0:
-        for path, found in ((args.json, result), (args.details, details)):  # first: a terminal may be gone
-            if path:
-                write_json(path, found)
+        if args.json:  # first: a terminal may be gone
+            write_json(args.json, result)
         command.write_out(report(result) + "\n")
+        if args.details:
+            try:
+                write_json(args.details, details())
+            except (AuditError, MemoryError) as e:  # the score holds without them
+                print(f"notice      {args.details} was not written: {e or 'no memory'}", file=sys.stderr)
 
 
 def prompt_text(given: str | None) -> str:

@@ -1155,8 +1155,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     way.add_argument("--to", choices=("safetensors", "gguf"), help="dense bf16, or GGUF's tensor types; exact values")
     way.add_argument("--from", dest="source", choices=("safetensors",),
                      help="make a dense float model what training starts from (--init-from)")
-    p.add_argument("--blocks", choices=("TQ1_0", "TQ2_0"), default="TQ1_0",
-                   help="GGUF's type of ternary matrices: the smaller, or that made for speed (default %(default)s)")
+    p.add_argument("--blocks", choices=("TQ1_0", "TQ2_0"), help="GGUF's type of ternary matrices: TQ1_0, the smaller "
+                   "(default), or TQ2_0, made for speed")
     p.add_argument("--reblock", action="store_true", help="GGUF: also matrices with several scales in a block of 256, "
                    "which changes them by an error that is printed; without it they stay exact, in bf16")
     p.add_argument("--tokenizer", metavar="PATH", help="with --to, to put in: a .model file, or the folder of the data")
@@ -1164,7 +1164,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                    ".checkpoint.safetensors)")
     p.add_argument("--force", action="store_true", help="overwrite it")
     args = parser.parse_args(argv)
-    if args.command == "export" and args.to != "gguf" and (args.reblock or args.blocks != "TQ1_0"):
+    if args.command == "export" and args.to != "gguf" and (args.reblock or args.blocks):
         parser.error("--blocks and --reblock are for --to gguf")
     if args.command == "export" and args.source and args.tokenizer:
         parser.error("--tokenizer is for --to: a model that is read has its own")

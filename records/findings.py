@@ -578,9 +578,10 @@ def check_soundness(c: Case) -> Found:
             continue
         for rule, (severity, look, text, do) in LOOKS.items():
             for node in first(look(program.tree), 3):
-                if rule == "data" and any(isinstance(part, ast.IfExp) for part in ast.walk(node)):
-                    severity, text = WARNING, "validation shards may be read as training files, by a switch"
-                yield Finding(severity, rule, Place(program.shown, node.lineno), f"{text}: `{program.quote(node)}`", do)
+                switch = rule == "data" and any(isinstance(part, ast.IfExp) for part in ast.walk(node))
+                what = "validation shards may be read as training files, by a switch" if switch else text
+                yield Finding(WARNING if switch else severity, rule, Place(program.shown, node.lineno),
+                              f"{what}: `{program.quote(node)}`", do)
         for node, text in first(static.byte_tables(program.tree), 2):
             yield Finding(WARNING, "bytes/tok", Place(program.shown, node.lineno), f"{text} `{program.quote(node)}`",
                           "count as the official build_sentencepiece_luts does")
@@ -685,8 +686,8 @@ def find(path: Path, against: str | None = None) -> tuple[Case, list[Finding]]:
             found += function(case)
         except (ValueError, OSError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError,
                 MemoryError) as e:  # what no rule foresaw: the others still speak
-            found.append(Finding(WARNING, name, Place(path.name), f"the rule could not deal with what it read ({e!r})",
-                                 "report it"))
+            found.append(Finding(ERROR, name, Place(path.name), "not checked: the rule could not deal with what it "
+                                 f"read ({e!r})", "report it"))
     return case, sorted(dict.fromkeys(found), key=lambda f: SEVERITIES.index(f.severity))
 
 

@@ -66,7 +66,7 @@ def to_gguf(model: Model, args: argparse.Namespace) -> tuple[bytes, list[str]]:
         from tern import gguf_files
     except ModuleNotFoundError as e:
         raise ExportError(f"{e.name} is not installed: make setup, or pip install -r requirements.txt") from None
-    return gguf_files.encode(model, args.blocks, args.reblock)
+    return gguf_files.encode(model, args.blocks or "TQ1_0", args.reblock)
 
 
 def import_dense(args: argparse.Namespace) -> list[str]:

@@ -31,8 +31,10 @@ def end_well(place: Place, folder: RunFolder) -> int:
                               env=processes.environment_alone(os.environ), capture_output=True, encoding="utf-8",
                               errors="replace", timeout=PAGE_PATIENCE, check=False)
         why = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1] if done.returncode else ""
-    except (OSError, subprocess.TimeoutExpired, KeyboardInterrupt) as e:
-        why = str(e) or "stopped"
+    except (OSError, subprocess.TimeoutExpired) as e:
+        why = str(e)
+    except (KeyboardInterrupt, Interrupted):  # all that counts is done
+        why = "stopped"
     if why:
         folder.log.line(f"notice      no report.html was written ({why.removeprefix('error: ')}); try again: python "
                         f"tern/report.py {folder.path}")

@@ -65,10 +65,19 @@ def packed(matrix: Tensor) -> Packed | None:
 
 @torch.no_grad()
 def pack_matrices(model: nn.Module) -> None:
-    """Put a Packed into each linear layer of a model whose matrix is one; the others stay as they are."""
-    for module in model.modules():
-        if isinstance(module, nn.Linear) and module.bias is None:
-            weight = packed(module.weight)
-            if weight is not None:
-                del module.weight  # a parameter would have to be a tensor
-                module.weight = weight  # type: ignore[assignment]
+    """Put a Packed into each linear layer of a model whose matrix is one; the others stay as they are.
+
+    Layers below one module may be joined into one product, as queries, keys and values are, so all of those with as
+    many inputs become one, or none.
+    """
+    for parent in model.modules():
+        linear: dict[int, list[nn.Linear]] = {}
+        for layer in parent.children():
+            if isinstance(layer, nn.Linear) and layer.bias is None:
+                linear.setdefault(layer.in_features, []).append(layer)
+        for layers in linear.values():
+            weights = [packed(layer.weight) for layer in layers]
+            if all(weight is not None for weight in weights):
+                for layer, weight in zip(layers, weights, strict=True):
+                    del layer.weight  # a parameter would have to be a tensor
+                    layer.weight = weight  # type: ignore[assignment]

@@ -108,6 +108,7 @@ class Scored:
 
 @dataclass(frozen=True)
 class Result:
+    memory: Scored  # before packing
     chunked: Scored
     sliding: Scored | None
 
@@ -129,7 +130,6 @@ class Seen:
     header: runlog.Header
     steps: list[runlog.Step]
     validations: list[runlog.Validation]
-    phases: list[runlog.Phase]
     final: runlog.Final | None
     result: Result | None
     details: Details | None
@@ -182,12 +182,12 @@ def read_records(path: Path) -> list[runlog.Record]:
 def read_run(path: Path) -> Seen:
     """Raises ReportError."""
     metrics = path / "metrics.jsonl" if path.is_dir() else path
+    folder = path if path.is_dir() or path.name != "metrics.jsonl" else path.parent
     records = read_records(metrics)
     header: runlog.Header = None
     final: runlog.Final | None = None
     steps: dict[int, runlog.Step] = {}
     validations: dict[int, runlog.Validation] = {}
-    phases = []
     for record in records:
         if isinstance(record, runlog.Header):  # resumed: what came after its checkpoint was done again
             header = record
@@ -197,15 +197,13 @@ def read_run(path: Path) -> Seen:
             steps[record.step] = record
         elif isinstance(record, runlog.Validation):
             validations[record.step] = record
-        elif isinstance(record, runlog.Phase):
-            phases.append(record)
         elif isinstance(record, runlog.Final):
             final = record
-    details = path / "details.json"
+    details = folder / "details.json"
     name = " ".join(pages.visible(str(header.settings.get("run_id") or path.name)).split())
-    return Seen(path, name, header, list(steps.values()),
-                list(validations.values()), phases, final,
-                typed(final.score, Result, f"{metrics}: final.score") if final else None,
+    return Seen(folder, name, header, list(steps.values()),
+                list(validations.values()), final,
+                typed(final.score | {"memory": final.memory}, Result, f"{metrics}: final") if final else None,
                 read_details(details, final) if final and details.is_file() else None)
 
 
@@ -540,6 +538,8 @@ def shown(figure: Figure | None, caption: str) -> list[str]:
 
 def chapter_fit(run: Seen) -> list[str]:
     if run.details is None:
+        if run.path.is_file():
+            return []
         score = f"python eval_bpb.py {run.path / 'model.tern'} --data DATA --details {run.path / 'details.json'}"
         return [pages.paragraph("Where the bytes went is not known, as the folder has no details.json. Scoring writes "
                                 f"it: {score}")] if run.final else []
@@ -635,7 +635,7 @@ def final_table(run: Seen) -> list[str]:
     """Every score of a run, and its seconds."""
     if not run.final or not run.result:
         return []
-    rows = [["before packing, in memory", f"{run.final.memory['val_bpb']:.8f}", ""]]
+    rows = [["before packing, in memory", f"{run.result.memory.val_bpb:.8f}", ""]]
     for name, score in (("from the file, chunked", run.result.chunked), ("from the file, sliding", run.result.sliding)):
         if score:
             rows.append([name, f"{score.val_bpb:.8f}", f"{score.seconds:.1f}"])

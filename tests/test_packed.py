@@ -79,6 +79,17 @@ def test_a_model_of_packed_matrices_says_what_it_said(smear):
     assert isinstance(model.blocks[0].attn.c_q.weight, torch.nn.Parameter), "the caller's model was changed"
 
 
+@torch.inference_mode()
+def test_matrices_that_are_joined_are_all_packed_or_none():
+    """Keys of one head of 8 are no multiple of 16 rows, queries are."""
+    model = small_model(model_dim=32, num_heads=4, num_kv_heads=1, mlp_hidden=64)
+    Latents(model, model.config)
+    sampler, ids = for_sampling(model, 20), tokens(20)[None]
+    assert type(sampler.blocks[0].attn.c_q.weight) is torch.nn.Parameter
+    assert type(sampler.blocks[0].mlp.fc.weight) is Packed
+    assert (sampler.head(sampler.hidden(ids)) - model.head(model.hidden(ids))).abs().max() <= 0.25
+
+
 def test_an_fp32_model_is_left_alone():
     model = small_model()
     before = [name for name, _ in model.named_parameters()]

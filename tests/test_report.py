@@ -15,6 +15,7 @@ from conftest import is_one_error
 from tern import pages, report, runlog
 from tern.ending import end_well
 from tern.processes import Place
+from tern.signals import Interrupted
 
 HOSTILE = "<script>alert('x')</script>\"&\x00\x1b[31m\u202e\u200f\n</span>"
 
@@ -228,6 +229,15 @@ def end_of(path: Path, write_page: bool = True, rank: int = 0) -> list[str]:
                              log=SimpleNamespace(line=said.append))
     assert end_well(Place(rank=rank), folder) == 0, "whatever comes of the page"
     return said
+
+
+def test_a_signal_ends_the_page_and_not_the_run(tmp_path, monkeypatch):
+    def stopped(*args, **kwargs):
+        raise Interrupted(2, "stopped by signal 2")
+
+    monkeypatch.setattr("tern.ending.subprocess.run", stopped)
+    [line] = end_of(run_folder(tmp_path / "a", FINAL))
+    assert "no report.html was written (stopped)" in line
 
 
 def test_a_run_ends_with_its_page_or_with_a_line_of_why_not(tmp_path):

@@ -102,3 +102,15 @@ def test_details_replace_no_other_file(tmp_path, capsys):
     mine.write_text('{"artifact": 1, "chunked": 2}')
     assert eval_bpb.main(["x.tern", "--data", str(tmp_path), "--details", str(mine)]) == 1
     assert f"--details {mine}" in capsys.readouterr().err and mine.read_text() == '{"artifact": 1, "chunked": 2}'
+
+
+def test_a_score_stays_whole_where_its_details_fail(tiny_run, data_dir, tmp_path, monkeypatch, capsys):
+    def fail(*args):
+        raise eval_bpb.AuditError("the parts are not the whole")
+
+    monkeypatch.setattr(eval_bpb, "details_of", fail)
+    out, details = tmp_path / "score.json", tmp_path / "details.json"
+    words = [tiny_run[0] / "model.tern", "--data", data_dir, "--stride", 0, "--json", out, "--details", details]
+    assert eval_bpb.run(eval_bpb.parse_args(list(map(str, words)))) == 0
+    assert out.exists() and not details.exists()
+    assert "details.json was not written: the parts are not the whole" in capsys.readouterr().err
