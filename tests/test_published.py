@@ -425,7 +425,7 @@ FAULTS: dict[str, tuple[Files, str, str, str, str]] = {
         with_program('"fineweb_train_*.bin"', '"fineweb_val_*.bin" if os.environ.get("V") else "fineweb_train_*.bin"'),
         WARNING, "data", "train_gpt.py:12", "by a switch"),
     "validation shards in training below a switch": (
-        with_program('"fineweb_train_*.bin")', '"fineweb_val_*.bin" if os.environ.get("V") else "fineweb_train_*.bin")\n'
+        with_program('"fineweb_train_*.bin")', '"fineweb_val_*.bin" if os.environ.get("V") else "x")\n'
                      '    train_files = "fineweb_val_*.bin"'), ERROR, "data", "train_gpt.py:13", "fineweb_val_*.bin"),
     "adaptation before scoring": (with_program("def main():\n", TTT), WARNING, "adapt", "train_gpt.py:36",
                                   "def ttt_adapt"),
