@@ -579,10 +579,10 @@ def main(argv: list[str] | None = None) -> int:
             raise SubmissionError(f"--data {args.data}: nothing of a published folder is run; leave --data out")
         lines, failed = (check(args.folder, args.against, args.data) if ours else
                          check_published(args.folder, args.against, args.json))
+        command.write_out("\n".join([*lines, ""]))
     except (ValueError, OSError) as e:
         command.say_error(e)
         return 1
-    print("\n".join(lines))
     return 1 if failed else 0
 
 

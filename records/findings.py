@@ -115,6 +115,12 @@ class Case:
                          if any(bpb.agrees(n.value, n.digits) for n in found)]
 
     @property
+    def left_out(self) -> list[Log]:
+        """Logs with a score that stand for no seed: of one that another log stands for, or that is not claimed."""
+        taken = [log.name for log, _ in self.chosen.values()]
+        return [log for log in self.folder.logs if log.name not in taken and log.last() is not None]
+
+    @property
     def values(self) -> list[float]:
         return [score.bpb.value for _, score in self.chosen.values()]
 
@@ -182,10 +188,15 @@ def check_bytes(c: Case) -> Found:
                       + (f" = {code:,}" if len(folder.counted) > 1 else "") + " bytes" + (f"; {how}" if how else ""))
     models = [(log, model) for log, _ in c.chosen.values() if (model := log.model())]
     totals = [(log, total) for log, _ in c.chosen.values() if (total := log.size("total"))]
-    for _, total in totals:
-        if total.value > cap:
-            yield Finding(ERROR, "bytes", total.at, f"states {total.value:,.0f} bytes in all, {total.value - cap:,.0f} "
-                          f"over the cap of {cap:,}", "store less: the cap is decimal megabytes")
+    other_models = [model for log in c.left_out if (model := log.model())]
+    other_totals = [total for log in c.left_out if (total := log.size("total"))]
+    for severity, stated_totals in ((ERROR, [total for _, total in totals]), (WARNING, other_totals)):
+        for total in stated_totals:
+            if total.value > cap:
+                yield Finding(severity, "bytes", total.at, f"states {total.value:,.0f} bytes in all, "
+                              f"{total.value - cap:,.0f} over the cap of {cap:,}"
+                              + (", in a log that no score was taken from" if severity == WARNING else ""),
+                              "store less: the cap is decimal megabytes")
     if models:
         _, largest = max(models, key=lambda pair: pair[1].value)
         if folder.counted and not any(total.value > cap for _, total in totals):
@@ -211,7 +222,9 @@ def check_bytes(c: Case) -> Found:
         if said.value > cap:
             yield Finding(ERROR, "bytes", said.at, f"{said.name} is {said.value:,.0f}, over the cap of {cap:,}",
                           "store less")
-        allowed = {t.value for _, t in totals} | {m.value for _, m in models} | {m.value + code for _, m in models}
+        weighed = [*(m for _, m in models), *other_models]
+        allowed = {t.value for t in (*(t for _, t in totals), *other_totals)}
+        allowed |= {m.value for m in weighed} | {m.value + code for m in weighed}
         whole = {n for log in folder.logs for n in log.whole}
         means = [statistics.mean(v) for v in ([t.value for _, t in totals], [m.value for _, m in models]) if v]
         if allowed and said.value not in allowed | whole and not any(abs(said.value - m) <= 1 for m in means):
@@ -267,6 +280,10 @@ def check_score(c: Case) -> Found:
         name = f"seed {seed}" if isinstance(seed, int) else "no seed named"
         yield Finding(NOTE, "score", score.bpb.at, f"{name}: {score.name or 'val_bpb'} {score.bpb.value:.8g} "
                       f"({score.kind})" + (f"; beside it {', '.join(others)}" if others else ""))
+    if c.left_out:
+        names = ", ".join(log.name for log in c.left_out[:6])
+        yield Finding(NOTE, "score", c.json, f"{len(c.left_out)} more log(s) with a score, of which none was taken, as "
+                      f"they are of a seed that another log stands for or that is not claimed: {names}")
     values = c.values
     if len(values) > 1:
         yield Finding(NOTE, "score", c.json, f"recomputed over {len(values)} logs: mean {statistics.mean(values):.8f}, "
@@ -409,16 +426,21 @@ def text_verdict(share: float, tokens: float, alone: bool) -> tuple[str, str, st
             "say on what text and by which count")
 
 
+def loss_beside(log: Log, score: Score) -> Number | None:
+    """The loss of a score, or of another one in its log with the same bits per byte."""
+    return score.loss or next((s.loss for s in log.finals() if s.loss and s.bpb.value == score.bpb.value), None)
+
+
 def check_claim(c: Case) -> Found:
     """Against a given record, by the competition's rule."""
     if c.against is None:
         return
     pairs = list(c.chosen.values())
-    losses = [(score.loss.value, score.bpb.value) for _, score in pairs if score.loss]
+    losses = [(loss.value, score.bpb.value) for log, score in pairs if (loss := loss_beside(log, score))]
     values, place = c.values, c.folder.claim.bpb.at if c.folder.claim and c.folder.claim.bpb else c.json
     if len(values) < 2 or not losses:
-        yield Finding(NOTE, "record", place, f"--against {c.against}: {len(values)} score(s) with a loss beside them; "
-                      "p needs two", "submit three seeds")
+        yield Finding(NOTE, "record", place, f"--against {c.against}: {len(values)} score(s), {len(losses)} of them "
+                      "with a loss; p needs two, and a loss", "submit three seeds")
         return
     margin = claim.margin_bpb(*map(statistics.mean, zip(*losses, strict=True)))
     p, text = claim.weigh(values, c.record, margin)

@@ -178,7 +178,8 @@ NOT_A_SIZE = re.compile(r"trial|target|limit|budget|payload|raw|baseline|est|rem
 SEED = re.compile(r"(?:^|[\s,(])(?:seed|SEED)\s{0,3}[:=]\s{0,3}(\d{1,10})\b")
 SEED_IN_NAME = re.compile(r"seed[_=-]?(\d{1,10})(?!\d)|(?:^|[_\W])s(\d{1,10})(?=[._-])", re.IGNORECASE)
 SETTING = re.compile(r"^\s{1,8}(\w{2,40}): (\S.{0,200})$")
-PREFIX = re.compile(r"^(?:\s?\[[^\[\]]{1,40}\]:?|\d{4}-\d\d-\d\d[ T][\d:,.]{8,16}\s{0,3}[-:]?\s{0,3})")
+PREFIX = re.compile(r"^(?:\s?\[[^\[\]]{1,40}\]:?|1\d{9}\.\d{1,9}\s{1,3}|"  # a tag, seconds since 1970, or a time
+                    r"\d{4}-\d\d-\d\d[ T][\d:,.]{8,16}\s{0,3}[-:]?\s{0,3})")
 DECIMAL = re.compile(r"(?<![\d.])\d{1,3}\.(\d{3,18})(?!\d)")
 WHOLE = re.compile(r"(?<![\d.])\d[\d,]{4,16}(?![.\d])")
 COLOUR = re.compile(r"\x1b\[[0-9;]{0,12}[A-Za-z]")

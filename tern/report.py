@@ -718,6 +718,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as e:
         command.say_error(e)
         return 1
+    except Exception as e:  # a file may hold what nobody thought of: a line, as of other commands
+        command.say_error(command.describe_unexpected(e))
+        return 1
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import base64
 import binascii
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -61,6 +62,9 @@ def read_file(path: str | Path) -> tuple[dict[str, tuple[str, np.ndarray]], dict
         about = json.loads(text) if text is not None else {}
         if about.get("version") != VERSION or not isinstance(about["meta"]["config"], dict):
             raise ValueError(f"version {about.get('version')!a} or no object meta.config")
+        named = about["meta"].get("tokenizer")
+        if named is not None and not (isinstance(named, str) and re.fullmatch("[0-9a-f]{64}", named)):
+            raise ValueError("meta.tokenizer is no sha256")
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
         raise ExportError(f"{path}: its metadata {KEY!a} does not describe a model ({e!r}); {PAGE}") from None
     values = {}

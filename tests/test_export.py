@@ -591,6 +591,17 @@ def test_a_dense_model_in_other_floats_is_no_export(tmp_path):
         eval_bpb.load_artifact(path)
 
 
+@fast
+@pytest.mark.parametrize("tokenizer", [5, "abc", {}])
+def test_a_tokenizer_that_is_no_sha256_is_refused(tokenizer, tmp_path, capsys):
+    meta = {"config": config_of(TINY), "tokenizer": tokenizer}
+    path = tmp_path / "mine.safetensors"
+    about = {"ternary-golf": json.dumps({"version": 1, "meta": meta})}
+    path.write_bytes(safetensors.numpy.save({n: x.numpy() for n, x in latents().items()}, about))
+    assert "meta.tokenizer is no sha256" in refused(capsys, "export", "--from", "safetensors", path)
+    assert not list(tmp_path.glob("*checkpoint*"))
+
+
 # Apart from submissions ---------------------------------------------------------------------------------------
 
 

@@ -485,6 +485,32 @@ def test_a_value_in_another_folder_of_logs_supports_a_claim(place):
 
 
 @pytest.mark.fast
+def test_a_second_log_of_a_seed_is_named_and_its_bytes_count(place):
+    files, more = sound(), baseline_log(7, 1.95)
+    size = 15_000_000 + len(PROGRAM.encode())
+    assert f"{size}" in more
+    files["other_seed7.log"] = more.replace(f"{size}", "16977717")
+    every = found(write(place, files), WARNING, NOTE)
+    assert any("1 more log(s)" in f.text for f in every)
+    assert any(f.rule == "bytes" and "16,977,717 bytes in all" in f.text for f in every if f.severity == WARNING)
+    other = write(place.parent / "other", files | with_json(bytes_total=16_000_000 - 5)
+                  | {"other_seed7.log": more.replace(f"{size}", "15999995")})
+    assert not [f for f in found(other) if "which no log states" in f.text], "a log states it"
+
+
+@pytest.mark.fast
+def test_seconds_since_1970_before_each_line_are_no_part_of_it(place):
+    files = sound()
+    for name in list(files):
+        if name.endswith(".log"):
+            lines = str(files[name]).splitlines()
+            files[name] = "".join(f"1776142719.{i:03d} {line}\n" for i, line in enumerate(lines))
+    case, every = findings.find(write(place, files))
+    assert {score.name for _, score in case.chosen.values()} == {"final_int8_sliding_window"}
+    assert any(f.rule == "time" for f in every) and any(f.rule == "text" for f in every)
+
+
+@pytest.mark.fast
 def test_a_sound_tokenizer_passes_and_one_without_a_lone_space_does_not(data_dir, place):
     from tern.tokenizers import protobuf_fields
 
