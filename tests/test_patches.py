@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,15 +25,16 @@ from tern.tokenizers import ByteCounter
 SMALL = train_gpt.Config(
     num_layers=2, model_dim=32, num_heads=2, num_kv_heads=1, mlp_hidden=80, vocab_size=64, group_size=32,
     train_seq_len=32, train_batch_tokens=64, eval_stride=0, micro_batch_tokens=64)
-CHANGED = (train_gpt, eval_bpb, metric, train_gpt.GPT, train_gpt.Attention, train_gpt.MLP, train_gpt.Block,
-           train_gpt.Latents, train_gpt.Optimizer, train_gpt.Trainer, formats.Codebook)
 CPU = torch.device("cpu")
 
 
 @contextmanager
 def restored() -> Iterator[None]:
-    """What patches and formats.register change is put back."""
-    before = [(owner, dict(vars(owner))) for owner in CHANGED]
+    """What patches and formats.register change is put back: names of the program's modules and of their classes."""
+    modules = [m for name, m in sys.modules.items() if name in ("train_gpt", "pack", "eval_bpb")
+               or name.startswith(("tern.", "ablations."))]
+    classes = [x for m in modules for x in vars(m).values() if isinstance(x, type) and x.__module__ == m.__name__]
+    before = [(owner, dict(vars(owner))) for owner in [*modules, *classes]]
     tables = [(table, dict(table)) for table in (train_gpt.RULES, train_gpt.FORMATS)]
     yield
     for owner, names in before:
