@@ -2,17 +2,16 @@
 
     git worktree add /tmp/before 889f74a
     python bench/recipes.py /tmp/before --data data/webmix --out-dir runs/webmix --seeds 1 2 3 4 5
-    python bench/recipes.py /tmp/before ... --also "three=--num-layers 3 --mlp-hidden 304"    # a variant of this one too
+    python bench/recipes.py /tmp/before ... --also "three=--num-layers 3 --mlp-hidden 304"    # a variant of this one
 
-Step times differ between machines by two and between hours by a third, so that recipes at equal seconds compare only in
-turn; every other seed the order is turned round. Each run is a fresh process of its checkout's own train_gpt.py, and its
-score is what that program's fresh process made of the file on disk; a finished run is not made again, but must be of the
-same program and settings. records/make_record.py --against does the same with a record's one file.
+Step times differ between machines by two and between hours by a third, so that recipes at equal seconds compare only
+in turn; every other seed the order is turned round. Each run is a fresh process of its checkout's own train_gpt.py, and
+its score is what that program's fresh process made of the file on disk; a finished run is not made again, but must be
+of the same program and settings. records/make_record.py --against does the same with a record's one file.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import shlex
 import subprocess
@@ -57,7 +56,8 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--data", type=Path, default=Path("data/packages"))
     p.add_argument("--preset", default="cpu_10min_128kb")
     p.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
-    p.add_argument("--also", action="append", default=[], metavar="NAME=SETTINGS", help="more settings of this checkout")
+    p.add_argument("--also", action="append", default=[], metavar="NAME=SETTINGS",
+                   help="this checkout with more settings")
     p.add_argument("--seconds", type=float, help="of training, instead of the preset's")
     p.add_argument("--out-dir", type=Path, default=Path("runs/recipes"))
     args = p.parse_args(argv)
