@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import eval_bpb
 import pack
 import train_gpt
-from ablations import formats, hooks, patches
+from ablations import hooks, patches
 from conftest import tiny_trainer
 from tern import metric, muon
 from tern.shards import open_data, read_shard
