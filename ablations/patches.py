@@ -337,6 +337,27 @@ def recur(start: float = 0.5) -> None:
     before(Trainer, "settle", recur_from_now_on)
 
 
+@patch(times=Within(2, 8))
+def loop(times: int = 2) -> None:
+    """All blocks, with their skips, this many times over, the same weights each time (Universal Transformer, arXiv
+    1807.03819)."""
+    def hidden_last(self: GPT, ids: Tensor, last: int) -> Tensor:
+        dtype, half = self.tok_emb.weight.dtype, self.config.model_dim // self.config.num_heads // 2
+        cos, sin = train_gpt.rope_tables(ids, half, self.config.rope_base).to(dtype)
+        x = x0 = self.embed(ids).to(dtype)
+        layers, half_way, skips = self.config.num_layers, self.config.num_layers // 2, []
+        for i in range(times * layers):
+            layer = i % layers
+            if layer >= half_way and skips:
+                x = x + self.skip_weights[layer - half_way] * skips.pop()
+            x = self.blocks[layer](x, x0, cos, sin, last if i == times * layers - 1 else ids.shape[1])
+            if layer < half_way:
+                skips.append(x)
+        return norm(x)
+
+    GPT.hidden_last = hidden_last
+
+
 @patch(bos=Within(0))
 def document_mask(bos: int = 1) -> None:
     """Attention does not look past the beginning of a document, a BOS token (through SDPA, several times as slow)."""

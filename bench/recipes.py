@@ -7,7 +7,8 @@
 Step times differ between machines by two and between hours by a third, so that recipes at equal seconds compare only
 in turn; every other seed the order is turned round. Each run is a fresh process of its checkout's own train_gpt.py, and
 its score is what that program's fresh process made of the file on disk; a finished run is not made again, but must be
-of the same program and settings. records/make_record.py --against does the same with a record's one file.
+of the same program and settings. The folder's results.jsonl has a line for each. records/make_record.py --against does
+the same with a record's one file.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 import shlex
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 if __package__ in (None, ""):
@@ -25,6 +27,7 @@ from ablations import stats
 from pack import read_bytes
 from records.rules import SubmissionError, read_rival, sha256
 from tern import command, runlog
+from tern.files import write_atomic
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -70,6 +73,7 @@ def main(argv: list[str] | None = None) -> int:
         p.error(f"{args.checkout}: no train_gpt.py there; make it with: git worktree add {args.checkout} COMMIT")
     args.out_dir.mkdir(parents=True, exist_ok=True)
     scores: dict[str, dict[int, float]] = {name: {} for name in sides}
+    lines = []
     for i, seed in enumerate(args.seeds):
         headers = {}
         for name in list(sides)[:: -1 if i % 2 else 1]:
@@ -79,12 +83,16 @@ def main(argv: list[str] | None = None) -> int:
                 options += ["--max-wallclock-seconds", str(args.seconds)]
             header, final, bpb = run(name, checkout, options, args.out_dir.resolve())
             headers[name], scores[name][seed] = header, bpb
+            lines.append(json.dumps({"side": name, "seed": seed, "sliding": bpb, "source_sha256": header.source_sha256,
+                                     "machine": header.machine, "data": header.data, "argv": options,
+                                     "final": asdict(final)}, sort_keys=True))
             ms = 1000 * final.seconds["train"] / final.step
             print(f"seed {seed} {name:<8} sliding {bpb:.4f}  {final.step:>6} steps of {ms:.0f} ms  "
                   f"{final.bytes_total:,} bytes {'fits' if final.fits else 'OVER'}", flush=True)
         told = [json.dumps([h.machine, h.data_sha256], sort_keys=True) for h in headers.values()]
         if len(set(told)) > 1:
             raise SubmissionError(f"seed {seed}: the runs are of different machines or texts, and do not compare")
+        write_atomic(args.out_dir / "results.jsonl", "".join(f"{line}\n" for line in lines).encode())
     for name in list(sides)[1:]:
         c = stats.compare(scores[name], scores["other"])
         print(f"{name} against other: {c.mean:+.4f} bpb, sd of the differences {c.sd:.4f}, 95% interval "

@@ -18,14 +18,21 @@ from tern.shards import find_tokenizer
 from tern.tokenizers import open_tokenizer
 
 
-def free_place(file: str | Path, out: str | Path, force: bool) -> Path:
-    """Where to write what is made of a file. Raises ExportError if something is there that must not be overwritten."""
+def free_place(args: argparse.Namespace, suffix: str) -> Path:
+    """Where to write what is made of args.file: args.out, or its own name with another suffix.
+
+    Raises ExportError if something is there that must not be overwritten.
+    """
+    file = Path(args.file)
+    if not file.name:
+        raise ExportError(f"{args.file!r} names no file; give the one to read")
+    out = Path(args.out or file.with_suffix(suffix))
     if os.path.lexists(out):
-        own = os.path.exists(file) and os.path.exists(out) and os.path.samefile(file, out)
-        if own or not (force and os.path.isfile(out)):
-            hint = "" if own or force else ", or overwrite it with --force"
+        own = file.exists() and out.exists() and os.path.samefile(file, out)
+        if own or not (args.force and out.is_file()):
+            hint = "" if own or args.force else ", or overwrite it with --force"
             raise ExportError(f"{out} exists; choose another name with --out{hint}")
-    return Path(out)
+    return out
 
 
 def make_model(tensors: Mapping[str, Stored], meta: dict, artifact: bytes, tokenizer: str | None) -> Model:
@@ -50,7 +57,7 @@ def export(args: argparse.Namespace, read: Callable[[str], tuple[Mapping[str, St
 
     Raises what read does, ExportError, DataError and WriteError.
     """
-    out = free_place(args.file, args.out or Path(args.file).with_suffix(f".{args.to}"), args.force)
+    out = free_place(args, f".{args.to}")
     tensors, meta, artifact = read(args.file)
     model = make_model(tensors, meta, artifact, args.tokenizer)
     data, lines = safetensors_files.encode(model) if args.to == "safetensors" else to_gguf(model, args)
@@ -71,7 +78,7 @@ def to_gguf(model: Model, args: argparse.Namespace) -> tuple[bytes, list[str]]:
 
 def import_dense(args: argparse.Namespace) -> list[str]:
     """Write the checkpoint that --init-from takes, as args say; lines on it. Raises ExportError and WriteError."""
-    out = free_place(args.file, args.out or Path(args.file).with_suffix(".checkpoint.safetensors"), args.force)
+    out = free_place(args, ".checkpoint.safetensors")
     arrays, state = safetensors_files.start_from(args.file)
     checkpoints.write_checkpoint(out, arrays, state)
     named = state["tokenizer"]

@@ -21,7 +21,7 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 from gguf import Keys
 
-from tern.exports import EXACT, Model, Stored, bf16_bits, bf16_values, type_table
+from tern.exports import EXACT, ExportError, Model, Stored, bf16_bits, bf16_values, type_table
 from tern.tokenizers import open_tokenizer, read_tokenizer_file
 
 ARCHITECTURE = "ternary-golf"
@@ -75,35 +75,43 @@ def encode(model: Model, blocked: str, inexact: bool) -> tuple[bytes, list[str]]
 
     blocked: TQ1_0 or TQ2_0. inexact: also for matrices that these would change. Raises ExportError.
     """
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            return write(Path(folder) / "model.gguf", model, blocked, inexact)
+    except OSError as e:
+        raise ExportError(f"cannot write the draft of a GGUF file in {tempfile.gettempdir()}: {e.strerror or e}; make "
+                          "room there, or let TMPDIR name another folder") from None
+
+
+def write(path: Path, model: Model, blocked: str, inexact: bool) -> tuple[bytes, list[str]]:
+    """encode by a file at path, which the gguf package needs."""
     kind, file_type = BLOCKED[blocked]
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.gguf"
-        writer = gguf.GGUFWriter(path, ARCHITECTURE)
-        sizes: dict[str, tuple[str, int, int]] = {}
-        changed: dict[str, tuple[Blocks, float]] = {}  # with the sum of the squared weights
-        for name, t in model.tensors.items():
-            bits = bf16_bits(t)
-            param = bf16_values(bits)
-            blocks = reblock(t.codes, param, kind) if fits_blocks(t) else None
-            if blocks and not blocks.same_bits:
-                changed[name] = blocks, float((param.astype(np.float64) ** 2).sum())
-            if blocks and (blocks.same_bits or inexact):
-                writer.add_tensor(name, blocks.data, raw_dtype=kind)
-                sizes[name] = blocked, t.codes.size, blocks.data.nbytes
-            else:
-                writer.add_tensor(name, np.atleast_1d(bits).view(np.uint8), raw_dtype=Type.BF16)
-                sizes[name] = "BF16", t.codes.size, bits.nbytes
-        used = any(type_name == blocked for type_name, *_ in sizes.values())
-        writer.add_file_type(file_type if used else gguf.LlamaFileType.MOSTLY_BF16)
-        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        describe(writer, model)
-        try:
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_tensors_to_file()
-        finally:
-            writer.close()
-        data = path.read_bytes()
+    writer = gguf.GGUFWriter(path, ARCHITECTURE)
+    sizes: dict[str, tuple[str, int, int]] = {}
+    changed: dict[str, tuple[Blocks, float]] = {}  # with the sum of the squared weights
+    for name, t in model.tensors.items():
+        bits = bf16_bits(t)
+        param = bf16_values(bits)
+        blocks = reblock(t.codes, param, kind) if fits_blocks(t) else None
+        if blocks and not blocks.same_bits:
+            changed[name] = blocks, float((param.astype(np.float64) ** 2).sum())
+        if blocks and (blocks.same_bits or inexact):
+            writer.add_tensor(name, blocks.data, raw_dtype=kind)
+            sizes[name] = blocked, t.codes.size, blocks.data.nbytes
+        else:
+            writer.add_tensor(name, np.atleast_1d(bits).view(np.uint8), raw_dtype=Type.BF16)
+            sizes[name] = "BF16", t.codes.size, bits.nbytes
+    used = any(type_name == blocked for type_name, *_ in sizes.values())
+    writer.add_file_type(file_type if used else gguf.LlamaFileType.MOSTLY_BF16)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    describe(writer, model)
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    finally:
+        writer.close()
+    data = path.read_bytes()
     narrow = sum(t.format["kind"] in ("ternary", "binary") and not fits_blocks(t) for t in model.tensors.values())
     return data, [*type_table(sizes), *notes(changed, narrow, blocked, inexact)]
 

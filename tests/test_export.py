@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ast
 import base64
+import errno
 import functools
 import hashlib
 import json
+import os
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -235,6 +237,24 @@ def test_what_is_there_is_not_overwritten_unless_asked_to(tmp_path, capsys):
         assert "cannot write" in refused(capsys, "export", file, "--to", to, "-o", tmp_path / "no" / "x")
     assert file.read_bytes() == held
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model.gguf", "model.safetensors", "model.tern"]
+
+
+@fast
+@pytest.mark.parametrize("way", [("--to", "gguf"), ("--to", "safetensors"), ("--from", "safetensors")])
+def test_no_name_is_one_error(capsys, way):
+    assert "names no file" in refused(capsys, "export", "", *way)
+
+
+@fast
+def test_no_room_for_a_gguf_files_draft_is_one_error(tmp_path, capsys, monkeypatch):
+    def full(self) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    pack.write_artifact(tmp_path / "model.tern", SMALL, {})
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensors_to_file", full)
+    err = refused(capsys, "export", tmp_path / "model.tern", "--to", "gguf")
+    assert "draft of a GGUF file" in err and "No space left" in err and "TMPDIR" in err
+    assert [p.name for p in tmp_path.iterdir()] == ["model.tern"]
 
 
 @fast
