@@ -482,6 +482,25 @@ def codebook(decay: float = 0.99, commitment: float = 0.0) -> None:
     Codebook.DECAY, Codebook.COMMITMENT = decay, commitment
 
 
+@patch(part=("blocks", "attn", "mlp", "mlp.fc", "mlp.proj"), kind=("ternary", "five", "fp8", "bf16"), group=Within(-1))
+def part_format(part: str, kind: str, group: int = -1) -> None:
+    """Some block matrices are stored in another format than matrix_format; or, group not -1, with other groups than
+    group_size (0: one per matrix). Latents stacks matrices of one shape: of two formats it would take the first."""
+    original, make = train_gpt.format_of, Latents.make_bank
+
+    def format_of(config: train_gpt.Config, name: str, ndim: int) -> train_gpt.Format:
+        if ndim == 2 and f".{part}." in f".{name}":
+            config = replace(config, matrix_format=kind, group_size=config.group_size if group < 0 else group)
+        return original(config, name, ndim)
+
+    def make_bank(self: Latents, config: train_gpt.Config, rank: int, optimizer: str, members: list, grad: Tensor):
+        if len({str(format_of(config, name, param.ndim)) for name, param in members}) > 1:
+            raise ConfigError(f"part_format: {', '.join(name for name, _ in members)}: one shape, two formats")
+        return make(self, config, rank, optimizer, members, grad)
+
+    train_gpt.format_of, Latents.make_bank = format_of, make_bank
+
+
 @patch()
 def unrounded_scales() -> None:
     """Training runs on exact scales of the ternary matrices, and only the file rounds them, to whatever scale_dtype

@@ -56,7 +56,8 @@ def unpatched() -> Iterator[None]:
 
 TRAINING = ["xsa=1", "bigram=64,8", "factored=16", "activation=leaky2", "activation=swiglu", "parallel", "recur=0.4",
             "loop=2", "document_mask", "orthogonal", "bf16_latents", "ema=0.5", "ema_params=0.5", "swa=0.3",
-            "muon=polar", "warmdown=cosine,0.1", "gptq=4", "shift=both", "column_gains", "canon=both,2"]
+            "muon=polar", "warmdown=cosine,0.1", "gptq=4", "shift=both", "column_gains", "canon=both,2",
+            "part_format=attn,bf16", "part_format=blocks,ternary,0"]
 
 
 def logits_after_training(data_dir, folder) -> tuple[torch.Tensor, torch.Tensor]:
@@ -113,7 +114,8 @@ def test_a_wrong_patch_is_one_clear_error():
             ("xsa=a", "arguments must be last: 'int' = 2"), ("xsa=1,2", "arguments must be"),
             ("recur=x", "arguments must be"), ("activation", "arguments must be kind"),
             ("nothing", "there is no patch 'nothing'"), ("codebook=1", "decay must be at least 0 and below 1"),
-            ("ttt=some", "what must be all, vectors, scales, none")):
+            ("ttt=some", "what must be all, vectors, scales, none"), ("part_format=mlp", "arguments must be part"),
+            ("part_format=mlp,int4", "kind must be ternary, five, fp8, bf16")):
         with pytest.raises(ValueError, match=message):
             patches.parse(text)
 

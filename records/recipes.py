@@ -1,20 +1,23 @@
 """Scores of whole runs of this checkout against another one, turn about, seed by seed, on one machine.
 
     git worktree add /tmp/before 889f74a
-    python bench/recipes.py /tmp/before --data data/webmix --out-dir runs/webmix --seeds 1 2 3 4 5
-    python bench/recipes.py /tmp/before ... --also "three=--num-layers 3 --mlp-hidden 304"    # a variant of this one
+    python records/recipes.py --against /tmp/before --data data/webmix --out-dir runs/webmix --seeds 1 2 3 4 5
+    python records/recipes.py --against /tmp/before --also "three=--num-layers 3 --mlp-hidden 304"   # and a variant
+    python records/recipes.py --against /tmp/before -- --max-wallclock-seconds 180        # settings of all sides
 
 Step times differ between machines by two and between hours by a third, so that recipes at equal seconds compare only
 in turn; every other seed the order is turned round. Each run is a fresh process of its checkout's own train_gpt.py, and
 its score is what that program's fresh process made of the file on disk; a finished run is not made again, but must be
-of the same program and settings. The folder's results.jsonl has a line for each. records/make_record.py --against does
-the same with a record's one file.
+of the same program and settings; one that was cut off is made again. The folder's results.jsonl has a line for each.
+make_record.py --against does the same with a record's one file.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
@@ -25,11 +28,13 @@ if __package__ in (None, ""):
 
 from ablations import stats
 from pack import read_bytes
-from records.rules import SubmissionError, read_rival, sha256
-from tern import command, runlog
+from records.rules import SubmissionError, read_metrics, read_rival, sha256
+from tern import command, runlog, source
 from tern.files import write_atomic
 
-ROOT = Path(__file__).resolve().parents[1]
+
+def is_finished(metrics: Path) -> bool:
+    return metrics.exists() and isinstance(read_metrics(read_bytes(metrics), str(metrics))[-1], runlog.Final)
 
 
 def run(side: str, checkout: Path, options: list[str], out: Path) -> tuple[runlog.Header, runlog.Final, float]:
@@ -38,7 +43,8 @@ def run(side: str, checkout: Path, options: list[str], out: Path) -> tuple[runlo
     folder = out / f"{side}_seed{seed}"
     argv = [*options, "--out-dir", str(out), "--run-id", folder.name]
     metrics = folder / "metrics.jsonl"
-    if not metrics.exists():
+    if not is_finished(metrics):
+        shutil.rmtree(folder, ignore_errors=True)
         print(f"{side}, seed {seed}: {shlex.join([str(checkout / 'train_gpt.py'), *argv])}", flush=True)
         with open(out / f"{folder.name}.out", "w", encoding="utf-8") as lines:
             words = [sys.executable, str(checkout / "train_gpt.py"), *argv]
@@ -52,25 +58,8 @@ def run(side: str, checkout: Path, options: list[str], out: Path) -> tuple[runlo
     return header, final, result.sliding.val_bpb
 
 
-def main(argv: list[str] | None = None) -> int:
-    command.steady_streams()
-    p = command.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    p.add_argument("checkout", type=Path, help="folder of the other checkout")
-    p.add_argument("--data", type=Path, default=Path("data/packages"))
-    p.add_argument("--preset", default="cpu_10min_128kb")
-    p.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
-    p.add_argument("--also", action="append", default=[], metavar="NAME=SETTINGS",
-                   help="this checkout with more settings")
-    p.add_argument("--seconds", type=float, help="of training, instead of the preset's")
-    p.add_argument("--out-dir", type=Path, default=Path("runs/recipes"))
-    args = p.parse_args(argv)
-    sides = {"other": (args.checkout.resolve(), []), "this": (ROOT, [])}
-    for name, has_settings, settings in (text.partition("=") for text in args.also):
-        if not has_settings or name in sides or not name.isidentifier():
-            p.error(f"--also {name}: give NAME=SETTINGS with a name of its own")
-        sides[name] = ROOT, shlex.split(settings)
-    if not (args.checkout / "train_gpt.py").is_file():
-        p.error(f"{args.checkout}: no train_gpt.py there; make it with: git worktree add {args.checkout} COMMIT")
+def play(sides: dict[str, tuple[Path, list[str]]], args: argparse.Namespace) -> None:
+    """Make, write and compare the runs of all sides: name -> (checkout, options). Raises SubmissionError."""
     args.out_dir.mkdir(parents=True, exist_ok=True)
     scores: dict[str, dict[int, float]] = {name: {} for name in sides}
     lines = []
@@ -79,8 +68,6 @@ def main(argv: list[str] | None = None) -> int:
         for name in list(sides)[:: -1 if i % 2 else 1]:
             checkout, settings = sides[name]
             options = ["--preset", args.preset, "--seed", str(seed), "--data-path", str(args.data.resolve()), *settings]
-            if args.seconds is not None:
-                options += ["--max-wallclock-seconds", str(args.seconds)]
             header, final, bpb = run(name, checkout, options, args.out_dir.resolve())
             headers[name], scores[name][seed] = header, bpb
             lines.append(json.dumps({"side": name, "seed": seed, "sliding": bpb, "source_sha256": header.source_sha256,
@@ -95,14 +82,37 @@ def main(argv: list[str] | None = None) -> int:
         write_atomic(args.out_dir / "results.jsonl", "".join(f"{line}\n" for line in lines).encode())
     for name in list(sides)[1:]:
         c = stats.compare(scores[name], scores["other"])
-        print(f"{name} against other: {c.mean:+.4f} bpb, sd of the differences {c.sd:.4f}, 95% interval "
-              f"{c.low:+.4f} to {c.high:+.4f}, n={c.n}")
-    return 0
+        spread = f", sd of the differences {c.sd:.4f}, 95% interval {c.low:+.4f} to {c.high:+.4f}" if c.n > 1 else ""
+        print(f"{name} against other: {c.mean:+.4f} bpb{spread}, n={c.n}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    command.steady_streams()
+    p = command.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    p.add_argument("--against", type=Path, required=True, metavar="CHECKOUT", help="folder of the other checkout")
+    p.add_argument("--data", type=Path, default=Path("data/packages"))
+    p.add_argument("--preset", default="cpu_10min_128kb")
+    p.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    p.add_argument("--also", action="append", default=[], metavar="NAME=SETTINGS",
+                   help="this checkout with more settings")
+    p.add_argument("--out-dir", type=Path, default=Path("runs/recipes"))
+    p.add_argument("extra", nargs="*", help="more options of train_gpt.py, of all sides, after --")
+    args = p.parse_args(argv)
+    here = source.root()
+    sides = {"other": (args.against.resolve(), args.extra), "this": (here, args.extra)}
+    for name, has_settings, settings in (text.partition("=") for text in args.also):
+        if not has_settings or name in sides or not name.isidentifier():
+            p.error(f"--also {name}: give NAME=SETTINGS with a name of its own")
+        sides[name] = here, [*args.extra, *shlex.split(settings)]
+    if not (args.against / "train_gpt.py").is_file():
+        p.error(f"{args.against}: no train_gpt.py there; make it with: git worktree add {args.against} COMMIT")
+    try:
+        play(sides, args)
+        return 0
+    except (ValueError, OSError) as e:  # SubmissionError and ArtifactError are ValueErrors
+        command.say_error(e)
+        return 1
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except SubmissionError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    sys.exit(main())
