@@ -71,8 +71,9 @@ def play(sides: dict[str, tuple[Path, list[str]]], args: argparse.Namespace) -> 
             header, final, bpb = run(name, checkout, options, args.out_dir.resolve())
             headers[name], scores[name][seed] = header, bpb
             lines.append(json.dumps({"side": name, "seed": seed, "sliding": bpb, "source_sha256": header.source_sha256,
-                                     "machine": header.machine, "data": header.data, "argv": options,
-                                     "final": asdict(final)}, sort_keys=True))
+                                     "machine": header.machine, "data_sha256": header.data_sha256,
+                                     "preset": args.preset, "settings": settings, "final": asdict(final)},
+                                    sort_keys=True))
             ms = 1000 * final.seconds["train"] / final.step
             print(f"seed {seed} {name:<8} sliding {bpb:.4f}  {final.step:>6} steps of {ms:.0f} ms  "
                   f"{final.bytes_total:,} bytes {'fits' if final.fits else 'OVER'}", flush=True)
