@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -29,10 +29,12 @@ def quantized(spec: dict) -> bool:
     return pack.is_grouped(spec)
 
 
-def prove_active(tensors: Tensors, config: train_gpt.Config, names: Iterable[str] | None = None) -> str:
-    """One line on the format of the matrices (all but the embedding), after a check that the file holds nothing else.
+def prove_active(tensors: Tensors, config: train_gpt.Config, names: Iterable[str] | None = None,
+                 settings_of: Callable[[str], train_gpt.Config] | None = None) -> str:
+    """One line on the formats of the matrices (all but the embedding), after a check that the file holds nothing else.
 
     names: of all parameters of the model; without them, those of the settings' model, which patches may have changed.
+    settings_of: the settings that a matrix of this name is stored by, where a patch stores some by others.
     Raises AuditError unless the settings quantize, the file has every matrix, each has the format of the settings, and
     its codes are in that format's alphabet and not all equal.
     """
@@ -48,10 +50,13 @@ def prove_active(tensors: Tensors, config: train_gpt.Config, names: Iterable[str
         raise AuditError("the file holds no matrices: nothing is quantized")
     if missing:
         raise AuditError(f"{missing[0]} is not in the file")
+    matrices: dict[str, list[int]] = {}
     for name in sorted(names):
+        if settings_of is not None:
+            wanted = train_gpt.make_format(settings_of(name), "matrix_format").spec()
         check_codes(name, tensors[name], wanted)
-    weights = sum(tensors[name].codes.size for name in names)
-    return f"{pack.format_label(wanted)}: {len(names)} matrices, {weights:,} weights"
+        matrices.setdefault(pack.format_label(wanted), []).append(tensors[name].codes.size)
+    return "; ".join(f"{label}: {len(sizes)} matrices, {sum(sizes):,} weights" for label, sizes in matrices.items())
 
 
 def prove_embedding(tensors: Tensors, config: train_gpt.Config) -> str:
@@ -67,9 +72,11 @@ def prove_embedding(tensors: Tensors, config: train_gpt.Config) -> str:
 
 
 def check_codes(name: str, tensor: pack.StoredTensor, wanted: dict) -> None:
-    """Raises AuditError unless a tensor has this quantized format, and codes of its alphabet that are not all equal."""
+    """Raises AuditError unless a tensor has this format and, if quantized, codes of its alphabet, not all equal."""
     if tensor.format != wanted:
         raise AuditError(f"{name} is stored as {pack.format_label(tensor.format)}, not as {pack.format_label(wanted)}")
+    if not quantized(wanted):
+        return
     codes, alphabet = set(codes_of(tensor).unique().tolist()), levels(wanted)
     if not codes <= alphabet:
         raise AuditError(f"{name}: code {min(codes - alphabet)} is not one of {wanted['kind']}")

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -202,7 +202,8 @@ def train_results(folder: Path, job: Job) -> dict:
         "tokens": final["tokens_seen"], "train_seconds": final["seconds"]["train"],
         "curve": [[r["step"], round(r["elapsed"], 3), r["tokens_seen"], r["loss"]] for r in steps],
         "codes_curve": [[r["step"], r["zero_frac"], r["churn"]] for r in steps if r["churn"] is not None],
-        "active": active(folder, tensors, job.config), "formats": diagnose.formats(folder, tensors),
+        "active": active(folder, tensors, job.config, job.row.patches),
+        "formats": diagnose.formats(folder, tensors),
     }
 
 
@@ -219,13 +220,14 @@ def scores(scored: dict) -> dict:
             "artifact_sha256": artifact["sha256"]}
 
 
-def active(folder: Path, tensors: dict, config: train_gpt.Config) -> str:
-    """The proof that the run's quantizers are active; empty where the settings ask for none."""
+def active(folder: Path, tensors: dict, config: train_gpt.Config, applied: Sequence[str] = ()) -> str:
+    """The proof that the run's quantizers are active, with these patches; empty where the settings ask for none."""
     proofs = []
     if config.matrix_format not in VALUE_DTYPES:
         state, _ = train_gpt.load_checkpoint(folder)
         names = [name.removeprefix("latent/") for name in state if name.startswith("latent/")]
-        proofs.append(diagnose.prove_active(tensors, config, names))
+        proofs.append(diagnose.prove_active(tensors, config, names,
+                                            lambda name: patches.settings_of(applied, config, name)))
     if config.embed_format not in VALUE_DTYPES:
         proofs.append(diagnose.prove_embedding(tensors, config))
     return "; ".join(proofs)

@@ -482,6 +482,21 @@ def codebook(decay: float = 0.99, commitment: float = 0.0) -> None:
     Codebook.DECAY, Codebook.COMMITMENT = decay, commitment
 
 
+def part_settings(config: train_gpt.Config, name: str, part: str, kind: str, group: int = -1) -> train_gpt.Config:
+    """The settings by which part_format stores a matrix."""
+    if f".{part}." not in f".{name}":
+        return config
+    return replace(config, matrix_format=kind, group_size=config.group_size if group < 0 else group)
+
+
+def settings_of(texts: Sequence[str], config: train_gpt.Config, name: str) -> train_gpt.Config:
+    """The settings by which a run with these patches stores a matrix."""
+    for function, values in map(parse, texts):
+        if function is part_format:
+            config = part_settings(config, name, *values)
+    return config
+
+
 @patch(part=("blocks", "attn", "mlp", "mlp.fc", "mlp.proj"), kind=("ternary", "five", "fp8", "bf16"), group=Within(-1))
 def part_format(part: str, kind: str, group: int = -1) -> None:
     """Some block matrices are stored in another format than matrix_format; or, group not -1, with other groups than
@@ -489,9 +504,7 @@ def part_format(part: str, kind: str, group: int = -1) -> None:
     original, make = train_gpt.format_of, Latents.make_bank
 
     def format_of(config: train_gpt.Config, name: str, ndim: int) -> train_gpt.Format:
-        if ndim == 2 and f".{part}." in f".{name}":
-            config = replace(config, matrix_format=kind, group_size=config.group_size if group < 0 else group)
-        return original(config, name, ndim)
+        return original(part_settings(config, name, part, kind, group) if ndim == 2 else config, name, ndim)
 
     def make_bank(self: Latents, config: train_gpt.Config, rank: int, optimizer: str, members: list, grad: Tensor):
         if len({str(format_of(config, name, param.ndim)) for name, param in members}) > 1:

@@ -693,6 +693,18 @@ def test_what_is_not_active_is_refused(tiny_run):
             diagnose.prove_active(wrong, asked)
 
 
+def test_a_part_in_another_format_is_proved_as_such(tiny_run):
+    tensors, _ = pack.read_artifact(tiny_run[0] / "model.tern")
+    config = Config(**execute.read_metrics(tiny_run[0])[0]["settings"])
+    mixed = {n: pack.StoredTensor(t.shape, {"kind": "bf16"}, t.codes.astype(np.uint16), None) if ".attn." in n else t
+             for n, t in tensors.items()}
+    said = execute.active(tiny_run[0], mixed, config, ["part_format=attn,bf16"])
+    assert said == "bf16: 8 matrices, 6,144 weights; ternary g32 log7: 4 matrices, 10,240 weights"
+    for file, texts in ((mixed, []), (tensors, ["part_format=attn,bf16"]), (mixed, ["part_format=mlp,bf16"])):
+        with pytest.raises(AuditError, match="blocks.0.attn.c_k.weight is stored as"):
+            execute.active(tiny_run[0], file, config, texts)
+
+
 @pytest.mark.fast
 def test_codes_are_those_of_their_formats():
     group = {"group_size": 8, "scale": "bf16"}
