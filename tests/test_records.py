@@ -109,27 +109,28 @@ def test_a_record_is_written_and_proved(made, data_dir, tmp_path):
     assert other.returncode == 1 and "holds another run" in other.stderr
 
 
-def test_two_checkouts_turn_about(data_dir, tmp_path):
+def test_two_checkouts_turn_about(made, data_dir, tmp_path):
     """A checkout against itself differs by nothing, a variant by something; finished runs are read, others made."""
     def play(*settings, iterations=5):
         return run("--against", ROOT, "--data", data_dir, "--preset", "tiny", "--out-dir", tmp_path, "--seeds", 3,
                    *settings, "--", "--vocab-size", VOCAB, "--threads", 1, "--eval-stride", 64,
                    "--iterations", iterations, program="records/recipes.py")
 
+    (tmp_path / "this_seed3").mkdir()
+    cut = (made[0] / "runs/First_seed1/metrics.jsonl").read_text().splitlines(keepends=True)[:-1]
+    (tmp_path / "this_seed3/metrics.jsonl").write_text("".join(cut))
     done = play("--also", "wider=--mlp-hidden 96")
-    assert done.returncode == 0 and "this against other: +0.0000 bpb, n=1" in done.stdout, done.stdout + done.stderr
+    made_now = [line.partition(":")[0] for line in done.stdout.splitlines() if "train_gpt.py" in line]
+    assert made_now == ["other, seed 3", "this, seed 3", "wider, seed 3"], done.stdout + done.stderr
+    assert "this against other: +0.0000 bpb, n=1" in done.stdout
     assert "wider against other: +0.0000" not in done.stdout and "wider against other: " in done.stdout
     results = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert [(r["side"], r["seed"]) for r in results] == [("other", 3), ("this", 3), ("wider", 3)]
     for r in results:
         kept = json.loads((tmp_path / f"{r['side']}_seed3/metrics.jsonl").read_text().splitlines()[-1])
         assert r["sliding"] == kept["score"]["sliding"]["val_bpb"] > 1 and r["final"] | {"type": "final"} == kept
-
-    cut = tmp_path / "this_seed3/metrics.jsonl"
-    cut.write_text("".join(cut.read_text().splitlines(keepends=True)[:-1]))
     again = play()
-    made = [line.partition(":")[0] for line in again.stdout.splitlines() if "train_gpt.py" in line]
-    assert made == ["this, seed 3"] and "other: +0.0000 bpb, n=1" in again.stdout, again.stdout + again.stderr
+    assert again.returncode == 0 and "train_gpt.py" not in again.stdout, "finished runs were made again"
     assert "another program or of other settings" in play(iterations=6).stderr
     assert "give NAME=SETTINGS" in play("--also", "this=--qk-gain 2").stderr
 
