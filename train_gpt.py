@@ -176,7 +176,7 @@ class Config:
 
 CPU_TRACK = dict(  # an int5 embedding beats a ternary one with a wider MLP at these bytes
     cap_bytes=128_000, cap_counts_code=False, embed_format="int5", int_step=4.9, rare_step=0.35, fit_cap=0.993,
-    num_layers=2, mlp_hidden=576, smear=True, key_offset=True, train_seq_len=512, seq_ramp_start=256, seq_ramp_frac=1.0,
+    num_layers=3, mlp_hidden=304, smear=True, key_offset=True, train_seq_len=512, seq_ramp_start=256, seq_ramp_frac=1.0,
     train_batch_tokens=8192, val_batch_size=8192, tied_embed_lr=0.01,
 )
 PR367 = dict(  # run_8xh100.sh and train_bitnet.py of PR 367
