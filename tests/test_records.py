@@ -21,8 +21,8 @@ RECORDS = sorted((ROOT / "records").glob("track_*/*"))
 FASTER = ROOT / "records/track_cpu_10min_128kb/2026-11-22_FasterSteps"
 FIRST = ROOT / "records/history/2026-11-22_FirstTernary"
 FREQUENT = FASTER.with_name("2026-11-26_FrequentTokens")
-# A record by its claim -> what it was tested against: the mean of the one before, or the record that ran beside it
-BEATEN = {FASTER.name: "1.489313", FREQUENT.name: str(FASTER)}
+# A record -> what it was tested against: the mean of the one before, or the record that ran beside it
+BEATEN = {FASTER.name: "1.489313", FREQUENT.name: str(FASTER), "2026-11-27_WideMLPs": str(FASTER)}
 
 
 @pytest.mark.parametrize("folder", RECORDS, ids=lambda folder: folder.name)

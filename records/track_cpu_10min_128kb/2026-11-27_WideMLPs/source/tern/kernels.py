@@ -1,0 +1,224 @@
+"""Kernels: causal attention on a CPU as tiles of matrix products, RoPE, and the loss in one pass."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tern import fused
+
+Q_TILE, HEAD_TILE = 128, 16  # queries and kv heads per tile, so that a tile's scores stay near the core (LOG.md)
+
+
+def attention_tiles(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice, slice]]:
+    """(kv heads, queries, keys) of each tile of causal attention; q [n, r, queries, dim] are the last of k's times."""
+    before = k.shape[1] - q.shape[2]
+    for head in range(0, q.shape[0], HEAD_TILE):
+        for start in reversed(range(0, q.shape[2], Q_TILE)):  # the first tile of a head sees every key
+            end = min(start + Q_TILE, q.shape[2])
+            yield slice(head, head + HEAD_TILE), slice(start, end), slice(0, before + end)
+
+
+@torch.library.custom_op("tern::causal_attention", mutates_args=())
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, keep: bool) -> tuple[Tensor, list[Tensor]]:
+    """softmax(q k^T / sqrt(head_dim)) v under a causal mask, on a CPU.
+
+    q: [n, r, queries, head_dim], r query heads for each of the n key and value heads k, v: [n, time, head_dim]; the
+    queries are those of the last positions. Returns the output in q's shape and, if keep, the probabilities of each
+    tile, which the backward needs. The mathematics is that of F.scaled_dot_product_attention, which takes two to three
+    times as long on a CPU (LOG.md). A score is rounded to the dtype of q, as in any attention made of matrix products;
+    the softmax is fp32 inside.
+    """
+    r, dim = q.shape[1], q.shape[3]
+    out, probabilities = torch.empty_like(q, memory_format=torch.contiguous_format), []
+    above, q = torch.full((Q_TILE, Q_TILE), -math.inf, dtype=q.dtype).triu(1), q * dim**-0.5
+    for heads, rows, keys in attention_tiles(q, k):
+        n = rows.stop - rows.start
+        scores = torch.bmm(q[heads, :, rows].flatten(1, 2), k[heads, keys].mT)
+        scores.unflatten(1, (r, n))[..., -n:] += above[:n, :n]
+        p = torch.softmax(scores, -1)
+        out[heads, :, rows] = torch.bmm(p, v[heads, keys]).unflatten(1, (r, n))
+        probabilities += [p] if keep else []
+    return out, probabilities
+
+
+@torch.library.custom_op("tern::causal_attention_backward", mutates_args=())
+def causal_attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, probabilities: list[Tensor]
+                              ) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v from that of the output: the softmax's backward between four matrix products."""
+    r, scale = q.shape[1], q.shape[-1] ** -0.5
+    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+    dk, dv = torch.empty(k.shape), torch.empty(v.shape)  # fp32: a key's gradient is a sum over tiles
+    for p, (heads, rows, keys) in zip(probabilities, attention_tiles(q, k), strict=True):
+        g, queries = grad[heads, :, rows].flatten(1, 2), q[heads, :, rows].flatten(1, 2)
+        ds = torch._softmax_backward_data(torch.bmm(g, v[heads, keys].mT), p, -1, p.dtype)
+        dq[heads, :, rows] = torch.bmm(ds, k[heads, keys]).unflatten(1, (r, -1))
+        add = Tensor.copy_ if keys.stop == k.shape[1] else Tensor.add_
+        add(dv[heads, keys], torch.bmm(p.mT, g))
+        add(dk[heads, keys], torch.bmm(ds.mT, queries))
+    return dq * scale, (dk * scale).to(k.dtype), dv.to(v.dtype)
+
+
+@causal_attention.register_fake
+def _(q, k, v, keep):
+    shapes = [(len(range(q.shape[0])[heads]), q.shape[1] * (rows.stop - rows.start), keys.stop)
+              for heads, rows, keys in attention_tiles(q, k) if keep]
+    return q.new_empty(q.shape), [q.new_empty(shape) for shape in shapes]
+
+
+@causal_attention_backward.register_fake
+def _(grad, q, k, v, probabilities):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+causal_attention.register_autograd(
+    lambda ctx, grad, _: (*causal_attention_backward(grad, *ctx.saved_tensors[:3], list(ctx.saved_tensors[3:])), None),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:3], *output[1]))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention of q [batch, heads, queries, head_dim], the last of the times of k, v [batch, kv_heads, time,
+    head_dim]."""
+    queries, time, gqa = q.shape[2], k.shape[2], q.shape[1] != k.shape[1]
+    if q.device.type == "cpu":
+        q = q.unflatten(1, (k.shape[1], -1)).flatten(0, 1)
+        out, _ = causal_attention(q, k.flatten(0, 1), v.flatten(0, 1), torch.is_grad_enabled())
+        return out.view(len(k), -1, *out.shape[2:])
+    if queries == time:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
+    mask = torch.ones(queries, time, dtype=torch.bool, device=q.device).tril(time - queries)
+    return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=gqa)
+
+
+@torch.library.custom_op("tern::rope_tables", mutates_args=())
+def rope_tables(ids: Tensor, half: int, base: float) -> Tensor:
+    """cos and sin of RoPE's angles, fp32 [2, time, half], for ids [.., time]. An op, so that a compiled step computes
+    them once: inlined into the kernels that use them, they cost a sine for each element of every q and k."""
+    frequency = base ** -(torch.arange(half, device=ids.device, dtype=torch.float32) / half)
+    angle = torch.arange(ids.shape[-1], device=ids.device, dtype=torch.float32)[:, None] * frequency
+    return torch.stack((angle.cos(), angle.sin()))
+
+
+@rope_tables.register_fake
+def _(ids, half, base):
+    return ids.new_empty(2, ids.shape[-1], half, dtype=torch.float32)
+
+
+def offset_keys(k: Tensor) -> Tensor:
+    """Rotated keys [batch, heads, time, head_dim], of which half the dimensions, those that RoPE turns slowest, are
+    those of the token before; zeros first.
+
+    A head whose queries look for the token before finds what followed it, without another head that moves it there
+    (modded-nanogpt, "key offset"; KV shifting attention, arXiv 2411.19574).
+    """
+    half = k.shape[-1] // 2
+    slow = torch.arange(2 * half, device=k.device) % half >= half // 2
+    return torch.where(slow, F.pad(k, (0, 0, 1, 0))[:, :, :-1], k)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE (arXiv 2104.09864) on x [batch, heads, time, head_dim], halves paired."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, cap: float) -> Tensor:
+    """F.cross_entropy of logits [.., vocab_size] within +-cap and targets [..], in one pass over the logits."""
+    target = torch.where(torch.arange(logits.shape[-1], device=logits.device) == targets[..., None], logits, 0.0)
+    # With a cap of 40 no exponential leaves fp32, so that the maximum need not be looked for first.
+    shift = torch.full_like(logits[..., :1], cap) if cap <= 40 else logits.detach().amax(-1, keepdim=True)
+    return ((logits - shift).exp().sum(-1).log() + shift[..., 0] - target.sum(-1)).mean()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# For a GPU: ops around the kernels of tern/fused.py
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def fuses(x: Tensor, *widths: int) -> bool:
+    """Whether the fused kernels serve x and matrices of these widths: bf16 on a GPU that has tensor maps (Hopper)."""
+    return (fused.AVAILABLE and x.device.type == "cuda" and x.dtype == torch.bfloat16
+            and all(w % 8 == 0 for w in widths)
+            and torch.cuda.get_device_properties(x.device).major >= 9)
+
+
+@torch.library.custom_op("tern::relu_squared_products", mutates_args=())
+def relu_squared_products(x: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(z = a down^T, scale, a = relu(x up^T)^2) of x [rows, dim]; scale [rows, 1], fp32, makes scale * a norm(a)."""
+    a, sums = fused.up_squared(x.contiguous(), up)
+    scale = torch.rsqrt(sums / a.shape[1] + torch.finfo(torch.float32).eps)  # the eps of F.rms_norm
+    return a @ down.mT, scale[:, None], a
+
+
+@torch.library.custom_op("tern::relu_squared_products_backward", mutates_args=())
+def relu_squared_products_backward(dz: Tensor, dscale: Tensor, x: Tensor, up: Tensor, down: Tensor, scale: Tensor,
+                                   a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, up and down from those of z and scale."""
+    dz = dz.contiguous()
+    pull = dscale * scale.pow(3) / -a.shape[1]  # d scale / d a = -scale^3 a / len(a)
+    du = fused.down_backward(dz, down, a, pull[:, 0].contiguous())
+    return du @ up, du.mT @ x, dz.mT @ a
+
+
+@relu_squared_products.register_fake
+def _(x, up, down):
+    rows = x.shape[0]
+    return (x.new_empty(rows, down.shape[0]), x.new_empty(rows, 1, dtype=torch.float32),
+            x.new_empty(rows, up.shape[0]))
+
+
+@relu_squared_products_backward.register_fake
+def _(dz, dscale, x, up, down, scale, a):
+    return torch.empty_like(x), torch.empty_like(up), torch.empty_like(down)
+
+
+def keep_products(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs, *output[1:])
+    ctx.mark_non_differentiable(output[2])
+
+
+relu_squared_products.register_autograd(
+    lambda ctx, dz, dscale, _: relu_squared_products_backward(dz, dscale, *ctx.saved_tensors),
+    setup_context=keep_products)
+
+
+def relu_squared_mlp(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """norm(relu(x up^T)^2) down^T of x [batch, time, dim]; a row's scale has no effect (the eps of the norm aside)."""
+    z, scale, _ = relu_squared_products(x.flatten(0, -2), up, down)
+    return (z * scale).to(x.dtype).view(x.shape)
+
+
+@torch.library.custom_op("tern::split_and_rotate", mutates_args=())
+def split_and_rotate(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int
+                     ) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v [batch, time, heads or kv heads, head_dim] of qkv [batch, time, (heads + 2 kv heads) * head_dim]: q and k
+    normalised and rotated by cos, sin [time, head_dim / 2], q times gain [heads]."""
+    return fused.split_and_rotate(qkv.contiguous(), gain, cos.contiguous(), sin.contiguous(), heads, kv_heads)
+
+
+@torch.library.custom_op("tern::split_and_rotate_backward", mutates_args=())
+def split_and_rotate_backward(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, dq: Tensor, dk: Tensor, dv: Tensor
+                              ) -> tuple[Tensor, Tensor]:
+    """Gradients of qkv and gain."""
+    return fused.split_and_rotate_backward(qkv, gain, cos, sin, dq.contiguous(), dk.contiguous(), dv.contiguous())
+
+
+@split_and_rotate.register_fake
+def _(qkv, gain, cos, sin, heads, kv_heads):
+    dim = qkv.shape[2] // (heads + 2 * kv_heads)
+    q, k, v = (qkv.new_empty(*qkv.shape[:2], n, dim) for n in (heads, kv_heads, kv_heads))
+    return q, k, v
+
+
+@split_and_rotate_backward.register_fake
+def _(qkv, gain, cos, sin, dq, dk, dv):
+    return torch.empty_like(qkv), torch.empty_like(gain)
+
+
+split_and_rotate.register_autograd(
+    lambda ctx, *grads: (*split_and_rotate_backward(*ctx.saved_tensors, *grads), None, None, None, None),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:4]))
