@@ -126,14 +126,21 @@ def test_what_is_as_coarse_as_it_may_be_stays_over_and_says_so():
     assert "0 rare tokens" in said[0] and (packer.rate.steps == LIMIT).all()
 
 
-@pytest.mark.parametrize("ratio", [0.93, 1.01])
-def test_a_run_is_never_over_and_fills_its_cap(data_dir, tmp_path, ratio):
-    """The cap is so many times what the run packs to by itself."""
+@pytest.fixture(scope="module")
+def free(data_dir, tmp_path_factory) -> tuple[list, int]:
+    """(settings of a run, what it packs to by itself)."""
     own = ["--embed-format", "int5", "--int-step", 2.0, "--rare-step", 0.2, "--iterations", 40, "--eval-stride", 0]
-    assert main(tiny_args(data_dir, tmp_path, "--run-id", "free", *own)) == 0
-    cap = round(ratio * (tmp_path / "free/model.tern").stat().st_size)
-    wanted = [*own, "--cap-bytes", cap, "--fit-cap", 0.99]
-    assert main(tiny_args(data_dir, tmp_path, "--run-id", "fitted", *wanted)) == 0
+    folder = tmp_path_factory.mktemp("free")
+    assert main(tiny_args(data_dir, folder, "--run-id", "free", *own)) == 0
+    return own, (folder / "free/model.tern").stat().st_size
+
+
+@pytest.mark.parametrize("ratio", [0.93, 1.01])
+def test_a_run_is_never_over_and_fills_its_cap(free, data_dir, tmp_path, ratio):
+    """The cap is so many times what the run packs to by itself."""
+    own, size = free
+    cap = round(ratio * size)
+    assert main(tiny_args(data_dir, tmp_path, "--run-id", "fitted", *own, "--cap-bytes", cap, "--fit-cap", 0.99)) == 0
     final, size = metrics(tmp_path / "fitted", "final")[-1], (tmp_path / "fitted/model.tern").stat().st_size
     assert final["fits"] and 0.97 * cap <= size <= cap and final["bytes_model"] == size
     assert final["roundtrip_gap"] == 0 and final["logits_identical"]
