@@ -163,10 +163,12 @@ class Job:
 # ---------------------------------------------------------------------------------------------------------------
 
 # Settings that came after the first results, with the value that changes nothing.
-ADDED = {"smear": False, "shuffle": False, "key_offset": False, "int_step": 1.0, "fit_cap": 0.0, "rare_step": 0.0}
+ADDED = {"smear": False, "shuffle": False, "key_offset": False, "int_step": 1.0, "fit_cap": 0.0, "rare_step": 0.0,
+         "token_shift": False}
 REMOVED = {"activation_bits": 16, "codebook_decay": 0.99, "commitment": 0.0}  # that are gone: what they always are now
 # Techniques that have moved into the trainer.
-PATCHES_THAT_ARE_SETTINGS = {"smear": {"smear": True}, "key_offset": {"key_offset": True}}
+PATCHES_THAT_ARE_SETTINGS = {"smear": {"smear": True}, "key_offset": {"key_offset": True},
+                             "canon=both,1": {"token_shift": True}}
 
 
 def in_words_of_today(settings: Mapping, patches: Sequence[str]) -> tuple[dict, list[str]]:

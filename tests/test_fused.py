@@ -11,7 +11,8 @@ import torch.nn.functional as F
 
 import train_gpt
 from tern import fused, kernels
-from train_gpt import PRESETS, Config, norm
+from tern.kernels import norm
+from train_gpt import PRESETS, Config
 
 pytestmark = pytest.mark.fast
 
