@@ -27,7 +27,6 @@ from tern import kernels, metric
 from tern import muon as tern_muon
 from tern.groups import decode_scales, join_groups, split_groups
 from tern.kernels import norm, previous, rotate
-from tern.loader import TokenLoader
 from tern.settings import ConfigError
 from tern.shards import AuditError, read_shard
 from train_gpt import GPT, MLP, Attention, Block, Float, Latents, Linear, Optimizer, Trainer
@@ -164,20 +163,6 @@ def late_loss(part: int = 8) -> None:
         return kernels.cross_entropy(logits, targets[:, first:], self.config.logit_softcap)
 
     GPT.forward = forward
-
-
-@patch()
-def moving_windows() -> None:
-    """Windows begin elsewhere in each epoch, so that no token is at the start of one in all of them."""
-    def place(self: TokenLoader, position: int) -> int:
-        order = np.random.RandomState([self.seed & 0xFFFFFFFF, position // (self.window * self.windows)])
-        return original(self, position) + int(order.randint(self.window))
-
-    def leave_room(self: TokenLoader, *_) -> None:
-        self.windows = max((len(self.stream) - self.window) // self.window, 1)
-
-    original, TokenLoader.place = TokenLoader.place, place
-    after(TokenLoader, "__init__", leave_room)
 
 
 @patch(where=("attention", "mlp", "both"), width=Within(1, 4))
