@@ -306,7 +306,8 @@ def parallel() -> None:
     def forward(self: Block, x: Tensor, x0: Tensor, cos: Tensor, sin: Tensor, last: int) -> Tensor:
         x = self.resid_mix[0] * x + self.resid_mix[1] * x0
         end = x[:, -last:]
-        return end + self.attn_scale * self.attn(x, cos, sin, last) + self.mlp_scale * self.mlp(end)
+        attended, fed = self.attn(self.shift_attn(x), cos, sin, last), self.mlp(self.shift_mlp(x)[:, -last:])
+        return end + self.attn_scale * attended + self.mlp_scale * fed
 
     Block.forward = forward
 
