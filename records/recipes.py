@@ -31,6 +31,7 @@ from pack import read_bytes
 from records.rules import SubmissionError, read_metrics, read_rival, sha256
 from tern import command, runlog, source
 from tern.files import write_atomic
+from tern.runfolder import lock_folder
 
 
 def is_finished(metrics: Path) -> bool:
@@ -38,13 +39,15 @@ def is_finished(metrics: Path) -> bool:
 
 
 def run(side: str, checkout: Path, options: list[str], out: Path) -> tuple[runlog.Header, runlog.Final, float]:
-    """(header, last line, sliding bpb) of a run, made now unless it is there. Raises SubmissionError."""
+    """(header, last line, sliding bpb) of a run, made now unless it is there. Raises SubmissionError, and
+    RunExists where another process is at work on it."""
     seed = options[options.index("--seed") + 1]
     folder = out / f"{side}_seed{seed}"
     argv = [*options, "--out-dir", str(out), "--run-id", folder.name]
     metrics = folder / "metrics.jsonl"
     if not is_finished(metrics):
-        shutil.rmtree(folder, ignore_errors=True)
+        with lock_folder(folder):
+            shutil.rmtree(folder)
         print(f"{side}, seed {seed}: {shlex.join([str(checkout / 'train_gpt.py'), *argv])}", flush=True)
         with open(out / f"{folder.name}.out", "w", encoding="utf-8") as lines:
             words = [sys.executable, str(checkout / "train_gpt.py"), *argv]
@@ -110,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         play(sides, args)
         return 0
-    except (ValueError, OSError) as e:  # SubmissionError and ArtifactError are ValueErrors
+    except (ValueError, OSError) as e:  # SubmissionError, ArtifactError and RunExists are ValueErrors
         command.say_error(e)
         return 1
 

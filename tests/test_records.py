@@ -16,6 +16,7 @@ from records import rules
 from records.check import check, final_lines
 from records.claim import weigh_claim
 from tern import source
+from tern.runfolder import lock_folder
 
 RECORDS = sorted((ROOT / "records").glob("track_*/*"))
 FASTER = ROOT / "records/track_cpu_10min_128kb/2026-11-22_FasterSteps"
@@ -119,9 +120,12 @@ def test_two_checkouts_turn_about(made, data_dir, tmp_path):
     (tmp_path / "this_seed3").mkdir()
     cut = (made[0] / "runs/First_seed1/metrics.jsonl").read_text().splitlines(keepends=True)[:-1]
     (tmp_path / "this_seed3/metrics.jsonl").write_text("".join(cut))
+    with lock_folder(tmp_path / "this_seed3"):
+        assert "this_seed3: another run is at work in it" in play().stderr
+    assert len((tmp_path / "this_seed3/metrics.jsonl").read_text()) == len("".join(cut))
     done = play("--also", "wider=--mlp-hidden 96")
     made_now = [line.partition(":")[0] for line in done.stdout.splitlines() if "train_gpt.py" in line]
-    assert made_now == ["other, seed 3", "this, seed 3", "wider, seed 3"], done.stdout + done.stderr
+    assert made_now == ["this, seed 3", "wider, seed 3"], done.stdout + done.stderr  # the other was made before
     assert "this against other: +0.0000 bpb, n=1" in done.stdout
     assert "wider against other: +0.0000" not in done.stdout and "wider against other: " in done.stdout
     results = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
