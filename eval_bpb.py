@@ -152,19 +152,6 @@ class KeepingAttention(train_gpt.Attention):
         return super().mix(q, *self.kept[:, :, :, : self.known])
 
 
-class KeepingShift(train_gpt.TokenShift):
-    """The shift of new positions, the first of which follows one that was kept."""
-
-    def make_room(self, positions: int) -> None:
-        self.known, self.kept = 0, self.share.new_empty(1, positions, len(self.share))
-
-    def forward(self, x: Tensor) -> Tensor:
-        start, self.known = self.known, self.known + x.shape[1]
-        self.kept[:, start : self.known] = x
-        before = max(start - 1, 0)
-        return super().forward(self.kept[:, before : self.known])[:, start - before :]
-
-
 class Cached(train_gpt.GPT):
     """The same function as a model, whose params it shares, for one sequence [1, time] of at most `room` tokens.
 
@@ -179,11 +166,9 @@ class Cached(train_gpt.GPT):
         for module in self.modules():
             if isinstance(module, train_gpt.Attention):
                 module.__class__ = KeepingAttention
-            if isinstance(module, train_gpt.TokenShift):
-                module.__class__ = KeepingShift
-        self.keepers = [m for m in self.modules() if isinstance(m, KeepingAttention | KeepingShift)]
-        for keeper in self.keepers:
-            keeper.make_room(room)
+        self.attentions = [module for module in self.modules() if isinstance(module, KeepingAttention)]
+        for attention in self.attentions:
+            attention.make_room(room)
         self.ids, self.known = self.tok_emb.weight.new_empty(1, 0, dtype=torch.int64), 0
         self.eval()
 
@@ -192,12 +177,11 @@ class Cached(train_gpt.GPT):
         same = ids[0, :both] == self.ids[0, :both]
         self.known = int(same.cumprod(0).sum())
         self.ids = ids[:, : self.known]  # until the others are there
-        for keeper in self.keepers:
-            keeper.known = self.known
-        # The last block too computes every new position: what follows may ask for what is kept of any of them.
-        hidden = super().hidden_last(ids, ids.shape[1] - self.known)
+        for attention in self.attentions:
+            attention.known = self.known
+        hidden = super().hidden_last(ids, last)
         self.ids = ids
-        return hidden[:, -last:]
+        return hidden
 
     def embed(self, ids: Tensor) -> Tensor:
         """Of the positions that are not known; an embedding knows of the token before, and of no other."""

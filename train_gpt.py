@@ -47,7 +47,7 @@ from tern.errors import Foreseen
 from tern.files import folder_identity
 from tern.finite import first_bad, first_bad_output
 from tern.groups import SCALE_DTYPES, VALUE_DTYPES, join_groups, split_groups
-from tern.kernels import attend, cross_entropy, fuses, norm, offset_keys, previous, rope_tables, rotate
+from tern.kernels import attend, cross_entropy, fuses, offset_keys, rope_tables, rotate
 from tern.loader import TokenLoader
 from tern.metric import evaluate
 from tern.muon import muon_update
@@ -110,7 +110,6 @@ class Config:
     logit_softcap: float = setting(30.0, "logits are softcap * tanh(logits / softcap)", 1e-30, in_file="changed")
     key_offset: bool = setting(False, "half of each key's dimensions are of the token before", in_file="changed")
     smear: bool = setting(False, "SmearGate: embeddings blended with the one before, by gates", in_file="changed")
-    token_shift: bool = setting(False, "blocks see a share of the position before, by dimension", in_file="changed")
     qk_gain_init: float = setting(1.5, "initial gain of normalised queries, learned per head", -1e6, 1e6)
     tied_embed_init_std: float = setting(0.005, "initial standard deviation of the tied embedding", 1e-30)
     # storage formats
@@ -177,8 +176,8 @@ class Config:
 
 CPU_TRACK = dict(  # an int5 embedding beats a ternary one with a wider MLP at these bytes
     cap_bytes=128_000, cap_counts_code=False, embed_format="int5", int_step=4.9, rare_step=0.35, fit_cap=0.993,
-    num_layers=3, mlp_hidden=304, smear=True, key_offset=True, token_shift=True, train_seq_len=512, seq_ramp_start=256,
-    seq_ramp_frac=1.0, train_batch_tokens=8192, val_batch_size=8192, tied_embed_lr=0.01,
+    num_layers=3, mlp_hidden=304, smear=True, key_offset=True, train_seq_len=512, seq_ramp_start=256, seq_ramp_frac=1.0,
+    train_batch_tokens=8192, val_batch_size=8192, tied_embed_lr=0.01,
 )
 PR367 = dict(  # run_8xh100.sh and train_bitnet.py of PR 367
     num_layers=12, model_dim=768, num_heads=12, num_kv_heads=6, mlp_mult=3, mlp_hidden=2496, train_seq_len=2048,
@@ -440,6 +439,10 @@ def format_of_file(spec: dict) -> Format:
 # ---------------------------------------------------------------------------------------------------------------
 
 
+def norm(x: Tensor) -> Tensor:
+    return F.rms_norm(x, (x.shape[-1],))
+
+
 class Linear(nn.Linear):
     """A block matrix [outputs, inputs]."""
 
@@ -498,32 +501,23 @@ class MLP(nn.Module):
         return self.proj(norm(self.fc(norm(x)).relu().square()))
 
 
-class TokenShift(nn.Module):
-    """x [batch, time, model_dim] and a learned share, from 0, of the position before (RWKV's token shift, arXiv
-    2305.13048, as the Canon layers of 2512.17351 add it)."""
-
-    def __init__(self, c: Config):
-        super().__init__()
-        self.share = nn.Parameter(torch.zeros(c.model_dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.share * previous(x)
-
-
 class Block(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
-        self.attn, self.mlp, self.reach = Attention(c), MLP(c), int(c.token_shift)
-        self.shift_attn, self.shift_mlp = (TokenShift(c) if c.token_shift else nn.Identity() for _ in range(2))
+        self.attn, self.mlp = Attention(c), MLP(c)
         self.attn_scale = nn.Parameter(torch.ones(c.model_dim))
         self.mlp_scale = nn.Parameter(torch.ones(c.model_dim))
         self.resid_mix = nn.Parameter(torch.stack((torch.ones(c.model_dim), torch.zeros(c.model_dim))))
 
     def forward(self, x: Tensor, x0: Tensor, cos: Tensor, sin: Tensor, last: int) -> Tensor:
         x = self.resid_mix[0] * x + self.resid_mix[1] * x0
-        seen = min(last + self.reach, x.shape[1])  # by the MLP at the last positions
-        x = x[:, -seen:] + self.attn_scale * self.attn(self.shift_attn(x), cos, sin, seen)
-        return x[:, -last:] + self.mlp_scale * self.mlp(self.shift_mlp(x)[:, -last:])
+        x = x[:, -last:] + self.attn_scale * self.attn(x, cos, sin, last)
+        return x + self.mlp_scale * self.mlp(x)
+
+
+def previous(x: Tensor) -> Tensor:
+    """x [batch, time, ..] one position later, zeros first."""
+    return F.pad(x, (0,) * (2 * (x.ndim - 2)) + (1, 0))[:, :-1]
 
 
 class GPT(nn.Module):
@@ -589,8 +583,10 @@ class GPT(nn.Module):
 
 
 def owners(config: Config, world: int) -> dict[str, int]:
-    """Parameter name -> the rank that updates it; the work, flops of Newton-Schulz's products and 100 for each element
-    that is read and written, is shared out evenly."""
+    """Parameter name -> the rank that updates it, the work shared out evenly.
+
+    Cost in flops: the products of Newton-Schulz, and 100 for each element that is read and written.
+    """
     with torch.device("meta"):
         shapes = {name: tuple(p.shape) for name, p in GPT(config).named_parameters()}
     costs = {name: 100 * math.prod(shape) for name, shape in shapes.items()}
@@ -785,9 +781,11 @@ class Latents:
             return None
         latents = {n: x for b in self.mine for n, x in zip(b.names, b.latent, strict=True)}
         grads = {n: x for b in self.banks for n, x in zip(b.names, b.grad, strict=True)}
-        found = ((what, first_bad((name, tensors[name]) for name in order if name in tensors))
-                 for what, tensors in (("weights", latents), ("gradient", grads)))
-        return next(((what, name) for what, name in found if name is not None), None)
+        for what, tensors in (("weights", latents), ("gradient", grads)):
+            name = first_bad((name, tensors[name]) for name in order if name in tensors)
+            if name is not None:
+                return what, name
+        return None
 
     def wire_bytes_per_ternary_weight(self) -> float:
         """Bytes, scales too, that an owner sends for each; 0 with one process."""
@@ -1345,8 +1343,9 @@ class Trainer:
 
     def diverged(self, step: int, seq_len: int) -> TrainingError:
         """The error of a step whose loss or gradient is not finite: it names the first bad tensor, and what is left."""
-        bad = self.latents.first_non_finite(self.order)
-        first = "the {} of {}".format(*bad) if bad else "the sum of the gradients, or another rank's,"
+        bad, first = self.latents.first_non_finite(self.order), "the sum of the gradients, or another rank's,"
+        if bad is not None:
+            first = "the {} of {}".format(*bad)
         if bad is None or bad[0] == "gradient":  # a bad activation makes all gradients bad
             ids, targets = self.loader.batch(1, seq_len, 0, self.rank, self.world)
             module = first_bad_output(self.model, ids.to(self.device), targets.to(self.device))
@@ -1440,8 +1439,9 @@ class Trainer:
         c = self.config
         options = ["--data", c.data_path, "--stride", str(c.eval_stride), "--batch-seqs", str(c.eval_batch_seqs),
                    "--tokenizer-path", c.tokenizer_path]
-        hidden = {} if self.device.type == "cuda" else {"CUDA_VISIBLE_DEVICES": ""}
-        env = {"OMP_NUM_THREADS": str(torch.get_num_threads())} | hidden
+        env = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+        if self.device.type != "cuda":
+            env["CUDA_VISIBLE_DEVICES"] = ""
         return score_in_fresh_process(scoring_command(), artifact, options, self.place.local_world, env,
                                       self.data.hashes, self.log.line)
 

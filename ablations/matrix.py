@@ -163,12 +163,12 @@ class Job:
 # ---------------------------------------------------------------------------------------------------------------
 
 # Settings that came after the first results, with the value that changes nothing.
-ADDED = {"smear": False, "shuffle": False, "key_offset": False, "int_step": 1.0, "fit_cap": 0.0, "rare_step": 0.0,
-         "token_shift": False}
+ADDED = {"smear": False, "shuffle": False, "key_offset": False, "int_step": 1.0, "fit_cap": 0.0, "rare_step": 0.0}
 REMOVED = {"activation_bits": 16, "codebook_decay": 0.99, "commitment": 0.0}  # that are gone: what they always are now
 # Techniques that have moved into the trainer.
-PATCHES_THAT_ARE_SETTINGS = {"smear": {"smear": True}, "key_offset": {"key_offset": True},
-                             "canon=both,1": {"token_shift": True}}
+PATCHES_THAT_ARE_SETTINGS = {"smear": {"smear": True}, "key_offset": {"key_offset": True}}
+# And what left it again (token_shift, of an hour of 2026-11-27).
+SETTINGS_THAT_ARE_PATCHES = {"token_shift": "canon=both,1"}
 
 
 def in_words_of_today(settings: Mapping, patches: Sequence[str]) -> tuple[dict, list[str]]:
@@ -184,7 +184,8 @@ def in_words_of_today(settings: Mapping, patches: Sequence[str]) -> tuple[dict, 
                 today[name] = "elastic"
     for patch in patches:
         today |= PATCHES_THAT_ARE_SETTINGS.get(patch, {})
-    return today, [patch for patch in patches if patch not in PATCHES_THAT_ARE_SETTINGS]
+    left = [patch for name, patch in SETTINGS_THAT_ARE_PATCHES.items() if today.pop(name, False)]
+    return today, [patch for patch in patches if patch not in PATCHES_THAT_ARE_SETTINGS] + left
 
 
 def what_of(settings: Mapping, patches: Sequence[str], score_patches: Sequence[str], parent: str) -> str:

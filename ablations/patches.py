@@ -26,10 +26,10 @@ from ablations.hooks import after, before
 from tern import kernels, metric
 from tern import muon as tern_muon
 from tern.groups import decode_scales, join_groups, split_groups
-from tern.kernels import norm, previous, rotate
+from tern.kernels import rotate
 from tern.settings import ConfigError
 from tern.shards import AuditError, read_shard
-from train_gpt import GPT, MLP, Attention, Block, Float, Latents, Linear, Optimizer, Trainer
+from train_gpt import GPT, MLP, Attention, Block, Float, Latents, Linear, Optimizer, Trainer, norm, previous
 
 PATCHES: dict[str, Callable] = {}
 ALLOWED: dict[str, dict[str, Container]] = {}  # of each patch: the values that an argument may have
@@ -168,25 +168,30 @@ def late_loss(part: int = 8) -> None:
 @patch(where=("attention", "mlp", "both"), width=Within(1, 4))
 def canon(where: str = "mlp", width: int = 1) -> None:
     """Canon layers (Allen-Zhu, arXiv 2512.17351): what enters attention, or the MLP, is the position's own plus learned
-    shares, from 0, of the `width` positions before it, for each dimension. token_shift is both with one position."""
-    class Canon(nn.Module):
-        def __init__(self, dim: int):
-            super().__init__()
-            self.shares = nn.Parameter(torch.zeros(width, dim))
-
-        def forward(self, x: Tensor) -> Tensor:
-            out = shifted = x
-            for share in self.shares:
-                shifted = previous(shifted)
-                out = out + share * shifted
-            return out
+    shares, from 0, of the `width` positions before it, for each dimension."""
+    places = ("attention", "mlp") if where == "both" else (where,)
 
     def make(model: GPT, config) -> None:
         for block in model.blocks:
-            if where != "mlp":
-                block.shift_attn = Canon(config.model_dim)
-            if where != "attention":
-                block.shift_mlp, block.reach = Canon(config.model_dim), width
+            block.__class__ = CanonBlock
+            for place in places:
+                block.register_parameter(f"canon_{place}", nn.Parameter(torch.zeros(width, config.model_dim)))
+
+    def blended(x: Tensor, shares: Tensor) -> Tensor:
+        out, shifted = x, x
+        for share in shares:
+            shifted = previous(shifted)
+            out = out + share * shifted
+        return out
+
+    class CanonBlock(Block):
+        def forward(self, x: Tensor, x0: Tensor, cos: Tensor, sin: Tensor, last: int) -> Tensor:
+            x = self.resid_mix[0] * x + self.resid_mix[1] * x0
+            entering = blended(x, self.canon_attention) if "attention" in places else x
+            kept = min(x.shape[1], last + width * ("mlp" in places))
+            x = x[:, -kept:] + self.attn_scale * self.attn(entering, cos, sin, kept)
+            entering = blended(x, self.canon_mlp)[:, -last:] if "mlp" in places else x
+            return x[:, -last:] + self.mlp_scale * self.mlp(entering)
 
     after(GPT, "__init__", make)
 
@@ -246,7 +251,7 @@ def bigram(rows: int = 1024, dim: int = 32) -> None:
         model.bigram_scale = nn.Parameter(torch.full((1,), 0.05))
 
     def change(model: GPT, ids: Tensor, x: Tensor) -> Tensor:
-        before = previous(ids[..., None])[..., 0]
+        before = train_gpt.previous(ids[..., None])[..., 0]
         index = (36313 * ids ^ 27191 * before) % (rows - 1)
         index = torch.where(torch.arange(ids.shape[1], device=ids.device) > 0, index, rows - 1)  # nothing before
         added = F.linear(F.embedding(index, model.bigram_table.weight.float()), model.bigram_proj.weight.float())
@@ -306,8 +311,7 @@ def parallel() -> None:
     def forward(self: Block, x: Tensor, x0: Tensor, cos: Tensor, sin: Tensor, last: int) -> Tensor:
         x = self.resid_mix[0] * x + self.resid_mix[1] * x0
         end = x[:, -last:]
-        attended, fed = self.attn(self.shift_attn(x), cos, sin, last), self.mlp(self.shift_mlp(x)[:, -last:])
-        return end + self.attn_scale * attended + self.mlp_scale * fed
+        return end + self.attn_scale * self.attn(x, cos, sin, last) + self.mlp_scale * self.mlp(end)
 
     Block.forward = forward
 

@@ -24,6 +24,7 @@ if __package__ in (None, ""):  # run as a script, only bench/ is on the module p
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tern import kernels, machine
+from train_gpt import norm
 
 SHAPES = ((32, 2, 256), (16, 2, 512), (16, 3, 512), (8, 3, 1024), (8, 5, 1024))  # sequences, query heads, length
 HEAD_DIM, ROUNDS, GAIN = 64, 9, 1.5
@@ -61,8 +62,8 @@ def main() -> int:
     for sequences, heads, length in SHAPES:
         torch.manual_seed(0)
         shape = (sequences, heads, length, HEAD_DIM)
-        q = GAIN * kernels.norm(torch.randn(shape))
-        k = kernels.norm(torch.randn(sequences, 1, length, HEAD_DIM) + 0.7 * torch.randn(HEAD_DIM))
+        q = GAIN * norm(torch.randn(shape))
+        k = norm(torch.randn(sequences, 1, length, HEAD_DIM) + 0.7 * torch.randn(HEAD_DIM))
         inputs = [x.bfloat16() for x in (q, k, torch.randn(sequences, 1, length, HEAD_DIM))]
         grad = torch.randn(shape).bfloat16()
         _, exact = run(reference, [x.double() for x in inputs], grad.double())

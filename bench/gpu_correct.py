@@ -130,14 +130,14 @@ def check_fused(stage: Stage) -> None:
         dim, heads, kv_heads, half = c.model_dim, c.num_heads, c.num_kv_heads, c.model_dim // c.num_heads // 2
 
         def mlp(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
-            return F.linear(kernels.norm(F.linear(kernels.norm(x), up).relu().square()), down)
+            return F.linear(train_gpt.norm(F.linear(train_gpt.norm(x), up).relu().square()), down)
 
         def split(qkv: Tensor, gain: Tensor, *tables: Tensor, sizes=(heads, kv_heads)) -> Tensor:
             return torch.cat(kernels.split_and_rotate(qkv, gain, *tables, *sizes), 2)
 
         def split_exactly(qkv: Tensor, gain: Tensor, *tables: Tensor, sizes=(heads, kv_heads)) -> Tensor:
             q, k, v = qkv.unflatten(-1, (sum(sizes) + sizes[1], -1)).transpose(1, 2).split((*sizes, sizes[1]), dim=1)
-            q, k = (kernels.rotate(kernels.norm(x), *tables) for x in (q, k))
+            q, k = (kernels.rotate(train_gpt.norm(x), *tables) for x in (q, k))
             return torch.cat((q * gain[:, None, None], k, v), 1).transpose(1, 2)
 
         tokens = torch.zeros(1, c.train_seq_len, dtype=torch.long, device=device)
@@ -226,7 +226,7 @@ def check_operators(stage: Stage) -> None:
         "attention": lambda: with_gradients(train_gpt.attend, qkv, gradient),
         "embedding": lambda: with_gradients(lambda t: F.embedding(ids, t), [table], x),
         "products": lambda: with_gradients(F.linear, [x.bfloat16(), weight], wide),
-        "norm": lambda: with_gradients(kernels.norm, [x.bfloat16()], x),
+        "norm": lambda: with_gradients(train_gpt.norm, [x.bfloat16()], x),
         "loss": lambda: with_gradients(loss, [x], one),
         "Newton-Schulz": lambda: [newton_schulz(matrices, 5)],
     }

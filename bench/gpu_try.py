@@ -73,18 +73,18 @@ def plain(stack: ExitStack) -> None:
 
 def no_norm(stack: ExitStack) -> None:
     """No norm before the MLP: relu squared and a norm after it leave nothing of a row's scale."""
-    train_gpt.MLP.forward = lambda self, x: self.proj(kernels.norm(self.fc(x).relu().square()))
+    train_gpt.MLP.forward = lambda self, x: self.proj(train_gpt.norm(self.fc(x).relu().square()))
 
 
 def late_norm(stack: ExitStack) -> None:
     """The norm of attention's output after the product."""
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, last: int) -> Tensor:
         batch, _ = x.shape[:2]
-        x = kernels.norm(x)
+        x = train_gpt.norm(x)
         heads = self.split_heads(F.linear(x, torch.cat((self.c_q.weight, self.c_k.weight, self.c_v.weight))))
         q, k, v = heads.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
-        q = kernels.rotate(kernels.norm(q), cos, sin) * self.q_gain[:, None, None]
-        y = self.attend(q, kernels.rotate(kernels.norm(k), cos, sin), v).transpose(1, 2).reshape(batch, last, -1)
+        q = train_gpt.rotate(train_gpt.norm(q), cos, sin) * self.q_gain[:, None, None]
+        y = self.attend(q, train_gpt.rotate(train_gpt.norm(k), cos, sin), v).transpose(1, 2).reshape(batch, last, -1)
         scale = torch.rsqrt(y.float().square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps)
         return (self.proj(y) * scale).to(y.dtype)
 

@@ -108,15 +108,6 @@ def _(ids, half, base):
     return ids.new_empty(2, ids.shape[-1], half, dtype=torch.float32)
 
 
-def norm(x: Tensor) -> Tensor:
-    return F.rms_norm(x, (x.shape[-1],))
-
-
-def previous(x: Tensor) -> Tensor:
-    """x [batch, time, ..] one position later, zeros first."""
-    return F.pad(x, (0,) * (2 * (x.ndim - 2)) + (1, 0))[:, :-1]
-
-
 def offset_keys(k: Tensor) -> Tensor:
     """Rotated keys [batch, heads, time, head_dim], of which half the dimensions, those that RoPE turns slowest, are
     those of the token before; zeros first.

@@ -121,8 +121,6 @@ def expected_shapes(config: Mapping) -> dict[str, tuple[int, ...]]:
     block = {"attn.c_q.weight": (dim, dim), "attn.c_k.weight": (kv, dim), "attn.c_v.weight": (kv, dim),
              "attn.proj.weight": (dim, dim), "attn.q_gain": (heads,), "mlp.fc.weight": (hidden, dim),
              "mlp.proj.weight": (dim, hidden), "attn_scale": (dim,), "mlp_scale": (dim,), "resid_mix": (2, dim)}
-    if config.get("token_shift"):
-        block |= {"shift_attn.share": (dim,), "shift_mlp.share": (dim,)}
     shapes = {f"blocks.{i}.{name}": shape for i in range(layers) for name, shape in block.items()}
     shapes |= {"tok_emb.weight": (vocab, dim), "skip_weights": (layers // 2, dim)}
     return shapes | ({"smear": (dim,)} if config.get("smear") else {})

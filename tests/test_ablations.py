@@ -522,24 +522,26 @@ def test_results_follow_what_a_row_asks_for_not_its_name(tmp_path, drive):
 
 
 def in_words_of_before(line: dict) -> dict:
-    """A line as it was written when SmearGate was a patch, elastic a rule, and codebooks had settings."""
+    """A line as it was written when SmearGate was a patch, canon a setting, elastic a rule, and codebooks had settings."""
     s = dict(line["settings"])
     patches = ["smear"] if s.pop("smear") else []
     if s["matrix_format"] == "elastic":
         s |= {"matrix_format": "ternary", "ternary_rule": "elastic"}
-    s |= {"activation_bits": 16, "codebook_decay": 0.99, "commitment": 0.0}
+    s |= {"activation_bits": 16, "codebook_decay": 0.99, "commitment": 0.0, "token_shift": bool(line["patches"])}
     return line | {"settings": s, "patches": patches}
 
 
 def test_results_of_before_are_still_found(tmp_path, drive):
     text = MATRIX + row("gate", "set = {smear = true}") + row("child", 'init_from = "gate"')
-    text += row("elastic", 'set = {matrix_format = "elastic"}')
+    text += row("elastic", 'set = {matrix_format = "elastic"}') + row("canon", 'patches = ["canon=both,1"]')
     assert drive(text)[0] == 0
     first, old = table(tmp_path), [in_words_of_before(line) for line in lines_of(tmp_path)]
     write_lines(tmp_path, old)
     assert drive(text, "--report")[0] == 0 and table(tmp_path) == first
     write_lines(tmp_path, [line | {"patches": []} for line in old])
     assert drive(text, "--report")[0] == 0 and "| gate | 0 |" in table(tmp_path)
+    write_lines(tmp_path, [line | {"settings": line["settings"] | {"token_shift": False}} for line in old])
+    assert drive(text, "--report")[0] == 0 and "| canon | 0 |" in table(tmp_path)
     int8 = [line | {"settings": line["settings"] | {"activation_bits": 8}} for line in old]
     write_lines(tmp_path, int8)
     assert drive(text, "--report")[0] == 0 and "| a | 0 |" in table(tmp_path), "nobody asks for it any more"

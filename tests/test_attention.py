@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tern.kernels import HEAD_TILE, Q_TILE, attend, causal_attention, cross_entropy, norm, rope_tables
+from tern.kernels import HEAD_TILE, Q_TILE, attend, causal_attention, cross_entropy, rope_tables
 from tern.machine import can_compile
 from tern.metric import evaluate, sliding_windows
-from train_gpt import GPT, PRESETS, Config, Latents
+from train_gpt import GPT, PRESETS, Config, Latents, norm
 
 # Three layers, so that the second half has a block without a skip; two query heads for each of two key heads.
 SMALL = replace(Config(**PRESETS["tiny"]), num_layers=3, model_dim=48, num_heads=4, num_kv_heads=2, vocab_size=97,

@@ -11,8 +11,7 @@ import torch.nn.functional as F
 
 import train_gpt
 from tern import fused, kernels
-from tern.kernels import norm
-from train_gpt import PRESETS, Config
+from train_gpt import PRESETS, Config, norm
 
 pytestmark = pytest.mark.fast
 

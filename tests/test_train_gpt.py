@@ -302,7 +302,7 @@ def test_blocks_start_as_the_identity_with_zero_groups():
 
 def test_the_model_is_causal_and_any_hidden_width_works():
     torch.manual_seed(0)
-    config = replace(TINY, mlp_hidden=77, num_layers=3, key_offset=True, token_shift=True)
+    config = replace(TINY, mlp_hidden=77, num_layers=3, key_offset=True)
     model = GPT(config)
     with torch.no_grad():
         for p in model.parameters():
@@ -325,32 +325,6 @@ def test_smear_is_half_of_the_token_before_at_first():
     assert torch.allclose(model.embed(torch.tensor([[5, 9, 9]])), half)
     assert artifact_meta(replace(TINY, smear=True))["config"]["smear"] is True
     assert "smear" not in artifact_meta(TINY)["config"]
-
-
-def test_blocks_see_a_share_of_the_position_before():
-    torch.manual_seed(0)
-    model, plain = GPT(replace(TINY, token_shift=True)), GPT(TINY)
-    plain.load_state_dict({n: p for n, p in model.state_dict().items() if "shift" not in n})
-    ids = torch.randint(TINY.vocab_size, (2, 9))
-    with torch.no_grad():
-        for block, other in zip(model.blocks, plain.blocks, strict=True):
-            for part in (block.attn, block.mlp):
-                part.proj.weight.normal_(std=0.3)
-            other.load_state_dict({n: p for n, p in block.state_dict().items() if "shift" not in n})
-    assert torch.equal(model.hidden(ids), plain.hidden(ids))  # shares are 0 at first
-    shift = model.blocks[0].shift_mlp
-    with torch.no_grad():
-        shift.share.copy_(torch.arange(TINY.model_dim))
-    x = torch.randn(2, 3, TINY.model_dim)
-    assert torch.equal(shift(x)[:, 0], x[:, 0])
-    assert torch.equal(shift(x)[:, 1:], x[:, 1:] + torch.arange(TINY.model_dim) * x[:, :-1])
-    with torch.no_grad():
-        for block in model.blocks:
-            block.shift_attn.share.normal_()
-    whole = model.hidden(ids)
-    assert not torch.equal(whole, plain.hidden(ids))
-    assert torch.allclose(model.hidden_last(ids, 1), whole[:, -1:], atol=1e-6)
-    assert torch.allclose(model.hidden_last(ids, 4), whole[:, -4:], atol=1e-6)
 
 
 def test_half_of_a_key_is_of_the_token_before():
