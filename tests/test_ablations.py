@@ -522,7 +522,7 @@ def test_results_follow_what_a_row_asks_for_not_its_name(tmp_path, drive):
 
 
 def in_words_of_before(line: dict) -> dict:
-    """A line as it was written when SmearGate was a patch, canon a setting, elastic a rule, and codebooks had settings."""
+    """A line as it was written when SmearGate was a patch, elastic a rule, and codebooks and canon had settings."""
     s = dict(line["settings"])
     patches = ["smear"] if s.pop("smear") else []
     if s["matrix_format"] == "elastic":
@@ -535,9 +535,12 @@ def test_results_of_before_are_still_found(tmp_path, drive):
     text = MATRIX + row("gate", "set = {smear = true}") + row("child", 'init_from = "gate"')
     text += row("elastic", 'set = {matrix_format = "elastic"}') + row("canon", 'patches = ["canon=both,1"]')
     assert drive(text)[0] == 0
-    first, old = table(tmp_path), [in_words_of_before(line) for line in lines_of(tmp_path)]
+    def rows() -> list[str]:  # a line without patches is no patched run, and counts as the program's
+        return [line for line in table(tmp_path).splitlines() if "versions of" not in line]
+
+    first, old = rows(), [in_words_of_before(line) for line in lines_of(tmp_path)]
     write_lines(tmp_path, old)
-    assert drive(text, "--report")[0] == 0 and table(tmp_path) == first
+    assert drive(text, "--report")[0] == 0 and rows() == first
     write_lines(tmp_path, [line | {"patches": []} for line in old])
     assert drive(text, "--report")[0] == 0 and "| gate | 0 |" in table(tmp_path)
     write_lines(tmp_path, [line | {"settings": line["settings"] | {"token_shift": False}} for line in old])
