@@ -1,6 +1,6 @@
 """Score an artifact in bits per byte, from the file on disk, and audit every byte of the score.
 
-    python eval_bpb.py ARTIFACT --data DIR [--stride S] [--json OUT]
+    python eval_bpb.py ARTIFACT --data DIR [--stride S] [--json OUT] [--adapt LR]
     python eval_bpb.py sample ARTIFACT --tokenizer MODEL --prompt "Once upon"    # see what it says; --help: more
     torchrun --standalone --nproc_per_node=N eval_bpb.py ARTIFACT --data DIR     # windows shared by N processes
 
@@ -35,6 +35,7 @@ from torch import Tensor
 import pack
 import train_gpt
 from tern import audits, command, machine, metric, processes, spread
+from tern.adapt import Adapter
 from tern.files import sha256_file, write_atomic
 from tern.metric import Score, evaluate, position_losses, sliding_windows
 from tern.packed import pack_matrices
@@ -215,6 +216,8 @@ def parse_score_args(argv: list[str]) -> argparse.Namespace:
     p.add_argument("--stride", type=int, default=64, help="sliding-window stride in tokens; 0: chunked score only")
     p.add_argument("--seq-len", type=int, default=0, help="window length in tokens; 0: the model's training length")
     p.add_argument("--batch-seqs", type=int, default=32, help="windows per batch")
+    p.add_argument("--adapt", type=float, default=0.0, metavar="LR", help="score once more by a model that learns, at "
+                   "this rate, from each batch after its score: test-time training, for which 0.001 is a good rate")
     p.add_argument("--json", default="", help="write the result to this file as well")
     p.add_argument("--details", default="", help="write what is behind the score to this file: bytes of each tensor, "
                    "where the bits go (tern/report.py shows it)")
@@ -322,6 +325,9 @@ def score_file(args: argparse.Namespace, device: torch.device) -> tuple[dict, Ca
     if not 0 <= args.stride <= seq_len or seq_len < 1 or args.batch_seqs < 1:
         raise ValueError(f"--stride {args.stride}, --seq-len {seq_len}, --batch-seqs {args.batch_seqs}: the stride "
                          "must be between 0 and the window length, the others positive")
+    if not 0 <= args.adapt < math.inf or args.adapt and not args.stride:
+        raise ValueError(f"--adapt {args.adapt}, --stride {args.stride}: a learning rate is not negative, and what "
+                         "learns is scored by sliding windows, so give a stride")
     check_vocabulary(model, counter, data.tokenizer, args.artifact)
     checks = audit_model(model, tokens, seq_len)
     kept = [torch.zeros(len(tokens) - 1, device=device) if args.details else None for _ in range(2)]
@@ -331,6 +337,10 @@ def score_file(args: argparse.Namespace, device: torch.device) -> tuple[dict, Ca
     sliding = None
     if args.stride:
         sliding = evaluate(model, tokens, counter, seq_len, args.stride, args.batch_seqs, compiles, kept=kept[1])
+    adapted = None
+    if args.adapt:  # last: the model is another one afterwards
+        learn = Adapter(model, tokens, seq_len, args.adapt)
+        adapted = evaluate(model, tokens, counter, seq_len, args.stride, args.batch_seqs, compiles, learn=learn)
     scored = text.bytes - int(counter.count_stream(tokens[:1])[0])
     if chunked.bytes != scored:
         raise AuditError(f"{chunked.bytes} bytes were scored but the decoded text has {scored}")
@@ -350,6 +360,8 @@ def score_file(args: argparse.Namespace, device: torch.device) -> tuple[dict, Ca
         "chunked": asdict(chunked),
         "sliding": asdict(sliding) if sliding else None,
     }
+    if adapted:
+        result["adapted"] = asdict(adapted) | {"lr": args.adapt, "batch_seqs": args.batch_seqs}
     return result, lambda: details_of(file, tensors, result, tokens, counter, kept)
 
 
@@ -429,6 +441,10 @@ def report(result: dict) -> str:
             lines.append(f"{name:<11} val_loss:{s['val_loss']:.8f} val_bpb:{s['val_bpb']:.8f}  {at}, "
                          f"window {result['seq_len']}, {s['tokens']:,} tokens, {s['bytes']:,} bytes, "
                          f"{s['seconds']:.1f} s")
+    if s := result.get("adapted"):
+        lines.append(f"adapted     val_loss:{s['val_loss']:.8f} val_bpb:{s['val_bpb']:.8f}  "
+                     f"{s['val_bpb'] - result['sliding']['val_bpb']:+.4f} by learning from what was scored, rate "
+                     f"{s['lr']:g}, {s['seconds']:.1f} s; the file's own score is the one above")
     return "\n".join(lines)
 
 
@@ -438,6 +454,9 @@ def score(args: argparse.Namespace, place: Place) -> None:
                                ("--details", args.details, {"artifact", "inspection"})):
         if path:
             check_json_target(option, path, keys)
+    if args.adapt and place.world > 1:
+        raise LaunchError("--adapt: takes one process, which scores in order; start it without torchrun, and unset "
+                          "WORLD_SIZE")
     device = machine.pick_device("auto", place.local_rank)
     machine.prepare_device(device)
     if place.world > 1:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-import time
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
 
@@ -25,10 +24,11 @@ from ablations.formats import Codebook
 from ablations.hooks import after, before
 from tern import kernels, metric
 from tern import muon as tern_muon
+from tern.adapt import Adapter
 from tern.groups import decode_scales, join_groups, split_groups
 from tern.kernels import rotate
 from tern.settings import ConfigError
-from tern.shards import AuditError, read_shard
+from tern.shards import read_shard
 from train_gpt import GPT, MLP, Attention, Block, Float, Latents, Linear, Optimizer, Trainer, norm, previous
 
 PATCHES: dict[str, Callable] = {}
@@ -673,12 +673,12 @@ def temperature(sequences: int = 64) -> None:
     """Logits divided by the temperature that makes the loss of training tokens least (Guo et al., arXiv 1706.04599)."""
     original = eval_bpb.evaluate
 
-    def evaluate(model, tokens, counter, seq_len, stride, batch_seqs=32, compiled=False, kept=None):
+    def evaluate(model, *args, **kwargs):
         if not hasattr(model, "temperature"):
-            model.temperature = best_temperature(model, seq_len, sequences)
+            model.temperature = best_temperature(model, model.config.train_seq_len, sequences)
             head = model.head
             model.head = lambda hidden: head(hidden) / model.temperature
-        return original(model, tokens, counter, seq_len, stride, batch_seqs, compiled, kept)
+        return original(model, *args, **kwargs)
 
     eval_bpb.evaluate = evaluate
 
@@ -708,8 +708,9 @@ def ttt(what: str, lr: float = 0.001, chunk: int = 4096, group: int = 128) -> No
     none, which must give the score of no training."""
 
     def evaluate(model, tokens, counter, seq_len, stride, batch_seqs=32, compiled=False, kept=None):
-        return score_and_train(model, np.asarray(tokens).astype(np.int64), counter, seq_len, stride, batch_seqs, what,
-                               lr, chunk, group)
+        model = copy.deepcopy(model)
+        learn = Descent(model, tokens, seq_len, what, lr, group)
+        return metric.evaluate(model, tokens, counter, seq_len, stride, max(chunk // stride, 1), learn=learn)
 
     eval_bpb.evaluate = evaluate
 
@@ -742,40 +743,22 @@ class Factors(Values):
         return join_groups(self.start * self.value, self.shape)
 
 
-def score_and_train(model, tokens: np.ndarray, counter, seq_len: int, stride: int, batch_seqs: int, what: str,
-                    lr: float, chunk: int, group: int = 128):
-    """metric.evaluate's Score, with training on what was scored."""
-    began, model = time.perf_counter(), copy.deepcopy(model)
-    for name, p in model.named_parameters():
-        is_vector = train_gpt.optimizer_of(name) == "scalar"
-        p.requires_grad_({"all": True, "vectors": is_vector, "scales": not is_vector, "none": False}[what])
-    trained = [p for p in model.parameters() if p.requires_grad]
-    moves_as = Factors if what == "scales" else Values
-    moved = [moves_as(p, group) for p in trained]
-    speed = [torch.zeros_like(m.value) for m in moved]
-    windows = list(metric.sliding_windows(len(tokens) - 1, seq_len, stride))
-    stream, total, count, trained_to, boundary = torch.from_numpy(tokens), 0.0, 0, 0, chunk
-    while windows:
-        now = [w for w in windows if w[2] < boundary]
-        windows, boundary = windows[len(now):], boundary + chunk
-        with torch.inference_mode():
-            for length in sorted({end - start for start, end, _ in now}):
-                same = [w for w in now if w[1] - w[0] == length]
-                for part in (same[i : i + batch_seqs] for i in range(0, len(same), batch_seqs)):
-                    ids = torch.stack([stream[start:end] for start, end, _ in part])
-                    targets = torch.stack([stream[start + 1 : end + 1] for start, end, _ in part])
-                    scored = torch.stack([torch.arange(start, end) >= since for start, end, since in part])
-                    total += float(metric.position_losses(model, ids, targets, scored).double().sum())
-                    count += int(scored.sum())
-        # All that a sequence holds has been scored: a window that ends at e has scored token e.
-        while trained and now and windows and trained_to + seq_len <= now[-1][1]:
-            ids = stream[trained_to : trained_to + seq_len + 1]
-            trained_to += seq_len
-            grads = torch.autograd.grad(model(ids[None, :-1], ids[None, 1:]), trained)
-            for p, m, v, g in zip(trained, moved, speed, grads, strict=True):
-                m.value.sub_(v.mul_(0.9).add_(m.grad(g)), alpha=lr)
-                p.data.copy_(m.param())
-    if not math.isfinite(total):
-        raise AuditError(f"test-time training of {what} at lr {lr} diverged")
-    size = int(counter.count(tokens[:-1], tokens[1:]).sum())
-    return metric.Score(total / count, total / math.log(2) / size, count, size, time.perf_counter() - began)
+class Descent(Adapter):
+    """SGD with momentum 0.9 on one sequence after the other, of the params that `what` names (ttt)."""
+
+    def __init__(self, model: GPT, tokens: np.ndarray, seq_len: int, what: str, lr: float, group: int = 128):
+        super().__init__(model, tokens, seq_len, lr)
+        for name, p in model.named_parameters():
+            is_vector = train_gpt.optimizer_of(name) == "scalar"
+            p.requires_grad_({"all": True, "vectors": is_vector, "scales": not is_vector, "none": False}[what])
+        self.trained = [p for p in self.params if p.requires_grad]
+        self.moved = [(Factors if what == "scales" else Values)(p, group) for p in self.trained]
+        self.speed, self.lr = [torch.zeros_like(m.value) for m in self.moved], lr
+
+    def step(self, ids: Tensor, targets: Tensor) -> None:
+        for one, its in zip(ids.split(1), targets.split(1), strict=True) if self.trained else ():
+            grads = torch.autograd.grad(self.model(one, its), self.trained)
+            with torch.no_grad():
+                for p, m, v, g in zip(self.trained, self.moved, self.speed, grads, strict=True):
+                    m.value.sub_(v.mul_(0.9).add_(m.grad(g)), alpha=self.lr)
+                    p.data.copy_(m.param())

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -93,12 +93,15 @@ def position_losses(model, ids: Tensor, targets: Tensor, scored: Tensor, forward
 
 @torch.inference_mode()
 def evaluate(model, tokens, counter: ByteCounter, seq_len: int, stride: int, batch_seqs: int = 32,
-             compiled: bool = False, kept: Tensor | None = None) -> Score:
+             compiled: bool = False, kept: Tensor | None = None,
+             learn: Callable[[int], None] | None = None) -> Score:
     """Score a token stream [n + 1] with windows of seq_len tokens, batch_seqs windows at a time.
 
     compiled: compile the forward of full batches, which is worth its while on long streams (COMPILE_FROM).
     kept: zeros, fp32 [n] on the model's device, that take the loss of every token, in nats, for those who ask where the
     bits went (tern/spread.py); the score does not look at it.
+    learn: called with the number of positions that have their scores, after each batch: the model may learn from those
+    (tern/adapt.py), and no score of before changes. In one process only.
 
     In a process group the windows are shared by the ranks and every rank returns the same Score. The sum over windows
     is exact (math.fsum), so it does not depend on how they were shared. Raises AuditError if a loss is not finite.
@@ -111,6 +114,8 @@ def evaluate(model, tokens, counter: ByteCounter, seq_len: int, stride: int, bat
     if not len(windows):
         raise DataError(f"nothing to score: the validation stream has {len(tokens)} token(s)")
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if learn is not None and world > 1:
+        raise ValueError("a model that learns from what it scores is scored in order, by one process")
     # The first window is scored whole, all others at their end only: apart, they need little of the last block.
     starts = [0, *range(1, len(windows), batch_seqs)] if stride < seq_len else range(0, len(windows), batch_seqs)
     batches = [slice(a, b) for a, b in zip(starts, [*starts[1:], len(windows)], strict=True)]
@@ -130,6 +135,8 @@ def evaluate(model, tokens, counter: ByteCounter, seq_len: int, stride: int, bat
         padded = torch.zeros(scored.shape, dtype=torch.float64, device=device)
         padded[scored] = losses.double()
         sums[batch] = padded.sum(1)
+        if learn is not None:
+            learn(int(end[-1]))
     if world > 1:
         dist.all_reduce(sums)  # each window has one non-zero term, so this is exact
         if kept is not None:

@@ -217,37 +217,22 @@ def test_compensated_codes_have_less_error_than_rounded_ones():
     assert torch.equal(nearly_nothing, stored.codes), "uncorrelated inputs leave nothing to make up for"
 
 
-def test_test_time_training_scores_first(tiny_run, data_dir, monkeypatch):
+def test_test_time_training_scores_first(tiny_run, data_dir):
+    """That no score knows what comes later is tests/test_adapt.py's, of the same loop."""
     model = eval_bpb.load_artifact(tiny_run[0] / "model.tern", CPU)
     data = open_data(data_dir)
     counter, tokens = ByteCounter(data.tokenizer), read_shard(data.val[0])[:2000].astype(np.int64)
-
-    def score(what: str, tokens: np.ndarray, lr: float = 0.01) -> metric.Score:
-        return patches.score_and_train(model, tokens, counter, 64, 32, 8, what, lr, 256)
-
     plain = eval_bpb.evaluate(model, tokens, counter, 64, 32)
-    assert score("none", tokens).val_loss == pytest.approx(plain.val_loss, rel=1e-6)
-    assert score("all", tokens, 0.0).val_loss == pytest.approx(plain.val_loss, rel=1e-6)
+
+    def score(what: str, lr: float = 0.01) -> metric.Score:
+        patches.ttt(what, lr, 256)
+        return eval_bpb.evaluate(model, tokens, counter, 64, 32, 8)
+
+    assert score("none").val_loss == pytest.approx(plain.val_loss, rel=1e-6)
+    assert score("all", 0.0).val_loss == pytest.approx(plain.val_loss, rel=1e-6)
     for what in ("all", "vectors", "scales"):
-        trained = score(what, tokens)
+        trained = score(what)
         assert trained.tokens == plain.tokens and trained.val_loss != plain.val_loss
-    seen: list[torch.Tensor] = []
-    original = metric.position_losses
-
-    def position_losses(*args) -> torch.Tensor:
-        seen.append(original(*args))
-        return seen[-1]
-
-    monkeypatch.setattr(metric, "position_losses", position_losses)
-    changed = tokens.copy()
-    changed[900:] = changed[900:][::-1]
-    losses = []
-    for stream in (tokens, changed):
-        seen.clear()
-        score("all", stream)
-        losses.append(torch.cat(seen))
-    assert torch.equal(losses[0][:768], losses[1][:768]), "what comes later has changed an earlier score"
-    assert not torch.equal(losses[0], losses[1])
     again = eval_bpb.load_artifact(tiny_run[0] / "model.tern", CPU)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True)), "a copy learns"
 
