@@ -1,6 +1,6 @@
 """Score an artifact in bits per byte, from the file on disk, and audit every byte of the score.
 
-    python eval_bpb.py ARTIFACT --data DIR [--stride S] [--json OUT] [--adapt LR]
+    python eval_bpb.py ARTIFACT --data DIR [--stride S] [--json OUT] [--adapt RATE]
     python eval_bpb.py sample ARTIFACT --tokenizer MODEL --prompt "Once upon"    # see what it says; --help: more
     torchrun --standalone --nproc_per_node=N eval_bpb.py ARTIFACT --data DIR     # windows shared by N processes
 
@@ -216,8 +216,9 @@ def parse_score_args(argv: list[str]) -> argparse.Namespace:
     p.add_argument("--stride", type=int, default=64, help="sliding-window stride in tokens; 0: chunked score only")
     p.add_argument("--seq-len", type=int, default=0, help="window length in tokens; 0: the model's training length")
     p.add_argument("--batch-seqs", type=int, default=32, help="windows per batch")
-    p.add_argument("--adapt", type=float, default=0.0, metavar="LR", help="score once more by a model that learns, at "
-                   "this rate, from each batch after its score: test-time training, for which 0.001 is a good rate")
+    p.add_argument("--adapt", type=float, default=0.0, metavar="RATE", help="score once more by a model that learns "
+                   "from each batch after its score (test-time training), at this rate in units of each parameter's "
+                   "size; 0.001 is a good one")
     p.add_argument("--json", default="", help="write the result to this file as well")
     p.add_argument("--details", default="", help="write what is behind the score to this file: bytes of each tensor, "
                    "where the bits go (tern/report.py shows it)")
@@ -326,7 +327,7 @@ def score_file(args: argparse.Namespace, device: torch.device) -> tuple[dict, Ca
         raise ValueError(f"--stride {args.stride}, --seq-len {seq_len}, --batch-seqs {args.batch_seqs}: the stride "
                          "must be between 0 and the window length, the others positive")
     if not 0 <= args.adapt < math.inf or args.adapt and not args.stride:
-        raise ValueError(f"--adapt {args.adapt}, --stride {args.stride}: a learning rate is not negative, and what "
+        raise ValueError(f"--adapt {args.adapt}, --stride {args.stride}: a rate is not negative, and what "
                          "learns is scored by sliding windows, so give a stride")
     check_vocabulary(model, counter, data.tokenizer, args.artifact)
     checks = audit_model(model, tokens, seq_len)
@@ -361,7 +362,7 @@ def score_file(args: argparse.Namespace, device: torch.device) -> tuple[dict, Ca
         "sliding": asdict(sliding) if sliding else None,
     }
     if adapted:
-        result["adapted"] = asdict(adapted) | {"lr": args.adapt, "batch_seqs": args.batch_seqs}
+        result["adapted"] = asdict(adapted) | {"rate": args.adapt, "batch_seqs": args.batch_seqs}
     return result, lambda: details_of(file, tensors, result, tokens, counter, kept)
 
 
@@ -444,7 +445,7 @@ def report(result: dict) -> str:
     if s := result.get("adapted"):
         lines.append(f"adapted     val_loss:{s['val_loss']:.8f} val_bpb:{s['val_bpb']:.8f}  "
                      f"{s['val_bpb'] - result['sliding']['val_bpb']:+.4f} by learning from what was scored, rate "
-                     f"{s['lr']:g}, {s['seconds']:.1f} s; the file's own score is the one above")
+                     f"{s['rate']:g}, {s['seconds']:.1f} s; the file's own score is the one above")
     return "\n".join(lines)
 
 

@@ -8,19 +8,21 @@ from torch import Tensor, nn
 
 
 class Adapter:
-    """What metric.evaluate calls with the number of positions scored so far: one step of AdamW (arXiv 1711.05101,
-    without decay) on the windows of seq_len tokens among them that it has not learned from.
+    """What metric.evaluate calls with the number of positions scored so far: one step of Adam (arXiv 1412.6980) on the
+    windows of seq_len tokens among them that it has not learned from.
 
-    The model's params, which must not be inference tensors, change in place. They are the rounded form of fp32 values,
-    as in training, which begin at what the file holds: at a rate of 0 nothing changes.
+    rate: of each parameter, in units of its root mean square in the file: matrices between norms may have any scale
+    (LOG.md). The model's params, which must not be inference tensors, change in place. They are the rounded form of
+    fp32 values, as in training, which begin at what the file holds: at a rate of 0 nothing changes.
     """
 
-    def __init__(self, model: nn.Module, tokens: np.ndarray, seq_len: int, lr: float):
+    def __init__(self, model: nn.Module, tokens: np.ndarray, seq_len: int, rate: float):
         self.model, self.seq_len, self.learned, self.steps = model, seq_len, 0, 0
         self.stream = torch.from_numpy(np.asarray(tokens).astype(np.int64))
         self.params = [p.requires_grad_() for p in model.parameters()]
         self.values = [p.detach().float().clone() for p in self.params]
-        self.adam = torch.optim.AdamW(self.values, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+        each = [{"params": [x], "lr": rate * float(x.square().mean().sqrt())} for x in self.values]
+        self.adam = torch.optim.Adam(each, betas=(0.9, 0.95), fused=True)
 
     @torch.inference_mode(False)
     @torch.enable_grad()

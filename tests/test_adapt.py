@@ -27,10 +27,10 @@ def stream(tiny_run, data_dir):
             read_shard(data.val[0])[:1500].astype(np.int64))
 
 
-def score(stream, lr: float, tokens=None, kept=None):
+def score(stream, rate: float, tokens=None, kept=None):
     make, counter, own = stream
     model, tokens = make(), own if tokens is None else tokens
-    learn = Adapter(model, tokens, WINDOW, lr)
+    learn = Adapter(model, tokens, WINDOW, rate)
     return evaluate(model, tokens, counter, WINDOW, STRIDE, BATCH, kept=kept, learn=learn), learn
 
 
@@ -107,7 +107,7 @@ def test_command(tiny_run, data_dir, tmp_path):
     assert done.returncode == 0, done.stderr
     result = json.loads(out.read_text())
     plain, adapted = result["sliding"], result["adapted"]
-    assert adapted["lr"] == 0.003 and adapted["val_bpb"] != plain["val_bpb"]
+    assert adapted["rate"] == 0.003 and adapted["val_bpb"] != plain["val_bpb"]
     assert (adapted["tokens"], adapted["bytes"]) == (plain["tokens"], plain["bytes"])
     line = next(line for line in done.stdout.splitlines() if line.startswith("adapted "))
     assert f"{adapted['val_bpb']:.8f}  {adapted['val_bpb'] - plain['val_bpb']:+.4f} by learning" in line
