@@ -362,7 +362,7 @@ def score_file(args: argparse.Namespace, device: torch.device) -> tuple[dict, Ca
         "sliding": asdict(sliding) if sliding else None,
     }
     if adapted:
-        result["adapted"] = asdict(adapted) | {"rate": args.adapt, "batch_seqs": args.batch_seqs}
+        result["adapted"] = asdict(adapted) | {"rate": args.adapt, "batch_seqs": args.batch_seqs, "steps": learn.steps}
     return result, lambda: details_of(file, tensors, result, tokens, counter, kept)
 
 
@@ -444,8 +444,9 @@ def report(result: dict) -> str:
                          f"{s['seconds']:.1f} s")
     if s := result.get("adapted"):
         lines.append(f"adapted     val_loss:{s['val_loss']:.8f} val_bpb:{s['val_bpb']:.8f}  "
-                     f"{s['val_bpb'] - result['sliding']['val_bpb']:+.4f} by learning from what was scored, rate "
-                     f"{s['rate']:g}, {s['seconds']:.1f} s; the file's own score is the one above")
+                     f"{s['val_bpb'] - result['sliding']['val_bpb']:+.4f} by learning from what was scored, "
+                     f"{s['steps']:,} steps at rate {s['rate']:g}, {s['seconds']:.1f} s; the file's own score is the "
+                     "one above")
     return "\n".join(lines)
 
 

@@ -24,7 +24,7 @@ from ablations.formats import Codebook
 from ablations.hooks import after, before
 from tern import kernels, metric
 from tern import muon as tern_muon
-from tern.adapt import Adapter
+from tern.adapt import ScoreFirst
 from tern.groups import decode_scales, join_groups, split_groups
 from tern.kernels import rotate
 from tern.settings import ConfigError
@@ -673,12 +673,12 @@ def temperature(sequences: int = 64) -> None:
     """Logits divided by the temperature that makes the loss of training tokens least (Guo et al., arXiv 1706.04599)."""
     original = eval_bpb.evaluate
 
-    def evaluate(model, *args, **kwargs):
+    def evaluate(model, tokens, counter, seq_len, *args, **kwargs):
         if not hasattr(model, "temperature"):
-            model.temperature = best_temperature(model, model.config.train_seq_len, sequences)
+            model.temperature = best_temperature(model, seq_len, sequences)
             head = model.head
             model.head = lambda hidden: head(hidden) / model.temperature
-        return original(model, *args, **kwargs)
+        return original(model, tokens, counter, seq_len, *args, **kwargs)
 
     eval_bpb.evaluate = evaluate
 
@@ -702,15 +702,17 @@ TRAINING_SHARDS: list = []  # of the data that are scored; program.py knows them
 
 @patch(scorer=True, what=("all", "vectors", "scales", "none"), chunk=Within(1), group=Within(1))
 def ttt(what: str, lr: float = 0.001, chunk: int = 4096, group: int = 128) -> None:
-    """Score-first test-time training: each chunk of the stream is scored by windows as ever, and then, never before, a
-    step of SGD with momentum 0.9 is taken on each of its sequences. what: all params, vectors (all but matrices and
-    embedding), scales (one factor for each group of the matrices and embedding, the codes staying as they are), or
-    none, which must give the score of no training."""
+    """Score-first test-time training: the stream is scored by windows as ever, and after each chunk of it, never
+    before, a step of SGD with momentum 0.9 is taken on each of its sequences. what: all params, vectors (all but
+    matrices and embedding), scales (one factor for each group of the matrices and embedding, the codes staying as they
+    are), or none, which must give the score of no training."""
 
-    def evaluate(model, tokens, counter, seq_len, stride, batch_seqs=32, compiled=False, kept=None):
+    def evaluate(model, tokens, counter, seq_len, stride, batch_seqs=32, compiled=False, kept=None, learn=None):
+        if learn is not None:
+            raise ConfigError("--adapt and the patch ttt: the model learns in one way or the other")
         model = copy.deepcopy(model)
-        learn = Descent(model, tokens, seq_len, what, lr, group)
-        return metric.evaluate(model, tokens, counter, seq_len, stride, max(chunk // stride, 1), learn=learn)
+        learn = Descent(model, tokens, seq_len, chunk, what, lr, group)
+        return metric.evaluate(model, tokens, counter, seq_len, stride, batch_seqs, learn=learn)
 
     eval_bpb.evaluate = evaluate
 
@@ -743,15 +745,15 @@ class Factors(Values):
         return join_groups(self.start * self.value, self.shape)
 
 
-class Descent(Adapter):
+class Descent(ScoreFirst):
     """SGD with momentum 0.9 on one sequence after the other, of the params that `what` names (ttt)."""
 
-    def __init__(self, model: GPT, tokens: np.ndarray, seq_len: int, what: str, lr: float, group: int = 128):
-        super().__init__(model, tokens, seq_len, lr)
+    def __init__(self, model: GPT, tokens: np.ndarray, seq_len: int, chunk: int, what: str, lr: float, group: int):
+        super().__init__(model, tokens, seq_len, chunk)
         for name, p in model.named_parameters():
             is_vector = train_gpt.optimizer_of(name) == "scalar"
             p.requires_grad_({"all": True, "vectors": is_vector, "scales": not is_vector, "none": False}[what])
-        self.trained = [p for p in self.params if p.requires_grad]
+        self.trained = [p for p in model.parameters() if p.requires_grad]
         self.moved = [(Factors if what == "scales" else Values)(p, group) for p in self.trained]
         self.speed, self.lr = [torch.zeros_like(m.value) for m in self.moved], lr
 

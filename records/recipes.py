@@ -46,8 +46,10 @@ def run(side: str, checkout: Path, options: list[str], out: Path) -> tuple[runlo
     argv = [*options, "--out-dir", str(out), "--run-id", folder.name]
     metrics = folder / "metrics.jsonl"
     if not is_finished(metrics):
-        with lock_folder(folder):
-            shutil.rmtree(folder)
+        with lock_folder(folder):  # keeps out who would work in it, and stays
+            for path in folder.iterdir():
+                if path.name != ".lock":
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
         print(f"{side}, seed {seed}: {shlex.join([str(checkout / 'train_gpt.py'), *argv])}", flush=True)
         with open(out / f"{folder.name}.out", "w", encoding="utf-8") as lines:
             words = [sys.executable, str(checkout / "train_gpt.py"), *argv]

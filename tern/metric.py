@@ -148,6 +148,7 @@ def evaluate(model, tokens, counter: ByteCounter, seq_len: int, stride: int, bat
     if scored_tokens != len(tokens) - 1 or scored_bytes != int(per_token.sum()):
         raise AuditError(f"windows scored {scored_tokens} tokens, {scored_bytes} bytes of {len(tokens) - 1} tokens")
     if not math.isfinite(total):
-        raise AuditError("the validation loss is not finite; the model is broken")
+        raise AuditError("the validation loss is not finite; "
+                         + ("what learns does so at too high a rate" if learn else "the model is broken"))
     bpb = total / math.log(2) / scored_bytes if scored_bytes else math.inf
     return Score(total / scored_tokens, bpb, scored_tokens, scored_bytes, time.perf_counter() - began)

@@ -773,7 +773,7 @@ def test_committed_reports_are_those_of_their_lines(folder):
     lines = results.read_results(folder / "results.jsonl")
     if not m.equal_bytes:
         rows = report.summarize(m, jobs(m), lines)
-        assert report.markdown(m, rows, with_chart=True) == (folder / "report.md").read_text()
+        assert report.markdown(m, rows, with_chart=len(m.rows) > 1) == (folder / "report.md").read_text()
         return
     # Solving widths takes most of a minute: the settings that are not solved have to agree.
     asked = [matrix.in_words_of_today(line.settings, line.patches)[0] for line in lines]

@@ -55,6 +55,31 @@ def test_learning_pays_where_the_text_repeats(stream):
     assert score(stream, 0.01, tokens)[0].val_bpb < plain - 0.05
 
 
+def test_a_text_shorter_than_a_window_teaches_nothing(stream):
+    make, counter, tokens = stream
+    plain = evaluate(make(), tokens[:40], counter, WINDOW, STRIDE, BATCH)
+    same, learn = score(stream, 0.01, tokens[:40])
+    assert learn.steps == 0 and same.val_loss == plain.val_loss
+
+
+def test_what_is_zero_in_the_file_learns_too(stream):
+    make, counter, tokens = stream
+    model = make()
+    with torch.no_grad():
+        model.skip_weights.zero_()
+    learn = Adapter(model, tokens, WINDOW, 0.01)
+    evaluate(model, tokens, counter, WINDOW, STRIDE, BATCH, learn=learn)
+    assert model.skip_weights.any()
+
+
+def test_a_compiled_forward_sees_what_was_learned(stream):
+    make, counter, tokens = stream
+    plain, eager = evaluate(make(), tokens, counter, WINDOW, STRIDE, BATCH), score(stream, 0.01)[0]
+    model = make()
+    fast = evaluate(model, tokens, counter, WINDOW, STRIDE, BATCH, True, learn=Adapter(model, tokens, WINDOW, 0.01))
+    assert abs(fast.val_loss - eager.val_loss) < 0.1 * abs(fast.val_loss - plain.val_loss)
+
+
 def test_what_comes_later_changes_no_score(stream):
     tokens = stream[2]
     losses = []
@@ -68,7 +93,9 @@ def test_what_comes_later_changes_no_score(stream):
     assert same < len(tokens) - 1
 
 
-def test_every_position_is_learned_from_once_after_its_score(stream):
+@pytest.mark.parametrize(("stride", "batch", "every"), [(STRIDE, BATCH, 0), (STRIDE, 1, 0), (1, 9, 0), (WINDOW, 3, 0),
+                                                        (STRIDE, BATCH, 300)])
+def test_every_position_is_learned_from_once_after_its_score(stream, stride, batch, every):
     make, counter, tokens = stream
     model, scored, learned = make(), [], []
 
@@ -78,7 +105,7 @@ def test_every_position_is_learned_from_once_after_its_score(stream):
             before = self.learned
             super().__call__(done)
             learned.append((before, self.learned))
-            assert self.learned <= done and done - self.learned < WINDOW
+            assert self.learned <= done and done - self.learned < self.every == max(every, WINDOW)
 
         def step(self, ids, targets) -> None:
             at = self.learned - ids.numel()
@@ -87,9 +114,12 @@ def test_every_position_is_learned_from_once_after_its_score(stream):
             assert ids.shape[1] == WINDOW and self.learned <= scored[-1]
             super().step(ids, targets)
 
-    evaluate(model, tokens, counter, WINDOW, STRIDE, BATCH, learn=Spied(model, tokens, WINDOW, 0.01))
-    assert scored == sorted(scored) and scored[0] == WINDOW and scored[-1] == len(tokens) - 1
-    assert learned[0][0] == 0 and all(a[1] == b[0] for a, b in zip(learned, learned[1:], strict=False))
+    learn = Spied(model, tokens, WINDOW, 0.01)
+    learn.every = max(every, WINDOW)
+    evaluate(model, tokens, counter, WINDOW, stride, batch, learn=learn)
+    assert scored == sorted(scored) and scored[-1] == len(tokens) - 1
+    assert learn.steps > 3 and learned[0][0] == 0
+    assert all(a[1] == b[0] for a, b in zip(learned, learned[1:], strict=False))
 
 
 def test_it_takes_one_process(stream, monkeypatch):
@@ -103,22 +133,24 @@ def test_it_takes_one_process(stream, monkeypatch):
 def test_command(tiny_run, data_dir, tmp_path):
     artifact, out = tiny_run[0] / "model.tern", tmp_path / "score.json"
     words = [artifact, "--data", data_dir, "--stride", 32]
-    done = run(*words, "--adapt", 0.003, "--json", out, program="eval_bpb.py")
+    done = run(*words, "--adapt", 0.003, "--json", out, "--details", tmp_path / "details", program="eval_bpb.py")
     assert done.returncode == 0, done.stderr
     result = json.loads(out.read_text())
     plain, adapted = result["sliding"], result["adapted"]
-    assert adapted["rate"] == 0.003 and adapted["val_bpb"] != plain["val_bpb"]
+    assert adapted["rate"] == 0.003 and adapted["steps"] > 5 and adapted["val_bpb"] != plain["val_bpb"]
     assert (adapted["tokens"], adapted["bytes"]) == (plain["tokens"], plain["bytes"])
     line = next(line for line in done.stdout.splitlines() if line.startswith("adapted "))
     assert f"{adapted['val_bpb']:.8f}  {adapted['val_bpb'] - plain['val_bpb']:+.4f} by learning" in line
-    own = json.loads((tiny_run[0] / "score.json").read_text())
-    assert "adapted" not in own
-    assert result["sliding"]["val_bpb"] == own["sliding"]["val_bpb"], "the file's own score is what it was"
+    own, details = (json.loads((tiny_run[0] / f"{name}.json").read_text()) for name in ("score", "details"))
+    for kind in ("chunked", "sliding"):
+        assert result[kind]["val_bpb"] == own[kind]["val_bpb"], "the file's own score is what it was"
+    assert json.loads((tmp_path / "details").read_text()) == details, "and so is what is behind it"
 
 
 @pytest.mark.parametrize(("words", "said"), [
     (("--adapt", "-0.1"), "--adapt -0.1"), (("--adapt", "nan"), "--adapt nan"), (("--adapt", "inf"), "--adapt inf"),
-    (("--adapt", "0.1", "--stride", "0"), "give a stride"), (("--adapt", "1e30"), "the validation loss is not finite")])
+    (("--adapt", "0.1", "--stride", "0"), "give a stride"),
+    (("--adapt", "1e30"), "at a rate of 1e+30 is not finite after")])
 def test_wrong_rates_are_one_clear_error(tiny_run, data_dir, words, said, capsys):
     argv = [str(tiny_run[0] / "model.tern"), "--data", str(data_dir), *words]
     status = eval_bpb.run(eval_bpb.parse_args(argv))

@@ -19,7 +19,8 @@ import train_gpt
 from ablations import hooks, patches
 from conftest import tiny_trainer
 from tern import metric, muon
-from tern.shards import open_data, read_shard
+from tern.settings import ConfigError
+from tern.shards import AuditError, open_data, read_shard
 from tern.tokenizers import ByteCounter
 
 SMALL = train_gpt.Config(
@@ -230,6 +231,10 @@ def test_test_time_training_scores_first(tiny_run, data_dir):
 
     assert score("none").val_loss == pytest.approx(plain.val_loss, rel=1e-6)
     assert score("all", 0.0).val_loss == pytest.approx(plain.val_loss, rel=1e-6)
+    with pytest.raises(ConfigError, match="in one way or the other"):
+        eval_bpb.evaluate(model, tokens, counter, 64, 32, 8, learn=print)
+    with pytest.raises(AuditError, match="too high a rate"):
+        score("all", 1e9)
     for what in ("all", "vectors", "scales"):
         trained = score(what)
         assert trained.tokens == plain.tokens and trained.val_loss != plain.val_loss
