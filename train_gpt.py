@@ -47,7 +47,7 @@ from tern.errors import Foreseen
 from tern.files import folder_identity
 from tern.finite import first_bad, first_bad_output
 from tern.groups import SCALE_DTYPES, VALUE_DTYPES, join_groups, split_groups
-from tern.kernels import attend, cross_entropy, fuses, offset_keys, rope_tables, rotate
+from tern.kernels import Linear, attend, cross_entropy, fuses, linear, offset_keys, rope_tables, rotate
 from tern.loader import TokenLoader
 from tern.metric import evaluate
 from tern.muon import muon_update
@@ -443,13 +443,6 @@ def norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],))
 
 
-class Linear(nn.Linear):
-    """A block matrix [outputs, inputs]."""
-
-    def __init__(self, inputs: int, outputs: int):
-        super().__init__(inputs, outputs, bias=False)
-
-
 class Attention(nn.Module):
     attend = staticmethod(attend)  # the part of it that other kinds of attention replace
 
@@ -471,14 +464,14 @@ class Attention(nn.Module):
         """The output at the last positions of x [batch, time, model_dim]: [batch, last, model_dim]."""
         time, x = x.shape[1], norm(x)
         if last == time:  # one product over matrices that stay apart for Muon; joining them copies weights alone
-            qkv = F.linear(x, torch.cat((self.c_q.weight, self.c_k.weight, self.c_v.weight)))
+            qkv = linear(x, torch.cat((self.c_q.weight, self.c_k.weight, self.c_v.weight)))
             if fuses(qkv):
                 rotated = kernels.split_and_rotate(qkv, self.q_gain, cos, sin, self.heads, self.kv_heads)
                 return self.mix(*(x.transpose(1, 2) for x in rotated))
             q, k, v = self.split_heads(qkv).split((self.heads, self.kv_heads, self.kv_heads), dim=1)
         else:
             q = self.split_heads(self.c_q(x[:, -last:]))
-            heads = self.split_heads(F.linear(x, torch.cat((self.c_k.weight, self.c_v.weight))))
+            heads = self.split_heads(linear(x, torch.cat((self.c_k.weight, self.c_v.weight))))
             k, v = heads.split((self.kv_heads, self.kv_heads), dim=1)
         q = rotate(norm(q), cos[-last:], sin[-last:]) * self.q_gain[:, None, None]
         return self.mix(q, rotate(norm(k), cos, sin), v)
@@ -570,7 +563,7 @@ class GPT(nn.Module):
     def head(self, hidden: Tensor) -> Tensor:
         """Softcapped logits, fp32 [.., vocab_size], of hidden states [.., model_dim]."""
         cap = self.config.logit_softcap
-        return cap * torch.tanh(F.linear(hidden, self.tok_emb.weight).float() / cap)
+        return cap * torch.tanh(linear(hidden, self.tok_emb.weight).float() / cap)
 
     def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Mean loss in nats per token."""

@@ -210,19 +210,19 @@ def column_gains() -> None:
     class GainedAttention(Attention):
         def forward(self, x: Tensor, cos: Tensor, sin: Tensor, last: int) -> Tensor:
             x = norm(x)
-            qkv = F.linear(x, torch.cat((self.c_q.weight, self.c_k.weight, self.c_v.weight)) * self.gain_in)
+            qkv = kernels.linear(x, torch.cat((self.c_q.weight, self.c_k.weight, self.c_v.weight)) * self.gain_in)
             q, k, v = self.split_heads(qkv).split((self.heads, self.kv_heads, self.kv_heads), dim=1)
             q = rotate(norm(q[:, :, -last:]), cos[-last:], sin[-last:]) * self.q_gain[:, None, None]
             return self.mix(q, rotate(norm(k), cos, sin), v)
 
         def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             y = self.attend(q, kernels.offset_keys(k) if self.offset else k, v)
-            return F.linear(norm(y.transpose(1, 2).flatten(2)), self.proj.weight * self.gain_out)
+            return kernels.linear(norm(y.transpose(1, 2).flatten(2)), self.proj.weight * self.gain_out)
 
     class GainedMLP(MLP):
         def forward(self, x: Tensor) -> Tensor:
-            hidden = norm(F.linear(norm(x), self.fc.weight * self.gain_in).relu().square())
-            return F.linear(hidden, self.proj.weight * self.gain_out)
+            hidden = norm(kernels.linear(norm(x), self.fc.weight * self.gain_in).relu().square())
+            return kernels.linear(hidden, self.proj.weight * self.gain_out)
 
     after(GPT, "__init__", make)
 
@@ -273,8 +273,8 @@ def factored(dim: int = 64) -> None:
         return norm(F.linear(F.embedding(ids, model.tok_emb.weight.float()), model.embed_proj.weight.float()))
 
     def head(model: GPT, hidden: Tensor) -> Tensor:
-        cap, low = model.config.logit_softcap, hidden @ model.embed_proj.weight
-        return cap * torch.tanh(F.linear(low, model.tok_emb.weight).float() / cap)
+        cap, low = model.config.logit_softcap, kernels.linear(hidden, model.embed_proj.weight.mT)
+        return cap * torch.tanh(kernels.linear(low, model.tok_emb.weight).float() / cap)
 
     after(GPT, "__init__", make)
     GPT.lookup, GPT.head = lookup, head
@@ -563,7 +563,7 @@ def muon(kind: str) -> None:
                     (2.300652019954817, -1.6689039845747493, 0.4188073119525673)]
 
     def polar(g: Tensor, steps: int) -> Tensor:
-        x = g.bfloat16()
+        (x,) = kernels.factors(g.bfloat16())
         tall = x.shape[-2] > x.shape[-1]
         if tall:
             x = x.mT

@@ -1,4 +1,4 @@
-"""Kernels: causal attention on a CPU as tiles of matrix products, RoPE, and the loss in one pass."""
+"""Kernels: products of bf16 on any CPU, causal attention there as tiles of them, RoPE, and the loss in one pass."""
 
 from __future__ import annotations
 
@@ -7,11 +7,37 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from tern import fused
+from tern import fused, machine
 
+FP32_PRODUCTS = not machine.bf16_products()  # of bf16 factors, on a CPU
 Q_TILE, HEAD_TILE = 128, 16  # queries and kv heads per tile, so that a tile's scores stay near the core (LOG.md)
+
+
+def factors(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors as the machine's products take them: bf16 in fp32, which holds the same values, on a CPU that has no
+    products of bf16."""
+    wide = FP32_PRODUCTS and all(x.device.type == "cpu" for x in tensors)
+    return tuple(x.float() if wide and x.dtype == torch.bfloat16 else x for x in tensors)
+
+
+def linear(x: Tensor, w: Tensor) -> Tensor:
+    """F.linear(x, w) of x [.., inputs] and w [outputs, inputs], a tensor or packed.Packed: sums in fp32, rounded once
+    to x's dtype, on any machine."""
+    if not isinstance(w, Tensor):
+        return F.linear(x, w)
+    return F.linear(*factors(x, w)).to(x.dtype)
+
+
+class Linear(nn.Linear):
+    """A block matrix [outputs, inputs]."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight)
 
 
 def attention_tiles(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice, slice]]:
@@ -30,9 +56,10 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, keep: bool) -> tuple[Tenso
     q: [n, r, queries, head_dim], r query heads for each of the n key and value heads k, v: [n, time, head_dim]; the
     queries are those of the last positions. Returns the output in q's shape and, if keep, the probabilities of each
     tile, which the backward needs. The mathematics is that of F.scaled_dot_product_attention, which takes two to three
-    times as long on a CPU (LOG.md). A score is rounded to the dtype of q, as in any attention made of matrix products;
-    the softmax is fp32 inside.
+    times as long on a CPU (LOG.md). A score is rounded to the dtype of the products, as in any attention made of
+    them; the softmax is fp32 inside.
     """
+    dtype, (q, k, v) = q.dtype, factors(q, k, v)
     r, dim = q.shape[1], q.shape[3]
     out, probabilities = torch.empty_like(q, memory_format=torch.contiguous_format), []
     above, q = torch.full((Q_TILE, Q_TILE), -math.inf, dtype=q.dtype).triu(1), q * dim**-0.5
@@ -43,13 +70,14 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, keep: bool) -> tuple[Tenso
         p = torch.softmax(scores, -1)
         out[heads, :, rows] = torch.bmm(p, v[heads, keys]).unflatten(1, (r, n))
         probabilities += [p] if keep else []
-    return out, probabilities
+    return out.to(dtype), probabilities
 
 
 @torch.library.custom_op("tern::causal_attention_backward", mutates_args=())
 def causal_attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, probabilities: list[Tensor]
                               ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v from that of the output: the softmax's backward between four matrix products."""
+    dtype, (grad, q, k, v) = q.dtype, factors(grad, q, k, v)
     r, scale = q.shape[1], q.shape[-1] ** -0.5
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     dk, dv = torch.empty(k.shape), torch.empty(v.shape)  # fp32: a key's gradient is a sum over tiles
@@ -60,14 +88,14 @@ def causal_attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, pro
         add = Tensor.copy_ if keys.stop == k.shape[1] else Tensor.add_
         add(dv[heads, keys], torch.bmm(p.mT, g))
         add(dk[heads, keys], torch.bmm(ds.mT, queries))
-    return dq * scale, (dk * scale).to(k.dtype), dv.to(v.dtype)
+    return (dq * scale).to(dtype), (dk * scale).to(dtype), dv.to(dtype)
 
 
 @causal_attention.register_fake
 def _(q, k, v, keep):
     shapes = [(len(range(q.shape[0])[heads]), q.shape[1] * (rows.stop - rows.start), keys.stop)
               for heads, rows, keys in attention_tiles(q, k) if keep]
-    return q.new_empty(q.shape), [q.new_empty(shape) for shape in shapes]
+    return q.new_empty(q.shape), [factors(q)[0].new_empty(shape) for shape in shapes]
 
 
 @causal_attention_backward.register_fake

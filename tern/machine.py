@@ -25,12 +25,19 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def bf16_products() -> bool:
+    """Whether a CPU's products of bf16 matrices are worth having: AVX2 alone has none, and torch then takes ten times
+    as long as for fp32 (LOG.md)."""
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def describe() -> dict:
     """Versions and hardware, as a run's header has them."""
+    cpu = torch.backends.cpu.get_cpu_capability() + ("" if bf16_products() else " without bf16 products")
     gpu = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__,
-        "platform": f"{platform.system()} {platform.machine()}", "cpu": torch.backends.cpu.get_cpu_capability(),
+        "platform": f"{platform.system()} {platform.machine()}", "cpu": cpu,
         "cores": cores(), "gpu": gpu,
     }
 

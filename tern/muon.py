@@ -5,14 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tern.kernels import factors
+
 
 def newton_schulz(g: Tensor, steps: int) -> Tensor:
     """Approximately orthogonalise each matrix of g [n, rows, cols] in bf16: U V^T of its SVD, singular values ~1.
 
-    Quintic iteration with the coefficients of the page above. The sums are in fp32, inside of the products.
+    Quintic iteration with the coefficients of the page above. The sums are in fp32, inside of the products; on a CPU
+    without products of bf16 all of it is.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = g.bfloat16()
+    (x,) = factors(g.bfloat16())
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.mT.contiguous()

@@ -1,4 +1,5 @@
-"""Attention made of matrix products, the loss in one pass over the logits, and scores of the end of a window only."""
+"""Products of bf16 with and without instructions for them, attention made of them, the loss in one pass over the
+logits, and scores of the end of a window only."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tern.kernels import HEAD_TILE, Q_TILE, attend, causal_attention, cross_entropy, rope_tables
+from tern import kernels
+from tern.kernels import HEAD_TILE, Q_TILE, attend, causal_attention, cross_entropy, linear, rope_tables
 from tern.machine import can_compile
 from tern.metric import evaluate, sliding_windows
 from train_gpt import GPT, PRESETS, Config, Latents, norm
@@ -41,6 +43,56 @@ def error(x: Tensor, reference: Tensor) -> float:
     """Norm of the error relative to that of the reference, and absolute where the reference is zero."""
     scale = float(reference.double().norm())
     return float((x.double() - reference.double()).norm()) / (scale or 1.0)
+
+
+@pytest.fixture(params=[False, True], ids=["products of bf16", "products in fp32"])
+def fp32_products(request, monkeypatch) -> bool:
+    """Both kinds of CPU, whichever this one is."""
+    monkeypatch.setattr(kernels, "FP32_PRODUCTS", request.param)
+    return request.param
+
+
+# -- products ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.fast
+def test_a_product_of_bf16_is_summed_in_fp32_and_rounded_once(fp32_products):
+    """On either kind of CPU, in the forward and in both gradients."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = (2, 30, 256), (40, 256), (2, 30, 40)
+    x, w, grad = (torch.randn(*shape, generator=generator).bfloat16() for shape in shapes)
+    x.requires_grad_(), w.requires_grad_()
+    y = linear(x, w)
+    found = y.detach(), *torch.autograd.grad(y, (x, w), grad)
+    with torch.no_grad():
+        x, w, grad = x.double(), w.double(), grad.double()
+        exact = x @ w.mT, grad @ w, grad.flatten(0, 1).mT @ x.flatten(0, 1)
+    for a, b in zip(found, exact, strict=True):
+        assert a.dtype == torch.bfloat16
+        assert (a == b.bfloat16()).double().mean() > 0.99, "sums in bf16 would be far from it"
+
+
+@pytest.mark.fast
+def test_products_of_fp32_stay_as_they_are(fp32_products):
+    x, w = torch.randn(5, 64), torch.randn(7, 64)
+    assert torch.equal(linear(x, w), F.linear(x, w))
+
+
+@pytest.mark.fast
+def test_both_kinds_of_cpu_make_one_model(monkeypatch):
+    """Loss and gradients, bf16 params and activations: what differs is where a bf16 rounding falls."""
+    model, made = small_model(), []
+    Latents(model, SMALL)
+    ids, targets = tokens(3, Q_TILE + 3)[:, :-1], tokens(3, Q_TILE + 3)[:, 1:]
+    for wide in (False, True):
+        monkeypatch.setattr(kernels, "FP32_PRODUCTS", wide)
+        loss = model(ids, targets)
+        made.append((loss.item(), torch.autograd.grad(loss, list(model.parameters()))))
+    (narrow_loss, narrow), (wide_loss, wide) = made
+    assert narrow_loss != wide_loss, "the same way twice"
+    assert wide_loss == pytest.approx(narrow_loss, rel=1e-3)
+    for (name, _), a, b in zip(model.named_parameters(), narrow, wide, strict=True):
+        assert a.dtype == b.dtype == torch.bfloat16 and error(a, b) < 0.1, name
 
 
 # -- attention ---------------------------------------------------------------------------------------------------
@@ -102,7 +154,7 @@ def test_attention_is_its_definition_in_fp32(shape):
 
 @pytest.mark.fast
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_attention_in_bf16_is_about_as_exact_as_torchs(shape):
+def test_attention_in_bf16_is_about_as_exact_as_torchs(shape, fp32_products):
     """Against float64 of the same bf16 inputs. Scores and probabilities are rounded to bf16 on the way, as products
     of matrices must."""
     given = inputs(*shape, torch.bfloat16)
@@ -145,7 +197,7 @@ def test_later_keys_and_values_do_not_reach_earlier_outputs(queries, dtype):
         assert not got["dq"][:, :, first:].any()
 
 
-def test_the_ops_are_what_they_tell_torch():
+def test_the_ops_are_what_they_tell_torch(fp32_products):
     """Schema, fake shapes, autograd, and a traced forward and backward; several tiles of heads and of queries."""
     for queries, dtype in ((Q_TILE + 2, torch.float32), (7, torch.bfloat16)):
         q, k, v, _ = inputs(HEAD_TILE + 1, 2, queries, Q_TILE + 2, 8, dtype)
@@ -195,7 +247,7 @@ def test_the_last_hidden_states_are_the_end_of_all():
 
 @needs_compiler
 @pytest.mark.parametrize(("bf16", "loss_bound", "grad_bound"), [(False, 1e-5, 1e-4), (True, 2e-3, 0.1)])
-def test_a_compiled_model_has_the_loss_and_gradients_of_the_eager_one(bf16, loss_bound, grad_bound):
+def test_a_compiled_model_has_the_loss_and_gradients_of_the_eager_one(bf16, loss_bound, grad_bound, fp32_products):
     """In bf16 a kernel rounds once what eager rounds often, which shows in sums that cancel, such as q_gain's."""
     model = small_model()
     if bf16:

@@ -11,6 +11,7 @@ import torch
 from torch.func import functional_call
 
 from conftest import metrics, tiny_args, tiny_trainer
+from tern import kernels
 from tern.checkpoints import read_checkpoint, read_state
 from tern.muon import newton_schulz
 from tern.processes import Ranks
@@ -461,8 +462,10 @@ def test_micro_batches_accumulate_in_fp32():
     assert len(momenta) == 6 * TINY.num_layers and all((x == 1 + 8 * 2.0**-9).all() for x in momenta.values())
 
 
+@pytest.mark.parametrize("fp32_products", [False, True])
 @pytest.mark.parametrize("shape", [(16, 16), (8, 40), (40, 8)])
-def test_newton_schulz_makes_singular_values_near_one_and_stacks_as_singles(shape):
+def test_newton_schulz_makes_singular_values_near_one_and_stacks_as_singles(shape, fp32_products, monkeypatch):
+    monkeypatch.setattr(kernels, "FP32_PRODUCTS", fp32_products)
     g = torch.randn(3, *shape)
     x = newton_schulz(g, 5)
     s = torch.linalg.svdvals(x.float())
