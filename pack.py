@@ -9,7 +9,7 @@ A file is a fixed preamble, a compressed JSON header and the streams, back to ba
 
     offset  size  field (little-endian)
     0       4     magic "TRNY"
-    4       1     version, 2
+    4       1     version, 3
     5       4     h, bytes of the compressed header
     9       4     bytes of the header's JSON, at most MAX_HEADER
     13      4     CRC32 of bytes 0 to 12 and of the compressed header
@@ -53,7 +53,7 @@ from tern.command import Parser, say_error
 from tern.errors import Foreseen
 from tern.files import WriteError, write_atomic
 
-MAGIC, VERSION = b"TRNY", 2
+MAGIC, VERSION = b"TRNY", 3
 PREAMBLE = struct.Struct("<4sBII")  # magic, version, compressed header bytes, JSON bytes; a CRC32 follows
 HEADER_AT = PREAMBLE.size + 4
 DEFAULT_CAP = 16_000_000  # the official track: decimal megabytes, code plus model

@@ -177,7 +177,8 @@ MIN_SEGMENT = 16  # columns: a row is coded in several pieces, so that the later
 MAX_COLUMNS = 1 << 18  # layers times columns, for exact sums and little memory
 MAX_CORRELATED = 256  # columns: wider matrices gain 0.05% from it (LOG.md), for time with the cube of the width
 REFERENCES, DISTANCES = 1024, 16  # earlier rows that one may resemble, and how finely the resemblance is told
-FINE = 4  # bits of an integer code whose contexts are worth their time
+WIDTHS, OWN, AGE = 64, 16, 3  # of rows; columns that the rows above count for; log2 of the rows that they are
+FINE = 5  # bits of an integer code whose contexts are worth their time
 MIN_P = 32  # the least probability, out of ONE, of a bit that is not mixed
 
 
@@ -320,27 +321,39 @@ class Ternary(Model):
 
 
 class Table(Model):
-    """Integers of a few bits, most significant bit first. Rows that were hardly trained resemble one another, so a
-    lane also looks at the value that its row's nearest earlier row has there."""
+    """Integers of a few bits, most significant bit first. How far they spread goes with the row (frequent tokens have
+    finer steps), so a lane looks at the squares left of it and in the rows above. And rows that were hardly trained
+    resemble one another, so it also looks at the value that its row's nearest earlier row has there."""
 
     min_lanes, max_steps = 64, 1 << 12
 
     def __init__(self, coder: Encoder | Decoder, low: int, high: int):
         self.low, self.high, self.bits = low, high, (high - low).bit_length()
-        self.near = Counts(1 << min(self.bits, FINE), DISTANCES, 1 << min(self.bits, FINE))
-        super().__init__(coder, nodes=1 << self.bits, detailed=1 << min(self.bits, FINE))
+        nodes = 1 << min(self.bits, FINE)
+        self.near, self.wide = Counts(nodes, DISTANCES, nodes), Counts(nodes, WIDTHS)
+        super().__init__(coder, nodes=1 << self.bits, detailed=nodes)
 
     def start(self, layers: int, rows: int, cols: int) -> None:
         super().start(layers, rows, cols)
         self.past = np.zeros((layers, min(rows, REFERENCES), cols))
+        self.square = np.full((layers, 1), 256)  # mean square of the rows above, in units of 1/256
 
     def start_rows(self, block: slice) -> None:
         super().start_rows(block)
         self.apart = np.zeros((len(self.past), self.height, min(self.seen, REFERENCES)))  # squared distance
+        self.squares = np.zeros(self.apart.shape[:2], np.int64)  # sums over the columns so far
 
     def end_rows(self, block: slice, rows: np.ndarray) -> None:
         super().end_rows(block, rows)
         self.past[:, np.arange(block.start, block.stop) % REFERENCES] = self.coarse(rows)
+        for i in range(self.height):
+            age = min((block.start + i).bit_length(), AGE)
+            self.square += ((256 * self.squares[:, i : i + 1] // rows.shape[2]) - self.square) >> age
+
+    def width(self, columns: slice) -> np.ndarray:
+        """How far the codes of each row may spread, in steps of 1.4 of their mean square, int64 [layers, rows, 1]."""
+        mean = (256 * self.squares + OWN * self.square) // (columns.start + OWN)
+        return np.minimum(np.frexp(mean * mean + 0.0)[1], WIDTHS - 1).astype(np.int64)[:, :, None]
 
     def coarse(self, x: np.ndarray) -> np.ndarray:
         """Codes, their highest bits alone."""
@@ -357,7 +370,7 @@ class Table(Model):
         return np.broadcast_to(np.minimum(far, DISTANCES - 1), value.shape[:2] + (1,)), value
 
     def step(self, block, columns, truth, done):
-        far, value = self.reference(columns)
+        (far, value), width = self.reference(columns), self.width(columns)
         shape = done.shape[0], done.shape[1], columns.stop - columns.start
         node, out = np.ones(shape, np.int64), None
         offset = None if truth is None else truth - self.low
@@ -366,16 +379,19 @@ class Table(Model):
             general = self.everywhere.share(everywhere, 0, 0)
             answer = None if offset is None else (offset >> bit & 1).astype(bool)
             if bit >= self.bits - FINE:
-                near = self.near.each(node, far, value)
-                hint = logit(self.near.share(near, general, REFERENCE)) - logit(general)
-                out = self.decide(node, columns, self.bits - bit, answer, more=[hint])
+                near, wide = self.near.each(node, far, value), self.wide.each(node, width)
+                hints = [logit(self.near.share(near, general, REFERENCE)) - logit(general),
+                         logit(self.wide.share(wide, general, REFERENCE)) - logit(general)]
+                out = self.decide(node, columns, self.bits - bit, answer, more=hints)
                 self.near.add_each(near, out)
+                self.wide.add_each(wide, out)
             else:  # the low bits of wide codes are nearly noise
                 p = (general * (ONE // SHARE)).clip(MIN_P, ONE - MIN_P).ravel()
                 out = self.coder.bits(p, None if answer is None else answer.ravel()).reshape(shape)
                 self.everywhere.add_each(everywhere, out)
             node = node << 1 | out
         x = (node - (1 << self.bits) + self.low).astype(np.int32)
+        self.squares += np.square(x, dtype=np.int64).sum(2)
         if self.seen:
             mine, past = self.coarse(x).astype(np.float64), self.past[:, : self.apart.shape[2], columns]
             self.apart += (past * past).sum(2)[:, None] - 2 * (mine @ past.mT) + (mine * mine).sum(2)[:, :, None]

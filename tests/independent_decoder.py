@@ -32,7 +32,7 @@ def clip(x, low, high):
 def decode(data):
     """An artifact's bytes -> ({name: (format, shape, codes, scales or None)}, meta)."""
     size, json_size, crc = (int.from_bytes(data[i : i + 4], "little") for i in (5, 9, 13))
-    assert data[:4] == b"TRNY" and data[4] == 2 and 1 <= json_size <= 262144
+    assert data[:4] == b"TRNY" and data[4] == 3 and 1 <= json_size <= 262144
     packed, streams = data[17 : 17 + size], memoryview(data)[17 + size :]
     assert zlib.crc32(data[:13] + packed) == crc
     text = zlib.decompress(packed, wbits=-15)
@@ -219,8 +219,8 @@ class Model:
     def end_stack(self):
         pass
 
-    def decide(self, node, level, at, top, hint=None):
-        """A decision at these lanes; node is a number or one for each lane, hint x3 of each lane."""
+    def decide(self, node, level, at, top, hints=()):
+        """A decision at these lanes; node is a number or one for each lane, hints x3, x4 of each lane."""
         layer, row, column = at
         node = node + np.zeros_like(layer)
         places = [(self.everywhere, (node,)), (self.layer, (node, layer))]
@@ -229,8 +229,7 @@ class Model:
         g = 4096 * counts[0][:, 0] // counts[0][:, 1]
         l = share(counts[1], g, 64)  # noqa: E741
         x = [ST[share(counts[2], l, 128)] - ST[l], ST[share(counts[3], l, 64)] - ST[l]]
-        if hint is not None:
-            x.append(hint(g) if callable(hint) else hint)
+        x += [hint(g) if callable(hint) else hint for hint in hints]
         start = [[3 * 2**20 // 10] * len(x), [8 * 2**20] * len(x)]
         w, h = self.weights.setdefault((level, bits(top)), start)
         z = ST[l] + sum(x[i] * (w[i] >> 8) >> 12 for i in range(len(x)))
@@ -267,7 +266,7 @@ class Ternary(Model):
         code = self.decide(0, 0, at, top)
         (where,) = np.nonzero(code)
         if len(where):
-            code[where] = 2 * self.decide(1, 1, [a[where] for a in at], top, hint[where]) - 1
+            code[where] = 2 * self.decide(1, 1, [a[where] for a in at], top, [hint[where]]) - 1
         return code
 
     def end_block(self, top, end):
@@ -282,9 +281,23 @@ class Int(Model):
     def __init__(self, decoder, m):
         self.m = m
         self.b = bits(2 * self.m)
-        self.f = min(self.b, 4)
+        self.f = min(self.b, 5)
         super().__init__(decoder, 2**self.b)
         self.near = np.zeros((2**self.f, 16, 2**self.f, 2), np.int64)  # node, distance, value
+        self.wide = np.zeros((2**self.f, 64, 2), np.int64)  # node, width
+
+    def begin_stack(self):
+        self.usual = [256] * len(self.x)  # R of each layer
+
+    def end_block(self, top, end):
+        for layer, x in enumerate(self.x):
+            for row in range(top, end):
+                mean = 256 * int((x[row] ** 2).sum()) // x.shape[1]
+                self.usual[layer] += (mean - self.usual[layer]) >> min(bits(row), 3)
+
+    def width(self, layer, row, left):
+        squares = int((self.x[layer, row, :left] ** 2).sum())
+        return min(bits(((256 * squares + 16 * self.usual[layer]) // (left + 16)) ** 2), 63)
 
     def reference(self, top, end, left, right):
         """The distance and value of each lane's reference."""
@@ -304,12 +317,16 @@ class Int(Model):
 
     def step(self, at, top, end, left, right):
         distance, value = self.reference(top, end, left, right)
+        widths = {(i, j): self.width(i, top + j, left) for i in range(len(self.x)) for j in range(end - top)}
+        width = np.array([widths[place] for place in zip(at[0].tolist(), at[1].tolist(), strict=True)])
         node = np.ones_like(at[0])
         for level in range(1, self.b + 1):
             if level <= self.f:
-                index = node, distance, value
-                bit = self.decide(node, level, at, top, lambda g, n=self.near[index]: ST[share(n, g, 16)] - ST[g])
-                add(self.near, index, bit)
+                seen = [(self.near, (node, distance, value)), (self.wide, (node, width))]
+                bit = self.decide(node, level, at, top, [
+                    lambda g, n=counts[index]: ST[share(n, g, 16)] - ST[g] for counts, index in seen])
+                for counts, index in seen:
+                    add(counts, index, bit)
             else:
                 counts = self.everywhere[node]
                 bit = self.decoder.decode(np.clip(16 * (4096 * counts[:, 0] // counts[:, 1]), 32, 65504))

@@ -178,7 +178,7 @@ def test_tiny_artifact_byte_by_byte():
     data = pack.encode_artifact({"w": t}, {"a": 1})
     magic, version, size, text_size, crc = struct.unpack_from("<4sBIII", data)
     text = zlib.decompress(data[17 : 17 + size], -15)
-    assert (magic, version, text_size) == (b"TRNY", 2, len(text))
+    assert (magic, version, text_size) == (b"TRNY", 3, len(text))
     assert crc == zlib.crc32(data[:13] + data[17 : 17 + size])
     assert json.loads(text) == {
         "formats": [TERNARY],
