@@ -113,8 +113,8 @@ SCALES = {"bf16": "u16", "fp16": "u16"} | {f"log{bits}": f"uint{bits}" for bits 
 # Bits of a trained model's symbols (LOG.md, "bits of trained models", "equal_bytes"): what `expected_bits` assumes.
 BITS: dict[str, float] = {
     "ternary": 1.577, "binary": 1.0, "five": 2.18, "codebook entry": 7.2,
-    "embedding int2": 0.7, "embedding int3": 1.8, "embedding int4": 2.80, "embedding int5": 3.8,
-    "embedding int6": 4.7, "embedding int7": 5.7, "embedding int8": 6.8,
+    "embedding int2": 0.7, "embedding int3": 1.8, "embedding int4": 2.80, "embedding int5": 3.76,
+    "embedding int6": 4.66, "embedding int7": 5.7, "embedding int8": 6.8,
     "fp8": 5.4, "bf16": 10.9, "fp16": 13.9, "fp32": 32.0,  # of either sign
     "vectors fp8": 4.7, "vectors bf16": 8.6, "vectors fp16": 11.6,  # near one, like gains
     "scale log4": 0.2, "scale log5": 1.1, "scale log6": 1.95, "scale log7": 2.9, "scale log8": 3.8,

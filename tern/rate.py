@@ -24,7 +24,7 @@ MOMENTS = (0.0, 0.5, 0.8)  # of the warmdown: the model is packed as it is then
 GRACE = 0.02  # of the run: so much later the steps follow from it; until then it is packed beside training
 OVER, UNDER = 1.002, (0.996, 0.996, 0.985)  # shares of the aim between which they stay: late changes cost more
 DOUBLINGS = 4  # of a row's step at most, after training
-RARE_STEP_BITS = 3.5  # by which a weight is larger for each unit of rare_step; measured at 0.35 (LOG.md, rate)
+RARE_STEP_BITS = 3.2  # by which a weight is larger for each unit of rare_step; measured at 0.35 (LOG.md, widths)
 NEAR = 0.997  # share of the cap at which the search for the rows to round anew ends
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -440,6 +441,19 @@ def test_rows_that_repeat_earlier_ones_cost_little_more_than_their_first_segment
     once, often = (len(entropy.encode([x], "int4")) for x in (base, base[rng.integers(0, 8, 128)]))
     assert often - once < 0.18 * 15 * once  # an eighth of each row must tell which row it is
     assert len(entropy.encode([np.zeros((256, 64), np.int8)], "int4")) < 200
+
+
+@pytest.mark.parametrize(("jumps", "share"), [(False, 1.025), (True, 1.05)])
+def test_rows_cost_little_more_than_if_their_widths_were_known(jumps, share):
+    """Normal codes, as of an embedding whose tokens' steps go with how often they occur."""
+    rng, normal = np.random.default_rng(0), statistics.NormalDist()
+    widths = np.exp(rng.normal(0, 0.7, 600) if jumps else np.linspace(-1, 1.5, 600)).clip(0.3, 5)
+    x = [np.rint(rng.normal(size=(600, 128)) * widths[:, None]).clip(-15, 15).astype(np.int8)]
+    known = 0.0
+    for row, width in zip(x[0], widths.tolist(), strict=True):
+        edges = [0.0, *(normal.cdf((k - 14.5) / width) for k in range(30)), 1.0]
+        known -= np.log2(np.diff(edges))[row + 15].sum() / 8
+    assert known < len(check_round_trip(x, "int5")) < share * known < 0.93 * order0(x)
 
 
 def test_scales_that_drift_or_differ_by_column_cost_less():
