@@ -372,7 +372,7 @@ def loop(times: int = 2) -> None:
 
 @patch(bos=Within(0))
 def document_mask(bos: int = 1) -> None:
-    """Attention does not look past the beginning of a document, a BOS token (through SDPA, several times as slow)."""
+    """Attention does not look past the beginning of a document, a BOS token (through SDPA, slower on a CPU)."""
     original = GPT.hidden_last
 
     def hidden_last(self: GPT, ids: Tensor, last: int) -> Tensor:
@@ -384,7 +384,8 @@ def document_mask(bos: int = 1) -> None:
         return original(self, ids, last)
 
     def attend(self: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, self.mask, enable_gqa=q.shape[1] != k.shape[1])
+        dtype, (q, k, v) = q.dtype, kernels.factors(q, k, v)
+        return F.scaled_dot_product_attention(q, k, v, self.mask, enable_gqa=q.shape[1] != k.shape[1]).to(dtype)
 
     GPT.hidden_last, Attention.attend = hidden_last, attend
 

@@ -177,7 +177,7 @@ MIN_SEGMENT = 16  # columns: a row is coded in several pieces, so that the later
 MAX_COLUMNS = 1 << 18  # layers times columns, for exact sums and little memory
 MAX_CORRELATED = 256  # columns: wider matrices gain 0.05% from it (LOG.md), for time with the cube of the width
 REFERENCES, DISTANCES = 1024, 16  # earlier rows that one may resemble, and how finely the resemblance is told
-WIDTHS, OWN, AGE = 64, 16, 3  # of rows; columns that the rows above count for; log2 of the rows that they are
+WIDTHS, OWN = 48, 16  # classes of how wide a row's codes spread; columns that the rows above count for
 FINE = 5  # bits of an integer code whose contexts are worth their time
 MIN_P = 32  # the least probability, out of ONE, of a bit that is not mixed
 
@@ -321,9 +321,10 @@ class Ternary(Model):
 
 
 class Table(Model):
-    """Integers of a few bits, most significant bit first. How far they spread goes with the row (frequent tokens have
-    finer steps), so a lane looks at the squares left of it and in the rows above. And rows that were hardly trained
-    resemble one another, so it also looks at the value that its row's nearest earlier row has there."""
+    """Integers of a few bits, most significant bit first, all of them modelled up to five: with steps of several times
+    the finest the lowest is no noise. How far codes spread goes with the row (frequent tokens have finer steps), so a
+    lane looks at the squares left of it and in the rows above. And rows that were hardly trained resemble one another,
+    so it also looks at the value that its row's nearest earlier row has there."""
 
     min_lanes, max_steps = 64, 1 << 12
 
@@ -336,7 +337,7 @@ class Table(Model):
     def start(self, layers: int, rows: int, cols: int) -> None:
         super().start(layers, rows, cols)
         self.past = np.zeros((layers, min(rows, REFERENCES), cols))
-        self.square = np.full((layers, 1), 256)  # mean square of the rows above, in units of 1/256
+        self.square = np.full((layers, 1), 256, np.int64)  # mean square of the rows above, in units of 1/256
 
     def start_rows(self, block: slice) -> None:
         super().start_rows(block)
@@ -346,14 +347,13 @@ class Table(Model):
     def end_rows(self, block: slice, rows: np.ndarray) -> None:
         super().end_rows(block, rows)
         self.past[:, np.arange(block.start, block.stop) % REFERENCES] = self.coarse(rows)
-        for i in range(self.height):
-            age = min((block.start + i).bit_length(), AGE)
-            self.square += ((256 * self.squares[:, i : i + 1] // rows.shape[2]) - self.square) >> age
+        mean = 256 * self.squares.sum(1, keepdims=True) // (rows.shape[1] * rows.shape[2])
+        self.square = (self.square + mean) >> 1 if block.start else mean
 
     def width(self, columns: slice) -> np.ndarray:
-        """How far the codes of each row may spread, in steps of 1.4 of their mean square, int64 [layers, rows, 1]."""
+        """How far the codes of each row may spread, int64 [layers, rows, 1]: twice the log2 of their mean square."""
         mean = (256 * self.squares + OWN * self.square) // (columns.start + OWN)
-        return np.minimum(np.frexp(mean * mean + 0.0)[1], WIDTHS - 1).astype(np.int64)[:, :, None]
+        return np.frexp(mean * mean + 0.0)[1].astype(np.int64)[:, :, None]  # below 2^44: a code is at most 127
 
     def coarse(self, x: np.ndarray) -> np.ndarray:
         """Codes, their highest bits alone."""
@@ -526,7 +526,7 @@ def steps(shapes: Sequence[tuple[int, ...]], kind: str) -> int:
 
 
 def free_symbols(kind: str) -> int:
-    """Symbols whose decoding takes about a second: what a reader may grant a stream however short it is."""
+    """Symbols whose decoding takes seconds: what a reader may grant a stream however short it is."""
     return 4096 * next(model.min_lanes for model, _, _ in models(Encoder(), kind))
 
 

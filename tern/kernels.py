@@ -17,14 +17,14 @@ Q_TILE, HEAD_TILE = 128, 16  # queries and kv heads per tile, so that a tile's s
 
 def factors(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors as the machine's products take them: bf16 in fp32, which holds the same values, on a CPU that has no
-    products of bf16."""
+    products of bf16. A compiled model keeps what is between two such products in fp32 too, where eager rounds it."""
     wide = FP32_PRODUCTS and all(x.device.type == "cpu" for x in tensors)
     return tuple(x.float() if wide and x.dtype == torch.bfloat16 else x for x in tensors)
 
 
 def linear(x: Tensor, w: Tensor) -> Tensor:
-    """F.linear(x, w) of x [.., inputs] and w [outputs, inputs], a tensor or packed.Packed: sums in fp32, rounded once
-    to x's dtype, on any machine."""
+    """F.linear(x, w) of x [.., inputs] and w [outputs, inputs], a tensor or packed.Packed: sums in fp32, rounded to x's
+    dtype."""
     if not isinstance(w, Tensor):
         return F.linear(x, w)
     return F.linear(*factors(x, w)).to(x.dtype)

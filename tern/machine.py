@@ -26,8 +26,8 @@ def cores() -> int:
 
 
 def bf16_products() -> bool:
-    """Whether a CPU's products of bf16 matrices are worth having: AVX2 alone has none, and torch then takes ten times
-    as long as for fp32 (LOG.md)."""
+    """Whether torch has kernels for products of bf16 matrices on this CPU. With AVX2 alone it has none, and takes ten
+    times as long for them as in fp32 (LOG.md)."""
     return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 

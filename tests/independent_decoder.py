@@ -284,20 +284,19 @@ class Int(Model):
         self.f = min(self.b, 5)
         super().__init__(decoder, 2**self.b)
         self.near = np.zeros((2**self.f, 16, 2**self.f, 2), np.int64)  # node, distance, value
-        self.wide = np.zeros((2**self.f, 64, 2), np.int64)  # node, width
+        self.wide = np.zeros((2**self.f, 48, 2), np.int64)  # node, width
 
     def begin_stack(self):
         self.usual = [256] * len(self.x)  # R of each layer
 
     def end_block(self, top, end):
-        for layer, x in enumerate(self.x):
-            for row in range(top, end):
-                mean = 256 * int((x[row] ** 2).sum()) // x.shape[1]
-                self.usual[layer] += (mean - self.usual[layer]) >> min(bits(row), 3)
+        for layer, x in enumerate(self.x[:, top:end]):
+            mean = 256 * int((x**2).sum()) // x.size
+            self.usual[layer] = self.usual[layer] + mean >> 1 if top else mean
 
     def width(self, layer, row, left):
         squares = int((self.x[layer, row, :left] ** 2).sum())
-        return min(bits(((256 * squares + 16 * self.usual[layer]) // (left + 16)) ** 2), 63)
+        return bits(((256 * squares + 16 * self.usual[layer]) // (left + 16)) ** 2)
 
     def reference(self, top, end, left, right):
         """The distance and value of each lane's reference."""
