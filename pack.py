@@ -9,7 +9,7 @@ A file is a fixed preamble, a compressed JSON header and the streams, back to ba
 
     offset  size  field (little-endian)
     0       4     magic "TRNY"
-    4       1     version, 3
+    4       1     version, 2
     5       4     h, bytes of the compressed header
     9       4     bytes of the header's JSON, at most MAX_HEADER
     13      4     CRC32 of bytes 0 to 12 and of the compressed header
@@ -53,7 +53,7 @@ from tern.command import Parser, say_error
 from tern.errors import Foreseen
 from tern.files import WriteError, write_atomic
 
-MAGIC, VERSION = b"TRNY", 3
+MAGIC, VERSION = b"TRNY", 2
 PREAMBLE = struct.Struct("<4sBII")  # magic, version, compressed header bytes, JSON bytes; a CRC32 follows
 HEADER_AT = PREAMBLE.size + 4
 DEFAULT_CAP = 16_000_000  # the official track: decimal megabytes, code plus model
@@ -439,6 +439,7 @@ class Codec:
     decode raises ArtifactError unless data is whole and gives exactly so many symbols, all in range. It need not bound
     its output: `parse_header` has done so. `size` is the bytes of count symbols before compression; `free` the symbols
     that a stream may hold however short it is (0: FREE_EXPANSION rules), `steps` its milliseconds of decoding.
+    `replaced`: kinds that are read, and that another codec writes.
     """
 
     kinds: tuple[str, ...]
@@ -449,6 +450,7 @@ class Codec:
     suits: Callable[[Shapes, str], bool] = lambda shapes, kind: True
     free: Callable[[str], int] = lambda kind: 0
     steps: Callable[[Shapes, str], int] = lambda shapes, kind: 0
+    replaced: tuple[str, ...] = ()
 
 
 def with_compressor(plain: Codec, name: str, compress: Callable, decompress: Callable) -> Codec:
@@ -475,22 +477,26 @@ def of_flat(kinds: tuple[str, ...], encode: Callable, decode: Callable, size: Ca
                  lambda data, kind, shapes: decode(data, count_of(shapes), kind), size)
 
 
-def model_encode(symbols: np.ndarray, kind: str, shapes: Shapes) -> bytes:
-    parts = np.split(symbols, np.cumsum([math.prod(shape) for shape in shapes])[:-1])
-    return entropy.encode([part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)], kind)
+def of_model(kinds: tuple[str, ...], widths: bool, replaced: tuple[str, ...] = ()) -> Codec:
+    """The adaptive model (tern/entropy.py) of integers whose rows have widths, or of before."""
+    def encode(symbols: np.ndarray, kind: str, shapes: Shapes) -> bytes:
+        parts = np.split(symbols, np.cumsum([math.prod(shape) for shape in shapes])[:-1])
+        return entropy.encode([part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)], kind, widths)
 
+    def decode(data, kind: str, shapes: Shapes) -> np.ndarray:
+        if count_of(shapes) == 0:
+            raise damaged("an empty stream is compressed")
+        try:
+            symbols = np.concatenate([x.reshape(-1) for x in entropy.decode(data, shapes, kind, widths)])
+            return flat_codes(symbols, kind).astype(SYMBOLS[kind], copy=False)
+        except entropy.DecodeError as e:
+            raise damaged(str(e)) from None
 
-def model_decode(data, kind: str, shapes: Shapes) -> np.ndarray:
-    if count_of(shapes) == 0:
-        raise damaged("an empty stream is compressed")
-    try:
-        symbols = np.concatenate([x.reshape(-1) for x in entropy.decode(data, shapes, kind)])
-        return flat_codes(symbols, kind).astype(SYMBOLS[kind], copy=False)
-    except entropy.DecodeError as e:
-        raise damaged(str(e)) from None
+    return Codec(kinds, encode, decode, raw_size, "model", entropy.suits, entropy.free_symbols, entropy.steps, replaced)
 
 
 INTS, FLOATS = tuple(kind for kind in SYMBOLS if "int" in kind), ("u8", "u16", "u32")
+SIGNED = ("five", *(kind for kind in INTS if kind.startswith("int")))
 PLAIN = {
     "base3": of_flat(("ternary",), lambda s, kind: pack_base3(s), lambda data, n, kind: unpack_base3(data, n),
                      lambda n, kind: -(-n // 5)),
@@ -502,8 +508,7 @@ COMPRESSORS = {"zstd": (zstd_encode, zstd_decode), "lzma": (lzma_encode, lzma_de
 # planes alone are as long as raw, so they are no codec
 CODECS = {name: codec for name, codec in PLAIN.items() if name != "planes"} | {
     f"{name}+{c}": with_compressor(codec, c, *both) for name, codec in PLAIN.items() for c, both in COMPRESSORS.items()
-} | {"model": Codec(("ternary", "five", *INTS, "u8", "u16"), model_encode, model_decode, raw_size, "model",
-                    entropy.suits, entropy.free_symbols, entropy.steps)}
+} | {"model": of_model(("ternary", "five", *INTS, "u8", "u16"), False, SIGNED), "widths": of_model(SIGNED, True)}
 
 
 def expands_too_far(codec: Codec, shapes: Shapes, kind: str, stored_bytes: int) -> bool:
@@ -518,6 +523,8 @@ def encode_stream(symbols: np.ndarray, kind: str, shapes: Shapes) -> tuple[str, 
     best = None
     for name, codec in CODECS.items():
         if kind not in codec.kinds or (codec.compressor and not symbols.size) or not codec.suits(shapes, kind):
+            continue
+        if kind in codec.replaced:
             continue
         if codec.compressor == "lzma" and codec.size(symbols.size, kind) > THOROUGH_BELOW:
             continue

@@ -13,7 +13,8 @@ for Lossless Data Compression"). A share of ones is always shrunk to that of its
 
 All of it is integer arithmetic, also where numpy's floats are used: those hold integers below 2^53. So a file decodes
 to the same symbols on every machine, whatever its vector units, thread count or mathematical library.
-docs/format.md specifies the model exactly; a change here is a change of the file format.
+docs/format.md specifies the model exactly; a change here is a change of the file format. Integers of files from before
+0.2.0 have a simpler model (widths=False).
 """
 
 from __future__ import annotations
@@ -178,7 +179,7 @@ MAX_COLUMNS = 1 << 18  # layers times columns, for exact sums and little memory
 MAX_CORRELATED = 256  # columns: wider matrices gain 0.05% from it (LOG.md), for time with the cube of the width
 REFERENCES, DISTANCES = 1024, 16  # earlier rows that one may resemble, and how finely the resemblance is told
 WIDTHS, OWN = 48, 16  # classes of how wide a row's codes spread; columns that the rows above count for
-FINE = 5  # bits of an integer code whose contexts are worth their time
+FINE, FINE_BEFORE = 5, 4  # bits of an integer code that have contexts; without widths
 MIN_P = 32  # the least probability, out of ONE, of a bit that is not mixed
 
 
@@ -328,10 +329,11 @@ class Table(Model):
 
     min_lanes, max_steps = 64, 1 << 12
 
-    def __init__(self, coder: Encoder | Decoder, low: int, high: int):
+    def __init__(self, coder: Encoder | Decoder, low: int, high: int, widths: bool):
         self.low, self.high, self.bits = low, high, (high - low).bit_length()
-        nodes = 1 << min(self.bits, FINE)
-        self.near, self.wide = Counts(nodes, DISTANCES, nodes), Counts(nodes, WIDTHS)
+        self.fine = min(self.bits, FINE if widths else FINE_BEFORE)
+        nodes = 1 << self.fine
+        self.near, self.wide = Counts(nodes, DISTANCES, nodes), Counts(nodes, WIDTHS) if widths else None
         super().__init__(coder, nodes=1 << self.bits, detailed=nodes)
 
     def start(self, layers: int, rows: int, cols: int) -> None:
@@ -357,7 +359,7 @@ class Table(Model):
 
     def coarse(self, x: np.ndarray) -> np.ndarray:
         """Codes, their highest bits alone."""
-        return (x - self.low) >> max(self.bits - FINE, 0)
+        return (x - self.low) >> (self.bits - self.fine)
 
     def reference(self, columns: slice) -> tuple[np.ndarray, np.ndarray]:
         """(how far, value) of each lane in its row's nearest earlier row."""
@@ -378,13 +380,14 @@ class Table(Model):
             everywhere = self.everywhere.each(node, 0, 0, 0)
             general = self.everywhere.share(everywhere, 0, 0)
             answer = None if offset is None else (offset >> bit & 1).astype(bool)
-            if bit >= self.bits - FINE:
-                near, wide = self.near.each(node, far, value), self.wide.each(node, width)
-                hints = [logit(self.near.share(near, general, REFERENCE)) - logit(general),
-                         logit(self.wide.share(wide, general, REFERENCE)) - logit(general)]
+            if bit >= self.bits - self.fine:
+                contexts = [(self.near, self.near.each(node, far, value))]
+                if self.wide is not None:
+                    contexts.append((self.wide, self.wide.each(node, width)))
+                hints = [logit(counts.share(at, general, REFERENCE)) - logit(general) for counts, at in contexts]
                 out = self.decide(node, columns, self.bits - bit, answer, more=hints)
-                self.near.add_each(near, out)
-                self.wide.add_each(wide, out)
+                for counts, at in contexts:
+                    counts.add_each(at, out)
             else:  # the low bits of wide codes are nearly noise
                 p = (general * (ONE // SHARE)).clip(MIN_P, ONE - MIN_P).ravel()
                 out = self.coder.bits(p, None if answer is None else answer.ravel()).reshape(shape)
@@ -495,16 +498,19 @@ def stacks(shapes: Sequence[tuple[int, ...]], floats: bool) -> list[Stack]:
     return out
 
 
-def models(coder: Encoder | Decoder, kind: str) -> list[tuple[Model, int, int]]:
-    """(model, bits below its symbol, mask of its symbol) of a symbol's parts; a float is a magnitude and a sign."""
+def models(coder: Encoder | Decoder, kind: str, widths: bool = True) -> list[tuple[Model, int, int]]:
+    """(model, bits below its symbol, mask of its symbol) of a symbol's parts; a float is a magnitude and a sign.
+
+    widths: whether integers are modelled by their rows' widths, or as before 0.2.0; nothing to other kinds.
+    """
     if kind == "ternary":
         return [(Ternary(coder), 0, -1)]
     if kind == "five":
-        return [(Table(coder, -2, 2), 0, -1)]
+        return [(Table(coder, -2, 2, widths), 0, -1)]
     bits = int(kind.lstrip("uint"))
     if kind.startswith("int"):
         limit = (1 << bits - 1) - 1
-        return [(Table(coder, -limit, limit), 0, -1)]
+        return [(Table(coder, -limit, limit, widths), 0, -1)]
     if kind.startswith("uint"):
         return [(Predicted(coder, (1 << bits) - 1), 0, -1)]
     return [(Predicted(coder, (1 << bits - 1) - 1), 0, (1 << bits - 1) - 1), (Predicted(coder, 1), bits - 1, 1)]
@@ -530,10 +536,10 @@ def free_symbols(kind: str) -> int:
     return 4096 * next(model.min_lanes for model, _, _ in models(Encoder(), kind))
 
 
-def encode(arrays: Sequence[np.ndarray], kind: str) -> bytes:
-    """The arrays' symbols as bytes, the same for the same input."""
+def encode(arrays: Sequence[np.ndarray], kind: str, widths: bool = True) -> bytes:
+    """The arrays' symbols as bytes, the same for the same input. widths: see models."""
     coder = Encoder()
-    parts = models(coder, kind)
+    parts = models(coder, kind, widths)
     for indices, shape in stacks([a.shape for a in arrays], kind in FLOATS):
         stack = np.stack([arrays[i].reshape(-1) for i in indices]).reshape(shape)
         for model, shift, mask in parts:
@@ -541,10 +547,10 @@ def encode(arrays: Sequence[np.ndarray], kind: str) -> bytes:
     return coder.finish()
 
 
-def decode(data, shapes: Sequence[tuple[int, ...]], kind: str) -> list[np.ndarray]:
+def decode(data, shapes: Sequence[tuple[int, ...]], kind: str, widths: bool = True) -> list[np.ndarray]:
     """What encode was given, int32 in the given shapes. Raises DecodeError unless encode gives data again."""
     coder, out = Decoder(data), [np.zeros(shape, np.int32) for shape in shapes]
-    parts = models(coder, kind)
+    parts = models(coder, kind, widths)
     for indices, shape in stacks(shapes, kind in FLOATS):
         stack = np.zeros(shape, np.int32)
         for model, shift, _ in parts:

@@ -32,7 +32,7 @@ def clip(x, low, high):
 def decode(data):
     """An artifact's bytes -> ({name: (format, shape, codes, scales or None)}, meta)."""
     size, json_size, crc = (int.from_bytes(data[i : i + 4], "little") for i in (5, 9, 13))
-    assert data[:4] == b"TRNY" and data[4] == 3 and 1 <= json_size <= 262144
+    assert data[:4] == b"TRNY" and data[4] == 2 and 1 <= json_size <= 262144
     packed, streams = data[17 : 17 + size], memoryview(data)[17 + size :]
     assert zlib.crc32(data[:13] + packed) == crc
     text = zlib.decompress(packed, wbits=-15)
@@ -92,8 +92,8 @@ def scales_shape(fmt, shape):
 
 def symbols(codec, data, kind, shapes):
     """A stream's bytes -> its arrays of symbols."""
-    if codec == "model":
-        return model(data, kind, shapes)
+    if codec in ("model", "widths"):
+        return model(data, kind, shapes, codec == "widths")
     count = sum(math.prod(shape) for shape in shapes)
     plain, _, compression = codec.partition("+")
     if kind in ("u8", "u16", "u32"):
@@ -278,10 +278,10 @@ class Ternary(Model):
 
 
 class Int(Model):
-    def __init__(self, decoder, m):
-        self.m = m
+    def __init__(self, decoder, m, widths):
+        self.m, self.widths = m, widths
         self.b = bits(2 * self.m)
-        self.f = min(self.b, 5)
+        self.f = min(self.b, 5 if widths else 4)
         super().__init__(decoder, 2**self.b)
         self.near = np.zeros((2**self.f, 16, 2**self.f, 2), np.int64)  # node, distance, value
         self.wide = np.zeros((2**self.f, 48, 2), np.int64)  # node, width
@@ -321,7 +321,7 @@ class Int(Model):
         node = np.ones_like(at[0])
         for level in range(1, self.b + 1):
             if level <= self.f:
-                seen = [(self.near, (node, distance, value)), (self.wide, (node, width))]
+                seen = [(self.near, (node, distance, value)), (self.wide, (node, width))][: 1 + self.widths]
                 bit = self.decide(node, level, at, top, [
                     lambda g, n=counts[index]: ST[share(n, g, 16)] - ST[g] for counts, index in seen])
                 for counts, index in seen:
@@ -385,16 +385,16 @@ class Excess(Model):
         self.first = int(self.mean.sum()) // (256 * self.mean.size)
 
 
-def model(data, kind, shapes):
+def model(data, kind, shapes, widths):
     decoder, out, groups = RangeDecoder(data), [np.zeros(shape, np.int64) for shape in shapes], {}
     width = int(kind.lstrip("uint") or 0) if kind not in ("ternary", "five") else 0
     pair = kind in ("u8", "u16")
     if kind == "ternary":
         models = [Ternary(decoder)]
     elif kind == "five":
-        models = [Int(decoder, 2)]
+        models = [Int(decoder, 2, widths)]
     elif kind.startswith("int"):
-        models = [Int(decoder, 2 ** (width - 1) - 1)]
+        models = [Int(decoder, 2 ** (width - 1) - 1, widths)]
     elif kind.startswith("uint"):
         models = [Excess(decoder, 2**width - 1)]
     else:

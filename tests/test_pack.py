@@ -178,7 +178,7 @@ def test_tiny_artifact_byte_by_byte():
     data = pack.encode_artifact({"w": t}, {"a": 1})
     magic, version, size, text_size, crc = struct.unpack_from("<4sBIII", data)
     text = zlib.decompress(data[17 : 17 + size], -15)
-    assert (magic, version, text_size) == (b"TRNY", 3, len(text))
+    assert (magic, version, text_size) == (b"TRNY", 2, len(text))
     assert crc == zlib.crc32(data[:13] + data[17 : 17 + size])
     assert json.loads(text) == {
         "formats": [TERNARY],
@@ -329,6 +329,7 @@ def test_every_kind_has_a_codec_and_every_small_stream_its_plain_one():
     for kind in pack.SYMBOLS:
         names = [name for name, codec in pack.CODECS.items() if kind in codec.kinds]
         assert names[0] in ("base3", "bits", "raw") and ("model" in names) == (kind != "u32")
+        assert ("widths" in names) == (kind in pack.SIGNED) == (kind in pack.CODECS["model"].replaced)
         one = np.zeros(1, pack.SYMBOLS[kind])
         assert pack.encode_stream(one[:0], kind, [(0,)]) == (names[0], b"")
         assert pack.encode_stream(one, kind, [()])[0] == names[0], "nothing beats a byte or two, and the first wins"
