@@ -65,7 +65,7 @@ def build(streams, **parts) -> bytes:
 GOOD = [("base3", bytes([75])), ("raw", SCALE)]
 
 
-def refused(data: bytes, message: str, seconds: float = 1.0, megabytes: float = 8.0) -> None:
+def refused(data: bytes, message: str, seconds: float = 3.0, megabytes: float = 8.0) -> None:
     """The reader refuses data, with this message, in processor time and memory that do not depend on what it declares.
     """
     tracemalloc.start()
