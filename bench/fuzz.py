@@ -95,7 +95,7 @@ def seeds(folder: Path) -> None:
                     continue
                 others = {n: replace(c, kinds=tuple(k for k in c.kinds if k not in codec.kinds))
                           for n, c in pack.CODECS.items() if not c.compressor}
-                held, pack.CODECS = pack.CODECS, others | {name: codec}
+                held, pack.CODECS = pack.CODECS, others | {name: replace(codec, replaced=())}
                 try:
                     data = pack.encode_artifact(whole, {"i": i})
                 finally:
