@@ -1210,9 +1210,9 @@ class Trainer:
             self.quantized = plan.quantized
             zero_frac, churn = self.latents.refresh(self.quantized, measure=logged)
             self.after_step(plan)
-            if self.rate and self.quantized == 1:
-                self.log.lines(self.rate.follow(progress, warmdown_share(c, self.step, progress)))
             self.count_step(micro_batches * self.world * self.micro_tokens)
+            if self.rate and self.quantized == 1:  # may wait for the packer: not a step's time, by which a run ends
+                self.log.lines(self.rate.follow(progress, warmdown_share(c, self.step, progress)))
             self.report_step(plan, progress, loss, zero_frac, churn, logged)
             if c.val_loss_every > 0 and self.step % c.val_loss_every == 0:
                 self.validate_in_training()

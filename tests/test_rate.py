@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 import pack
-from conftest import metrics, run, tiny_args
+from conftest import metrics, run, tiny_args, tiny_trainer
 from tern.processes import Ranks
 from tern.rate import DOUBLINGS, MOMENTS, NEAR, RateControl, rarity
 from tern.settings import ConfigError
@@ -145,6 +146,15 @@ def test_a_run_is_never_over_and_fills_its_cap(free, data_dir, tmp_path, ratio):
     assert final["fits"] and 0.97 * cap <= size <= cap and final["bytes_model"] == size
     assert final["roundtrip_gap"] == 0 and final["logits_identical"]
     assert "at moment 3 of 3" in (tmp_path / "fitted/log.txt").read_text()
+
+
+def test_waiting_for_the_packer_is_no_step_s_time(data_dir, tmp_path, monkeypatch):
+    """A run ends when its next step, as long as the last, would pass its seconds: a wait would end it early."""
+    trainer = tiny_trainer(data_dir, tmp_path, "--embed-format", "int5", "--iterations", 3)
+    monkeypatch.setattr(trainer.rate, "follow", lambda *a: time.sleep(1.5) or [])
+    trainer.train()
+    assert trainer.step == 3 and trainer.elapsed > 3 and trainer.step_seconds < 1.5
+    trainer.folder.close()
 
 
 def test_a_file_that_is_over_after_training_is_trimmed_the_same_every_time(data_dir, tmp_path):
