@@ -178,7 +178,7 @@ def kind_of(name: str) -> str:
     return "elementwise"
 
 
-def read_profile(trace: dict, steps: int, longest: int = 20) -> Profile:
+def read_profile(trace: dict, steps: int, longest: int = 80) -> Profile:
     """The profile of `steps` steps from a trace in Chrome's format (torch.profiler's export_chrome_trace).
 
     A kernel belongs to the range in which it was launched; the launch is found by its correlation id.
@@ -224,7 +224,7 @@ def profile_lines(profile: Profile, step_ms: float) -> list[str]:
     rows["launch gaps"] = max(step_ms - profile.busy, 0.0)
     lines = [f"{kind:<22}{ms:>9.3f} ms{ms / step_ms:>7.1%}" for kind, ms in rows.items()]
     lines.append(f"{'step':<22}{step_ms:>9.3f} ms, {profile.launches:,.0f} launches")
-    lines += [f"  {ms:>8.3f} ms{n:>7.1f} x {name[:90]}" for ms, n, name in profile.longest]
+    lines += [f"  {ms:>8.3f} ms{n:>7.1f} x {name[:90]}" for ms, n, name in profile.longest[:20]]
     return [*lines, "nothing ran between", *(f"  {ms:>8.3f} ms{n:>7.1f} x {name}" for ms, n, name in profile.idle[:8])]
 
 

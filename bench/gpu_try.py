@@ -219,7 +219,7 @@ def profiled(step, trace: Path) -> gpu_step.Profile:
             step()
         torch.cuda.synchronize()
     profiler.export_chrome_trace(str(trace))
-    found = gpu_step.read_profile(json.loads(trace.read_text(encoding="utf-8")), PROFILED, longest=30)
+    found = gpu_step.read_profile(json.loads(trace.read_text(encoding="utf-8")), PROFILED)
     trace.unlink()
     return found
 
