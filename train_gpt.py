@@ -47,7 +47,7 @@ from tern.errors import Foreseen
 from tern.files import folder_identity
 from tern.finite import first_bad, first_bad_output
 from tern.groups import SCALE_DTYPES, VALUE_DTYPES, join_groups, split_groups
-from tern.kernels import Linear, attend, cross_entropy, fuses, linear, offset_keys, rope_tables, rotate
+from tern.kernels import Linear, attend, cross_entropy, fuses, linear, offset_keys, previous, rope_tables, rotate
 from tern.loader import TokenLoader
 from tern.metric import evaluate
 from tern.muon import muon_update
@@ -462,7 +462,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, last: int) -> Tensor:
         """The output at the last positions of x [batch, time, model_dim]: [batch, last, model_dim]."""
-        time, x = x.shape[1], norm(x)
+        return self.of_normed(norm(x), cos, sin, last)
+
+    def of_normed(self, x: Tensor, cos: Tensor, sin: Tensor, last: int) -> Tensor:
+        time = x.shape[1]
         if last == time:  # one product over matrices that stay apart for Muon; joining them copies weights alone
             qkv = linear(x, torch.cat((self.c_q.weight, self.c_k.weight, self.c_v.weight)))
             if fuses(qkv):
@@ -489,8 +492,6 @@ class MLP(nn.Module):
         self.proj = Linear(c.hidden_dim, c.model_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        if fuses(x, *self.fc.weight.shape):
-            return kernels.relu_squared_mlp(x, self.fc.weight, self.proj.weight)
         return self.proj(norm(self.fc(norm(x)).relu().square()))
 
 
@@ -503,14 +504,13 @@ class Block(nn.Module):
         self.resid_mix = nn.Parameter(torch.stack((torch.ones(c.model_dim), torch.zeros(c.model_dim))))
 
     def forward(self, x: Tensor, x0: Tensor, cos: Tensor, sin: Tensor, last: int) -> Tensor:
+        if last == x.shape[1] and fuses(x, *self.mlp.fc.weight.shape):
+            x, normed = kernels.mix_and_norm(x, x0, self.resid_mix)
+            return kernels.add_branches(x, self.attn.of_normed(normed, cos, sin, last), self.attn_scale,
+                                        self.mlp.fc.weight, self.mlp.proj.weight, self.mlp_scale)
         x = self.resid_mix[0] * x + self.resid_mix[1] * x0
         x = x[:, -last:] + self.attn_scale * self.attn(x, cos, sin, last)
         return x + self.mlp_scale * self.mlp(x)
-
-
-def previous(x: Tensor) -> Tensor:
-    """x [batch, time, ..] one position later, zeros first."""
-    return F.pad(x, (0,) * (2 * (x.ndim - 2)) + (1, 0))[:, :-1]
 
 
 class GPT(nn.Module):

@@ -124,13 +124,11 @@ def check_loss(stage: Stage) -> None:
 
 
 def check_fused(stage: Stage) -> None:
-    """The kernels of tern/fused.py: the MLP, and queries, keys and values from their joint product."""
+    """The kernels of tern/fused.py: queries, keys and values from their joint product; what joins a block's branches,
+    the MLP's products in it."""
     for preset in PRESETS:
         c, device = stage.config(preset), stage.device
         dim, heads, kv_heads, half = c.model_dim, c.num_heads, c.num_kv_heads, c.model_dim // c.num_heads // 2
-
-        def mlp(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
-            return F.linear(train_gpt.norm(F.linear(train_gpt.norm(x), up).relu().square()), down)
 
         def split(qkv: Tensor, gain: Tensor, *tables: Tensor, sizes=(heads, kv_heads)) -> Tensor:
             return torch.cat(kernels.split_and_rotate(qkv, gain, *tables, *sizes), 2)
@@ -142,12 +140,16 @@ def check_fused(stage: Stage) -> None:
 
         tokens = torch.zeros(1, c.train_seq_len, dtype=torch.long, device=device)
         tables = [x.bfloat16() for x in kernels.rope_tables(tokens, half, c.rope_base)]
-        shapes = {"MLP": ((2, c.train_seq_len, dim), (c.hidden_dim, dim), (dim, c.hidden_dim)),
-                  "heads": ((2, c.train_seq_len, dim + 4 * kv_heads * half), (heads,))}
-        for what, ours, right, more in (("MLP", kernels.relu_squared_mlp, mlp, []),
-                                        ("heads", split, split_exactly, tables)):
-            inputs = [torch.randn(*shape, device=device).bfloat16() for shape in shapes[what]]
-            gradient = torch.randn_like(right(*inputs, *more)) if stage.cuda else inputs[0]
+        x = (2, c.train_seq_len, dim)
+        checks = {
+            "heads": (split, split_exactly, tables, ((2, c.train_seq_len, dim + 4 * kv_heads * half), (heads,))),
+            "mix": (mix, mix_exactly, [], (x, x, (2, dim))),
+            "branches": (kernels.add_branches, branches_exactly, [],
+                         (x, x, (dim,), (c.hidden_dim, dim), (dim, c.hidden_dim), (dim,))),
+        }
+        for what, (ours, right, more, shapes) in checks.items():
+            inputs = [torch.randn(*shape, device=device).bfloat16() for shape in shapes]
+            gradient = torch.randn_like(right(*inputs, *more))
             try:
                 found = with_gradients(lambda *x, f=ours, more=more: f(*x, *more), inputs, gradient)
             except (NameError, *gpu_card.NOT_THERE) as e:  # without Triton
@@ -155,9 +157,23 @@ def check_fused(stage: Stage) -> None:
                 continue
             exact = with_gradients(lambda *x, f=right, more=more: f(*x, *(t.double() for t in more)),
                                    [x.double() for x in inputs], gradient.double())
-            for name, a, b in zip(("output", "gradient of x", "of the next input", "of the last"), found, exact,
-                                  strict=False):
+            for i, (a, b) in enumerate(zip(found, exact, strict=True)):
+                name = f"gradient of its input {i}" if i else "output"
                 stage.check(f"{what} of {preset}, fused, {name}", error_of([a], [b]), KERNEL)
+
+
+def mix(x: Tensor, x0: Tensor, shares: Tensor) -> Tensor:
+    return torch.cat(kernels.mix_and_norm(x, x0, shares))
+
+
+def mix_exactly(x: Tensor, x0: Tensor, shares: Tensor) -> Tensor:
+    mixed = shares[0] * x + shares[1] * x0
+    return torch.cat((mixed, train_gpt.norm(mixed)))
+
+
+def branches_exactly(x: Tensor, branch: Tensor, gain: Tensor, up: Tensor, down: Tensor, mlp_gain: Tensor) -> Tensor:
+    x = x + gain * branch
+    return x + mlp_gain * F.linear(train_gpt.norm(F.linear(train_gpt.norm(x), up).relu().square()), down)
 
 
 def check_eight_bits(stage: Stage) -> None:

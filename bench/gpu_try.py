@@ -15,6 +15,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -38,6 +39,7 @@ from tern.muon import newton_schulz
 TILES = [(128, 256, 64, 8, 3, False, False), (128, 256, 64, 8, 4, False, True), (128, 256, 64, 8, 3, True, True),
          (128, 256, 64, 8, 3, True, False), (256, 128, 64, 8, 4, False, True)]
 HEADS = (8, 16, 32)
+ROWS = {"MIX": [(4, 5), (2, 6), (8, 5), (4, 10)], "BRANCH": [(4, 8), (4, 12), (2, 16), (8, 8), (4, 5)]}
 AT_A_TIME, REPEATS, PROFILED, E4M3 = 5, 12, 2, torch.float8_e4m3fn
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -56,8 +58,8 @@ def by(backend: SDPBackend):
     return change
 
 
-def plain_mlp(stack: ExitStack) -> None:
-    """The MLP as products and Inductor's kernels."""
+def plain_blocks(stack: ExitStack) -> None:
+    """The MLP and what joins a block's branches as products and Inductor's kernels."""
     train_gpt.fuses = lambda x, *widths: not widths and kernels.fuses(x)
 
 
@@ -155,7 +157,7 @@ def in_eight_bits(function: type[torch.autograd.Function]):
 
 FLASH = by(SDPBackend.FLASH_ATTENTION)
 CHANGES = {
-    "base": (base,), "plain": (plain,), "plain mlp": (plain_mlp,), "plain heads": (plain_heads,),
+    "base": (base,), "plain": (plain,), "plain blocks": (plain_blocks,), "plain heads": (plain_heads,),
     "plain, flash": (plain, FLASH), "plain, no norm": (plain, no_norm), "plain, late norm": (plain, late_norm),
     "plain, other reductions": (plain, other_reductions), "tuned": (tuned,),
     "plain, fp8 forward": (plain, in_eight_bits(Forward8)), "plain, fp8 both": (plain, in_eight_bits(Both8)),
@@ -286,7 +288,7 @@ def all_of_muon(optimizer: train_gpt.Optimizer) -> None:
 
 
 def time_kernels(args: argparse.Namespace) -> dict:
-    """The MLP's two products with what follows them, for several sizes of tiles, beside torch's products alone."""
+    """The kernels of tern/fused.py for several sizes of tiles, the products beside torch's alone."""
     c, device = config(args, 2), torch.device(args.device)
     clock, found = Clock(device), {}
     x, dz = (torch.randn(args.tokens, c.model_dim, device=device).bfloat16() for _ in range(2))
@@ -324,6 +326,15 @@ def time_kernels(args: argparse.Namespace) -> dict:
 
     for fused.HEAD_ROWS in HEADS:
         fused.split_and_rotate_backward(qkv, gain, *tables, *joint())
+    w, mix = torch.ones(c.model_dim, device=device).bfloat16(), torch.ones(2, c.model_dim, device=device).bfloat16()
+    rows = {"MIX": {"mix backward": lambda: fused.mix_backward(x, dz, dz, x, mix)},
+            "BRANCH": {"scaled branch backward": lambda: fused.scaled_branch_backward(x, w, dz, pull, c.hidden_dim),
+                       "branch backward": lambda: fused.branch_backward(x, dz, w, x)}}
+    for kind, functions in rows.items():
+        for function in functions.values():
+            for size in ROWS[kind]:
+                setattr(fused, kind, size)
+                function()
     with alone(args.lock):
         put("product up alone", lambda: x @ up.mT)
         put("product down backward alone", lambda: dz @ down)
@@ -337,6 +348,11 @@ def time_kernels(args: argparse.Namespace) -> dict:
             grads = joint()
             put(f"heads backward, {fused.HEAD_ROWS} rows",
                 lambda grads=grads: fused.split_and_rotate_backward(qkv, gain, *tables, *grads))
+        for kind, functions in rows.items():
+            for name, function in functions.items():
+                for size in ROWS[kind]:
+                    setattr(fused, kind, size)
+                    put(f"{name} {size}", function)
     return found
 
 
@@ -362,17 +378,21 @@ def run_all(args: argparse.Namespace) -> int:
             f.write(line + "\n")
 
     names = args.only or [*CHANGES, "kernels", "update"]
-    names.sort(key=lambda name: name not in ("kernels", "update"))  # they need no compiler's minute
-    for first in range(0, len(names), AT_A_TIME):
-        batch = {name: start(args, name) for name in names[first : first + AT_A_TIME]}
+    batches = [[name] for name in names if name in ("kernels", "update")]  # they need no compiler's minute
+    changes = [name for name in names if [name] not in batches]
+    batches += [changes[first : first + AT_A_TIME] for first in range(0, len(changes), AT_A_TIME)]
+    for several in batches:
+        batch = {name: start(args, name) for name in several}
+        ends = [threading.Timer(max(args.seconds - (time.monotonic() - began), 1.0), p.kill) for p in batch.values()]
+        for end in ends:
+            end.start()
         for process in batch.values():  # until each is compiled, or dead
             for line in process.stdout:
                 if line.startswith("ready"):
                     break
         for name, process in batch.items():
             try:
-                left = max(args.seconds - (time.monotonic() - began), 1.0)
-                said, _ = process.communicate("go\n", timeout=left)
+                said, _ = process.communicate("go\n")
                 results[name] = json.loads(said.splitlines()[-1])
                 kinds = {k: round(v, 2) for k, v in results[name].get("profile", {}).get("kinds", {}).items() if v}
                 figures = {k: v for k, v in results[name].items() if k != "profile"}
@@ -381,6 +401,8 @@ def run_all(args: argparse.Namespace) -> int:
                 process.kill()
                 say(f"{name:<28}FAILED {e!r}")
             (out / "try.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+        for end in ends:
+            end.cancel()
         if time.monotonic() - began > args.seconds:
             break
     return int(len(results) < len(names))

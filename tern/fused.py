@@ -3,7 +3,8 @@
 Two are products of the MLP with the elementwise work that follows them. norm(relu(x up^T)^2) down^T takes one pass over
 the hidden activations beside its products, and its backward another. A norm only scales rows, so here the squares go
 into the product as they are, the rows of its output are scaled, and both passes are done where a product has its tile.
-The other two split the joint product of attention into heads, with norm, RoPE and gain, in one pass each way.
+Two split the joint product of attention into heads, with norm, RoPE and gain, in one pass each way. The others are
+backward passes of what joins the branches of a block, each of which sums over rows and over columns at once.
 """
 
 from __future__ import annotations
@@ -237,3 +238,108 @@ def split_and_rotate_backward(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tenso
     dqkv, dgain = torch.empty_like(qkv), qkv.new_empty(dq.shape[:3], dtype=torch.float32)
     heads_backward_kernel[grid](qkv, gain, cos, sin, dq, dk, dv, dqkv, dgain, *sizes)
     return dqkv, dgain.sum((0, 1)).to(gain.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Residuals: backward passes over rows of the model's width
+# ---------------------------------------------------------------------------------------------------------------
+
+# A program takes every so many rows, one at a time, and keeps its share of the sums over all rows in registers. DIM is
+# the power of two that dim fits in.
+
+# Warps of a program, programs of a multiprocessor: as many as its registers allow, all at once.
+MIX, BRANCH = (4, 5), (4, 8)
+
+
+@triton.jit
+def load_row(x, row, dim, DIM: tl.constexpr):
+    column = tl.arange(0, DIM)
+    return tl.load(x + row * dim + column, mask=column < dim, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_row(x, row, value, dim, DIM: tl.constexpr):
+    column = tl.arange(0, DIM)
+    tl.store(x + row * dim + column, value.to(x.dtype.element_ty), mask=column < dim)
+
+
+@triton.jit
+def mix_backward_kernel(dmixed, dnormed, x, x0, mix, dx, dx0, dmix, rows, dim, eps, DIM: tl.constexpr):
+    program = tl.program_id(0).to(tl.int64)
+    a, b = load_row(mix, 0, dim, DIM), load_row(mix, 1, dim, DIM)
+    da, db = tl.zeros((DIM,), dtype=tl.float32), tl.zeros((DIM,), dtype=tl.float32)
+    for row in range(program, rows, tl.num_programs(0)):
+        u, v = load_row(x, row, dim, DIM), load_row(x0, row, dim, DIM)
+        d, dn = load_row(dmixed, row, dim, DIM), load_row(dnormed, row, dim, DIM)
+        mixed = (a * u + b * v).to(x.dtype.element_ty).to(tl.float32)
+        scale = tl.rsqrt(tl.sum(mixed * mixed, 0) / dim + eps)
+        along = tl.sum(dn * mixed, 0) / dim * scale * scale
+        d += scale * (dn - along * mixed)
+        store_row(dx, row, a * d, dim, DIM)
+        store_row(dx0, row, b * d, dim, DIM)
+        da += u * d
+        db += v * d
+    store_row(dmix, program * 2, da, dim, DIM)
+    store_row(dmix, program * 2 + 1, db, dim, DIM)
+
+
+@triton.jit
+def scaled_branch_backward_kernel(dy, gain, z, scale, dz, pull, dgain, rows, dim, hidden, DIM: tl.constexpr):
+    program = tl.program_id(0).to(tl.int64)
+    g, dg = load_row(gain, 0, dim, DIM), tl.zeros((DIM,), dtype=tl.float32)
+    for row in range(program, rows, tl.num_programs(0)):
+        d, branch, s = load_row(dy, row, dim, DIM), load_row(z, row, dim, DIM), tl.load(scale + row)
+        dg += d * branch * s
+        d *= g
+        # d scale / d a = -scale^3 a / hidden, where scale = rsqrt(mean(a^2) + eps)
+        tl.store(pull + row, tl.sum(d * branch, 0) * s * s * s / -hidden)
+        store_row(dz, row, d * s, dim, DIM)
+    store_row(dgain, program, dg, dim, DIM)
+
+
+@triton.jit
+def branch_backward_kernel(dy, more, gain, branch, dx, dbranch, dgain, rows, dim, DIM: tl.constexpr):
+    program = tl.program_id(0).to(tl.int64)
+    g, dg = load_row(gain, 0, dim, DIM), tl.zeros((DIM,), dtype=tl.float32)
+    for row in range(program, rows, tl.num_programs(0)):
+        d = load_row(dy, row, dim, DIM) + load_row(more, row, dim, DIM)
+        store_row(dx, row, d, dim, DIM)
+        dg += d * load_row(branch, row, dim, DIM)
+        store_row(dbranch, row, d * g, dim, DIM)
+    store_row(dgain, program, dg, dim, DIM)
+
+
+def row_programs(x: Tensor, each: int) -> int:
+    """Programs for the rows of x, so many on each multiprocessor."""
+    return min(x.shape[0], each * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4)
+
+
+def mix_backward(dmixed: Tensor, dnormed: Tensor, x: Tensor, x0: Tensor, mix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, x0 [rows, dim] and mix [2, dim], from those of mixed = mix[0] x + mix[1] x0 and norm(mixed)."""
+    (rows, dim), programs = x.shape, row_programs(x, MIX[1])
+    dx, dx0, dmix = torch.empty_like(x), torch.empty_like(x0), x.new_empty(programs, 2, dim, dtype=torch.float32)
+    mix_backward_kernel[(programs,)](dmixed, dnormed, x, x0, mix, dx, dx0, dmix, rows, dim,
+                                     torch.finfo(torch.float32).eps, triton.next_power_of_2(dim), num_warps=MIX[0])
+    return dx, dx0, dmix.sum(0).to(mix.dtype)
+
+
+def scaled_branch_backward(dy: Tensor, gain: Tensor, z: Tensor, scale: Tensor, hidden: int
+                           ) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of z [rows, dim] and gain [dim] from that of x + gain (z scale), and the pull [rows] of down_backward:
+    scale [rows], fp32, is that of a norm of `hidden` values."""
+    (rows, dim), programs = z.shape, row_programs(z, BRANCH[1])
+    dz, pull, dgain = torch.empty_like(z), torch.empty_like(scale), z.new_empty(programs, dim, dtype=torch.float32)
+    scaled_branch_backward_kernel[(programs,)](dy, gain, z, scale, dz, pull, dgain, rows, dim, hidden,
+                                               triton.next_power_of_2(dim), num_warps=BRANCH[0])
+    return dz, pull, dgain.sum(0).to(gain.dtype)
+
+
+def branch_backward(dy: Tensor, more: Tensor, gain: Tensor, branch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, branch [rows, dim] and gain [dim], from those of y = x + gain branch: dy and more, to be added.
+    """
+    (rows, dim), programs = branch.shape, row_programs(branch, BRANCH[1])
+    dx, dbranch, dgain = torch.empty_like(dy), torch.empty_like(branch), dy.new_empty(programs, dim,
+                                                                                      dtype=torch.float32)
+    branch_backward_kernel[(programs,)](dy, more, gain, branch, dx, dbranch, dgain, rows, dim,
+                                        triton.next_power_of_2(dim), num_warps=BRANCH[0])
+    return dx, dbranch, dgain.sum(0).to(gain.dtype)

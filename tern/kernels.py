@@ -136,6 +136,11 @@ def _(ids, half, base):
     return ids.new_empty(2, ids.shape[-1], half, dtype=torch.float32)
 
 
+def previous(x: Tensor) -> Tensor:
+    """x [batch, time, ..] one position later, zeros first."""
+    return F.pad(x, (0,) * (2 * (x.ndim - 2)) + (1, 0))[:, :-1]
+
+
 def offset_keys(k: Tensor) -> Tensor:
     """Rotated keys [batch, heads, time, head_dim], of which half the dimensions, those that RoPE turns slowest, are
     those of the token before; zeros first.
@@ -174,50 +179,92 @@ def fuses(x: Tensor, *widths: int) -> bool:
             and torch.cuda.get_device_properties(x.device).major >= 9)
 
 
+@torch.library.custom_op("tern::mix_and_norm_backward", mutates_args=())
+def mix_and_norm_backward(dmixed: Tensor, dnormed: Tensor, x: Tensor, x0: Tensor, mix: Tensor
+                          ) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, x0 and mix."""
+    rows = (t.contiguous().flatten(0, -2) for t in (dmixed, dnormed, x, x0))
+    dx, dx0, dmix = fused.mix_backward(*rows, mix)
+    return dx.view(x.shape), dx0.view(x.shape), dmix
+
+
+@mix_and_norm_backward.register_fake
+def _(dmixed, dnormed, x, x0, mix):
+    return x.new_empty(x.shape), x.new_empty(x.shape), torch.empty_like(mix)
+
+
+class MixAndNorm(torch.autograd.Function):
+    """mix_and_norm; a compiler sees into the forward."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, x0: Tensor, mix: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, x0, mix)
+        mixed = mix[0] * x + mix[1] * x0
+        return mixed, F.rms_norm(mixed, (mixed.shape[-1],))
+
+    @staticmethod
+    def backward(ctx, dmixed: Tensor, dnormed: Tensor):  # type: ignore[override]
+        return mix_and_norm_backward(dmixed, dnormed, *ctx.saved_tensors)
+
+
+def mix_and_norm(x: Tensor, x0: Tensor, mix: Tensor) -> tuple[Tensor, Tensor]:
+    """(mixed = mix[0] x + mix[1] x0, norm(mixed)) of x, x0 [batch, time, dim] and mix [2, dim]."""
+    return MixAndNorm.apply(x, x0.view_as(x0), mix)  # compiled, it takes no tensor twice, and at first x is x0
+
+
 @torch.library.custom_op("tern::relu_squared_products", mutates_args=())
 def relu_squared_products(x: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(z = a down^T, scale, a = relu(x up^T)^2) of x [rows, dim]; scale [rows, 1], fp32, makes scale * a norm(a)."""
+    """(z = a down^T, scale, a = relu(x up^T)^2) of x [rows, dim]; scale [rows], fp32, makes scale * a norm(a)."""
     a, sums = fused.up_squared(x.contiguous(), up)
-    scale = torch.rsqrt(sums / a.shape[1] + torch.finfo(torch.float32).eps)  # the eps of F.rms_norm
-    return a @ down.mT, scale[:, None], a
+    return a @ down.mT, torch.rsqrt(sums / a.shape[1] + torch.finfo(torch.float32).eps), a  # the eps of F.rms_norm
 
 
-@torch.library.custom_op("tern::relu_squared_products_backward", mutates_args=())
-def relu_squared_products_backward(dz: Tensor, dscale: Tensor, x: Tensor, up: Tensor, down: Tensor, scale: Tensor,
-                                   a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, up and down from those of z and scale."""
-    dz = dz.contiguous()
-    pull = dscale * scale.pow(3) / -a.shape[1]  # d scale / d a = -scale^3 a / len(a)
-    du = fused.down_backward(dz, down, a, pull[:, 0].contiguous())
-    return du @ up, du.mT @ x, dz.mT @ a
+@torch.library.custom_op("tern::branches_backward", mutates_args=())
+def branches_backward(dy: Tensor, branch: Tensor, gain: Tensor, middle: Tensor, up: Tensor, down: Tensor, mlp_gain: Tensor,
+                      z: Tensor, scale: Tensor, a: Tensor
+                      ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, branch, gain, up, down and mlp_gain."""
+    dy, middle = dy.contiguous().flatten(0, -2), middle.flatten(0, -2)
+    dz, pull, dmlp_gain = fused.scaled_branch_backward(dy, mlp_gain, z, scale, a.shape[1])
+    du = fused.down_backward(dz, down, a, pull)
+    dx, dbranch, dgain = fused.branch_backward(dy, du @ up, gain, branch.contiguous().flatten(0, -2))
+    return dx.view(branch.shape), dbranch.view(branch.shape), dgain, du.mT @ middle, dz.mT @ a, dmlp_gain
 
 
 @relu_squared_products.register_fake
 def _(x, up, down):
     rows = x.shape[0]
-    return (x.new_empty(rows, down.shape[0]), x.new_empty(rows, 1, dtype=torch.float32),
-            x.new_empty(rows, up.shape[0]))
+    return x.new_empty(rows, down.shape[0]), x.new_empty(rows, dtype=torch.float32), x.new_empty(rows, up.shape[0])
 
 
-@relu_squared_products_backward.register_fake
-def _(dz, dscale, x, up, down, scale, a):
-    return torch.empty_like(x), torch.empty_like(up), torch.empty_like(down)
+@branches_backward.register_fake
+def _(dy, branch, gain, middle, up, down, mlp_gain, z, scale, a):
+    return (branch.new_empty(branch.shape), branch.new_empty(branch.shape),
+            *(torch.empty_like(w) for w in (gain, up, down, mlp_gain)))
 
 
-def keep_products(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs, *output[1:])
-    ctx.mark_non_differentiable(output[2])
+class AddBranches(torch.autograd.Function):
+    """add_branches; a compiler sees into the forward, but for the products."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, branch: Tensor, gain: Tensor, up: Tensor, down: Tensor, mlp_gain: Tensor) -> Tensor:
+        middle = x + gain * branch
+        z, scale, a = relu_squared_products(middle.flatten(0, -2), up, down)
+        ctx.save_for_backward(branch, gain, middle, up, down, mlp_gain, z, scale, a)
+        return middle + mlp_gain * (z * scale[:, None]).to(x.dtype).view(x.shape)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):  # type: ignore[override]
+        return branches_backward(dy, *ctx.saved_tensors)
 
 
-relu_squared_products.register_autograd(
-    lambda ctx, dz, dscale, _: relu_squared_products_backward(dz, dscale, *ctx.saved_tensors),
-    setup_context=keep_products)
+def add_branches(x: Tensor, branch: Tensor, gain: Tensor, up: Tensor, down: Tensor, mlp_gain: Tensor) -> Tensor:
+    """The end of a block: middle + mlp_gain * mlp(middle) of middle = x + gain * branch, all [batch, time, dim].
 
-
-def relu_squared_mlp(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """norm(relu(x up^T)^2) down^T of x [batch, time, dim]; a row's scale has no effect (the eps of the norm aside)."""
-    z, scale, _ = relu_squared_products(x.flatten(0, -2), up, down)
-    return (z * scale).to(x.dtype).view(x.shape)
+    mlp(x) is norm(relu(norm(x) up^T)^2) down^T; the first norm is left out, as a row's scale has no effect (the eps of
+    the second aside).
+    """
+    return AddBranches.apply(x, branch, gain, up, down, mlp_gain)
 
 
 @torch.library.custom_op("tern::split_and_rotate", mutates_args=())

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 import train_gpt
+from bench import gpu_correct
 from tern import fused, kernels
 from train_gpt import PRESETS, Config, norm
 
@@ -36,6 +36,22 @@ def split_and_rotate_backward(qkv, gain, cos, sin, dq, dk, dv):
     return torch.cat((dq * gain[:, None], dk, dv), 2).flatten(2), along.sum((0, 1))
 
 
+def mix_backward(dmixed, dnormed, x, x0, mix):
+    mixed = mix[0] * x + mix[1] * x0
+    scale = torch.rsqrt(mixed.square().mean(-1, keepdim=True))
+    d = dmixed + scale * (dnormed - (dnormed * mixed).mean(-1, keepdim=True) * scale**2 * mixed)
+    return mix[0] * d, mix[1] * d, torch.stack(((d * x).sum(0), (d * x0).sum(0)))
+
+
+def scaled_branch_backward(dy, gain, z, scale, hidden):
+    dz = dy * gain * scale[:, None]
+    return dz, (dy * gain * z).sum(1) * scale**3 / -hidden, (dy * z * scale[:, None]).sum(0)
+
+
+def branch_backward(dy, more, gain, branch):
+    return dy + more, (dy + more) * gain, ((dy + more) * branch).sum(0)
+
+
 @pytest.fixture
 def plain(monkeypatch):
     """In place of the kernels, what their docstrings say."""
@@ -43,6 +59,8 @@ def plain(monkeypatch):
         "up_squared": lambda x, up: ((a := (x @ up.mT).relu().square()), a.square().sum(1)),
         "down_backward": lambda dz, down, a, pull: 2 * a.sqrt() * (dz @ down + pull[:, None] * a),
         "split_and_rotate": split_and_rotate, "split_and_rotate_backward": split_and_rotate_backward,
+        "mix_backward": mix_backward, "scaled_branch_backward": scaled_branch_backward,
+        "branch_backward": branch_backward,
     }
     for name, function in stand_ins.items():
         monkeypatch.setattr(fused, name, function)
@@ -56,18 +74,27 @@ def results(function, inputs):
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_the_mlp_is_the_one_of_the_model(plain, backend):
+def test_branches_are_added_as_in_the_model(plain, backend):
     """Also where the rows that enter have other scales, for the norm that is left out before it has no effect."""
     generator = torch.Generator().manual_seed(0)
-    x, up, down = (torch.randn(*shape, generator=generator, dtype=torch.float64)
-                   for shape in ((2, 5, 8), (24, 8), (8, 24)))
-    x *= 10 ** torch.linspace(0, 2, 5, dtype=torch.float64)[:, None]
-    inputs = [t.requires_grad_() for t in (x, up, down)]
-    compiled = torch.compile(kernels.relu_squared_mlp, fullgraph=True, backend=backend)
-    found = results(compiled, inputs)
-    right = results(lambda x, up, down: F.linear(norm(F.linear(norm(x), up).relu().square()), down), inputs)
-    for a, b in zip(found, right, strict=True):
+    shapes = (2, 5, 8), (2, 5, 8), (8,), (24, 8), (8, 24), (8,)
+    inputs = [torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    for x in inputs[:2]:
+        x *= 10 ** torch.linspace(0, 2, 5, dtype=torch.float64)[:, None]
+    inputs = [t.requires_grad_() for t in inputs]
+    found = results(torch.compile(kernels.add_branches, fullgraph=True, backend=backend), inputs)
+    for a, b in zip(found, results(gpu_correct.branches_exactly, inputs), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)  # the eps of the norms
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_the_mix_that_enters_a_block_is_the_one_of_the_model(plain, backend):
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
+              for shape in ((2, 5, 8), (2, 5, 8), (2, 8))]
+    found = results(torch.compile(gpu_correct.mix, fullgraph=True, backend=backend), inputs)
+    for a, b in zip(found, results(gpu_correct.mix_exactly, inputs), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_a_model_with_fused_kernels_is_the_same_function(plain, monkeypatch):
@@ -89,7 +116,7 @@ def test_a_model_with_fused_kernels_is_the_same_function(plain, monkeypatch):
     for forward in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
         for a, b in zip(step(forward), right, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
-    assert asked[:2] == [(), (config.hidden_dim, config.model_dim)]
+    assert asked[:2] == [(config.hidden_dim, config.model_dim), ()]
 
 
 def test_a_cpu_and_other_dtypes_have_the_models_own_path():
