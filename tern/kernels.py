@@ -220,8 +220,8 @@ def relu_squared_products(x: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, 
 
 
 @torch.library.custom_op("tern::branches_backward", mutates_args=())
-def branches_backward(dy: Tensor, branch: Tensor, gain: Tensor, middle: Tensor, up: Tensor, down: Tensor, mlp_gain: Tensor,
-                      z: Tensor, scale: Tensor, a: Tensor
+def branches_backward(dy: Tensor, branch: Tensor, gain: Tensor, middle: Tensor, up: Tensor, down: Tensor,
+                      mlp_gain: Tensor, z: Tensor, scale: Tensor, a: Tensor
                       ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, branch, gain, up, down and mlp_gain."""
     dy, middle = dy.contiguous().flatten(0, -2), middle.flatten(0, -2)
