@@ -57,9 +57,9 @@ ON_GPU = Sizes(
     batches=(65_536, 524_288), steps=20, pairs=5,
     checked=dict(num_layers=4, model_dim=256, num_heads=4, num_kv_heads=2, mlp_hidden=832, train_seq_len=512,
                  train_batch_tokens=16_384, group_size=128, compile=True, iterations=20, eval_stride=0),
-    vocab=1024, stride=64, score_batches=(32, 256), score_seconds=4.0,
+    vocab=1024, stride=64, score_batches=(32,), score_seconds=4.0,
     run=dict(preset="cpu", max_wallclock_seconds=8.0),
-    matrix=dict(preset="cpu", eval_stride=0, checkpoint_every=0), iterations=1000, seeds=16)
+    matrix=dict(preset="cpu", eval_stride=0, checkpoint_every=0), iterations=1000, seeds=8)
 TOY = Sizes(
     rows=64, copied=2**20, repeats=2, attention=((2, 2, 1, 64, 16),),
     model=dict(num_layers=2, model_dim=32, num_heads=2, num_kv_heads=1, mlp_hidden=80, train_seq_len=64,

@@ -23,9 +23,9 @@ except ImportError:  # a torch for CPUs has none, and none of the functions belo
 AVAILABLE = not isinstance(triton, SimpleNamespace)
 
 # Of a kernel's tiles: rows, columns, depth of a step, warps, stages of the loads' pipeline; whether that runs on from
-# tile to tile, and whether a tile is stored as two halves. Found on an H100 (LOG.md, one H100).
-UP = (128, 256, 64, 8, 3, False, False)
-DOWN = (128, 256, 64, 8, 3, False, False)
+# tile to tile, and whether a tile is stored as two halves. Found on an H200 (LOG.md, one H200).
+UP = (128, 256, 64, 8, 3, True, True)
+DOWN = (128, 256, 64, 8, 3, True, True)
 
 # ---------------------------------------------------------------------------------------------------------------
 # The MLP
@@ -247,8 +247,8 @@ def split_and_rotate_backward(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tenso
 # A program takes every so many rows, one at a time, and keeps its share of the sums over all rows in registers. DIM is
 # the power of two that dim fits in.
 
-# Warps of a program, programs of a multiprocessor: as many as its registers allow, all at once.
-MIX, BRANCH = (4, 5), (4, 8)
+# Warps of a program, programs of a multiprocessor: found on an H200, where others take up to a fifth longer.
+MIX, BRANCH = (2, 6), (4, 5)
 
 
 @triton.jit
