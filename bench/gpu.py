@@ -188,7 +188,8 @@ def measure_score(stage: Stage, preset: str, batch: int) -> None:
         score = metric.evaluate(model, tokens, OneByteEach(), c.train_seq_len, stride, batch, c.compile)
         return stride * batch * batches / score.seconds
 
-    rate_of(2)  # compiles
+    with gpu_card.alone(stage.args.lock, shared=True):
+        rate_of(2)  # compiles
     with gpu_card.alone(stage.args.lock):
         rate = rate_of(4)
         rate = rate_of(max(round(rate * stage.sizes.score_seconds / (stride * batch)), 4))
@@ -287,8 +288,8 @@ def run_matrix(stage: Stage, matrix: Path) -> None:
 
 # What a stage does, and its share of the time; what it leaves goes to those after it.
 STAGES: dict[str, tuple[Callable[[Stage], None], float]] = {
-    "machine": (measure_machine, 0.07), "correct": (check_correct, 0.24), "train": (measure_training, 0.47),
-    "score": (measure_scoring, 0.09), "runs": (measure_runs, 0.13),
+    "machine": (measure_machine, 0.04), "correct": (check_correct, 0.20), "train": (measure_training, 0.40),
+    "score": (measure_scoring, 0.13), "runs": (measure_runs, 0.23),
 }
 
 
@@ -395,7 +396,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
                    help="of stages train and score")
     p.add_argument("--batches", nargs="+", type=int, default=[], metavar="TOKENS", help="per step, of stage train")
     p.add_argument("--lock", default="", metavar="FILE",
-                   help="hold this file while measuring: several of these may then compile side by side")
+                   help="hold this file while measuring, share it while compiling: several of these may then run side "
+                   "by side")
     p.add_argument("--data", default="", metavar="DIR", help="folder of shards; without it text is made up")
     p.add_argument("--against", default="", metavar="SCRIPT", help="another trainer, to be run in stage train")
     p.add_argument("--matrix", default="", metavar="TOML", help="the matrix of stage runs, in place of its own")

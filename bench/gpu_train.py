@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -48,7 +49,10 @@ def measure_batch(stage: Stage, preset: str, batch: int) -> None:
         torch.compiler.reset()  # the graphs of the model before
         run = dict(micro_batch_tokens=micro, run_id=f"{preset}_{batch}_{micro}")
         try:
-            watched_run(flags(settings | run), lambda trainer: measure_steps(stage, f"{preset}, {batch:,}", trainer))
+            with ExitStack() as compiling:
+                compiling.enter_context(alone(stage.args.lock, shared=True))
+                watched_run(flags(settings | run), lambda trainer, compiled=compiling.close: measure_steps(
+                    stage, f"{preset}, {batch:,}", trainer, compiled))
             return
         except torch.OutOfMemoryError as e:
             stage.missing(f"{preset}, {batch:,} tokens in micro-batches of {micro:,}", e)
@@ -97,8 +101,10 @@ def watched_run(argv: list[str], measure: Callable[[train_gpt.Trainer], Iterator
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def measure_steps(stage: Stage, name: str, trainer: train_gpt.Trainer) -> Iterator[None]:
-    """Its steps, then a profile, then steps and the textbook's, turn about."""
+def measure_steps(stage: Stage, name: str, trainer: train_gpt.Trainer, compiled: Callable[[], None]
+                  ) -> Iterator[None]:
+    """Its steps, then a profile, then steps and the textbook's, turn about; compiled is called first."""
+    compiled()
     tokens = trainer.config.train_batch_tokens
     count = max(stage.sizes.steps * stage.sizes.batches[0] // tokens, 3)
     with alone(stage.args.lock):
@@ -212,9 +218,10 @@ def measure_turns(stage: Stage, name: str, trainer: train_gpt.Trainer, steps: in
     if not memory_comes(stage):
         stage.missing(f"{name}: textbook", "memory for a second model on the card")
         return
-    book = Textbook(trainer)
-    for _ in range(2):
-        book.step()
+    with alone(stage.args.lock, shared=True):
+        book = Textbook(trainer)
+        for _ in range(2):
+            book.step()
     rates = []
     with alone(stage.args.lock):
         for _ in range(stage.sizes.pairs):

@@ -63,6 +63,44 @@ def plain_blocks(stack: ExitStack) -> None:
     train_gpt.fuses = lambda x, *widths: not widths and kernels.fuses(x)
 
 
+class Products(torch.autograd.Function):
+    """kernels.relu_squared_products with a backward of its own."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+        z, scale, a = kernels.relu_squared_products(x, up, down)
+        ctx.save_for_backward(x, up, down, scale, a)
+        return z, scale
+
+    @staticmethod
+    def backward(ctx, dz: Tensor, dscale: Tensor):
+        return products_backward(dz, dscale, *ctx.saved_tensors)
+
+
+@torch.library.custom_op("tern_bench::products_backward", mutates_args=())
+def products_backward(dz: Tensor, dscale: Tensor, x: Tensor, up: Tensor, down: Tensor, scale: Tensor, a: Tensor
+                      ) -> tuple[Tensor, Tensor, Tensor]:
+    dz = dz.contiguous()
+    du = fused.down_backward(dz, down, a, (dscale * scale.pow(3) / -a.shape[1]).contiguous())
+    return du @ up, du.mT @ x, dz.mT @ a
+
+
+@products_backward.register_fake
+def _(dz, dscale, x, up, down, scale, a):
+    return torch.empty_like(x), torch.empty_like(up), torch.empty_like(down)
+
+
+def plain_joins(stack: ExitStack) -> None:
+    """What joins a block's branches as Inductor's kernels; products and heads fused."""
+    def forward(self, x: Tensor, x0: Tensor, cos: Tensor, sin: Tensor, last: int) -> Tensor:
+        x = self.resid_mix[0] * x + self.resid_mix[1] * x0
+        x = x + self.attn_scale * self.attn(x, cos, sin, last)
+        z, scale = Products.apply(x.flatten(0, -2), self.mlp.fc.weight, self.mlp.proj.weight)
+        return x + self.mlp_scale * (z * scale[:, None]).to(x.dtype).view(x.shape)
+
+    train_gpt.Block.forward = forward
+
+
 def plain_heads(stack: ExitStack) -> None:
     """Norm, RoPE and gain of the heads as Inductor's kernels."""
     train_gpt.fuses = lambda x, *widths: bool(widths) and kernels.fuses(x, *widths)
@@ -157,7 +195,8 @@ def in_eight_bits(function: type[torch.autograd.Function]):
 
 FLASH = by(SDPBackend.FLASH_ATTENTION)
 CHANGES = {
-    "base": (base,), "plain": (plain,), "plain blocks": (plain_blocks,), "plain heads": (plain_heads,),
+    "base": (base,), "plain": (plain,), "plain blocks": (plain_blocks,),
+    "plain joins": (plain_joins,), "plain heads": (plain_heads,),
     "plain, flash": (plain, FLASH), "plain, no norm": (plain, no_norm), "plain, late norm": (plain, late_norm),
     "plain, other reductions": (plain, other_reductions), "tuned": (tuned,),
     "plain, fp8 forward": (plain, in_eight_bits(Forward8)), "plain, fp8 both": (plain, in_eight_bits(Both8)),

@@ -183,8 +183,8 @@ def fuses(x: Tensor, *widths: int) -> bool:
 def mix_and_norm_backward(dmixed: Tensor, dnormed: Tensor, x: Tensor, x0: Tensor, mix: Tensor
                           ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, x0 and mix."""
-    rows = (t.contiguous().flatten(0, -2) for t in (dmixed, dnormed, x, x0))
-    dx, dx0, dmix = fused.mix_backward(*rows, mix)
+    dmixed, dnormed, rows, rows0 = (t.contiguous().flatten(0, -2) for t in (dmixed, dnormed, x, x0))
+    dx, dx0, dmix = fused.mix_backward(dmixed, dnormed, rows, rows0, mix)
     return dx.view(x.shape), dx0.view(x.shape), dmix
 
 
@@ -203,7 +203,7 @@ class MixAndNorm(torch.autograd.Function):
         return mixed, F.rms_norm(mixed, (mixed.shape[-1],))
 
     @staticmethod
-    def backward(ctx, dmixed: Tensor, dnormed: Tensor):  # type: ignore[override]
+    def backward(ctx, dmixed: Tensor, dnormed: Tensor):
         return mix_and_norm_backward(dmixed, dnormed, *ctx.saved_tensors)
 
 
@@ -254,7 +254,7 @@ class AddBranches(torch.autograd.Function):
         return middle + mlp_gain * (z * scale[:, None]).to(x.dtype).view(x.shape)
 
     @staticmethod
-    def backward(ctx, dy: Tensor):  # type: ignore[override]
+    def backward(ctx, dy: Tensor):
         return branches_backward(dy, *ctx.saved_tensors)
 
 

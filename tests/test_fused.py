@@ -52,17 +52,18 @@ def branch_backward(dy, more, gain, branch):
     return dy + more, (dy + more) * gain, ((dy + more) * branch).sum(0)
 
 
+# In place of the kernels, what their docstrings say.
+STAND_INS = {
+    "up_squared": lambda x, up: ((a := (x @ up.mT).relu().square()), a.square().sum(1)),
+    "down_backward": lambda dz, down, a, pull: 2 * a.sqrt() * (dz @ down + pull[:, None] * a),
+    "split_and_rotate": split_and_rotate, "split_and_rotate_backward": split_and_rotate_backward,
+    "mix_backward": mix_backward, "scaled_branch_backward": scaled_branch_backward, "branch_backward": branch_backward,
+}
+
+
 @pytest.fixture
 def plain(monkeypatch):
-    """In place of the kernels, what their docstrings say."""
-    stand_ins = {
-        "up_squared": lambda x, up: ((a := (x @ up.mT).relu().square()), a.square().sum(1)),
-        "down_backward": lambda dz, down, a, pull: 2 * a.sqrt() * (dz @ down + pull[:, None] * a),
-        "split_and_rotate": split_and_rotate, "split_and_rotate_backward": split_and_rotate_backward,
-        "mix_backward": mix_backward, "scaled_branch_backward": scaled_branch_backward,
-        "branch_backward": branch_backward,
-    }
-    for name, function in stand_ins.items():
+    for name, function in STAND_INS.items():
         monkeypatch.setattr(fused, name, function)
 
 

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from test_fused import STAND_INS
 
 import eval_bpb
 import pack
 import train_gpt
 from ablations import hooks, patches
 from conftest import tiny_trainer
-from tern import metric, muon
+from tern import fused, metric, muon
 from tern.settings import ConfigError
 from tern.shards import AuditError, open_data, read_shard
 from tern.tokenizers import ByteCounter
@@ -101,6 +102,24 @@ def test_canon_sees_what_is_before_alone_and_the_last_positions_are_those_of_all
     ids[:, 9] = (ids[:, 9] + 1) % SMALL.vocab_size
     moved = (model.hidden(ids) - whole).abs().amax((0, 2)) > 0
     assert not moved[:9].any() and moved[9:13].all()
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("text", ["activation=leaky2", "activation=swiglu", "parallel", "loop=2", "shift=both",
+                                  "column_gains", "canon=both,2", "recur=0.4", "document_mask", "factored=16"])
+def test_fused_kernels_compute_it_too_or_are_not_used(text, monkeypatch):
+    """A patch of what tern/fused.py has a kernel for must not be lost on a GPU."""
+    for name, function in STAND_INS.items():
+        monkeypatch.setattr(fused, name, function)
+    monkeypatch.setattr(train_gpt, "fuses", lambda *_: True)
+    patches.apply([text])
+    torch.manual_seed(0)
+    model, ids = train_gpt.GPT(SMALL), torch.randint(SMALL.vocab_size, (2, 16))
+    for p in model.parameters():
+        p.data = torch.randn_like(p) / 5
+    found = model.hidden(ids)
+    train_gpt.fuses = lambda *_: False
+    torch.testing.assert_close(found, model.hidden(ids), rtol=1e-3, atol=1e-4)
 
 
 def test_unrounded_scales_open_a_gap_by_design(plain, data_dir, tmp_path):
