@@ -465,6 +465,7 @@ class Attention(nn.Module):
         return self.of_normed(norm(x), cos, sin, last)
 
     def of_normed(self, x: Tensor, cos: Tensor, sin: Tensor, last: int) -> Tensor:
+        """forward of an x whose rows are normalised."""
         time = x.shape[1]
         if last == time:  # one product over matrices that stay apart for Muon; joining them copies weights alone
             qkv = linear(x, torch.cat((self.c_q.weight, self.c_k.weight, self.c_v.weight)))
@@ -495,6 +496,9 @@ class MLP(nn.Module):
         return self.proj(norm(self.fc(norm(x)).relu().square()))
 
 
+FUSED = Attention, MLP  # the parts of a block that tern/fused.py joins; of other classes each is computed as it says
+
+
 class Block(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
@@ -504,7 +508,7 @@ class Block(nn.Module):
         self.resid_mix = nn.Parameter(torch.stack((torch.ones(c.model_dim), torch.zeros(c.model_dim))))
 
     def forward(self, x: Tensor, x0: Tensor, cos: Tensor, sin: Tensor, last: int) -> Tensor:
-        if last == x.shape[1] and fuses(x, *self.mlp.fc.weight.shape):
+        if last == x.shape[1] and (type(self.attn), type(self.mlp)) == FUSED and fuses(x, *self.mlp.fc.weight.shape):
             x, normed = kernels.mix_and_norm(x, x0, self.resid_mix)
             return kernels.add_branches(x, self.attn.of_normed(normed, cos, sin, last), self.attn_scale,
                                         self.mlp.fc.weight, self.mlp.proj.weight, self.mlp_scale)

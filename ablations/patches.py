@@ -98,11 +98,6 @@ def apply(texts: Sequence[str]) -> None:
         function(*values)
 
 
-def unfused() -> None:
-    """For parts of a block that are not those of the kernels that join them (tern/fused.py)."""
-    train_gpt.fuses = lambda *_: False
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Model
 # ---------------------------------------------------------------------------------------------------------------
@@ -142,8 +137,6 @@ def shift(what: str = "values", start: float = 0.3) -> None:
 
     def shifted(x: Tensor, mix: Tensor) -> Tensor:
         return x * mix[0, :, None, None] + F.pad(x, (0, 0, 1, 0))[:, :, :-1] * mix[1, :, None, None]
-
-    unfused()
 
     class Shifted(Attention):
         def forward(self, x: Tensor, cos: Tensor, sin: Tensor, last: int) -> Tensor:
@@ -213,8 +206,6 @@ def column_gains() -> None:
             for part, inputs in ((block.attn, config.model_dim), (block.mlp, config.hidden_dim)):
                 part.gain_in = nn.Parameter(torch.ones(config.model_dim))
                 part.gain_out = nn.Parameter(torch.ones(inputs))
-
-    unfused()
 
     class GainedAttention(Attention):
         def forward(self, x: Tensor, cos: Tensor, sin: Tensor, last: int) -> Tensor:
@@ -293,7 +284,6 @@ def factored(dim: int = 64) -> None:
 def activation(kind: str) -> None:
     """The MLP's nonlinearity in place of relu squared: relu, leaky2 (leaky relu of slope 0.5, squared with its sign
     lost, as parameter-golf has it), gelu, or swiglu (arXiv 2002.05202; two thirds of the width, for equal weights)."""
-    unfused()
     functions = {"relu": F.relu, "leaky2": lambda x: F.leaky_relu(x, 0.5).square(), "gelu": F.gelu}
 
     class Other(MLP):

@@ -22,8 +22,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 def alone(lock: str, shared: bool = False) -> Iterator[None]:
     """Hold the file `lock`, alone or with others that share it; without a name nothing is held.
 
-    Of several programs on one card, which may compile side by side, one at a time measures, and nothing compiles then:
-    beside three that compiled a step waited for its host for 19 of 112 ms, later and alone for 6 of 90 at most.
+    Of several programs on one card, which may compile side by side, one at a time measures, and nothing compiles then,
+    since it might keep the host from the card. One that shares goes before one that waits to be alone.
     """
     if not lock:
         yield

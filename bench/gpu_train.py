@@ -89,6 +89,8 @@ def watched_run(argv: list[str], measure: Callable[[train_gpt.Trainer], Iterator
     try:
         train_gpt.run(argv)
     finally:
+        for steps in measuring:
+            steps.close()  # which gives a lock back
         train_gpt.Trainer, train_gpt.report_end = usual, report
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -293,8 +295,9 @@ def measure_other(stage: Stage, script: Path, steps: int = 40) -> None:
         train_log_every=5, val_loss_every=0, max_wallclock_seconds=0, warmup_steps=5, run_id="against")
     env = os.environ | {name.upper(): str(value) for name, value in settings.items()}
     points, last = [], ""
-    with subprocess.Popen([sys.executable, str(script.resolve())], cwd=stage.work, env=env, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+    command_line = [sys.executable, str(script.resolve())]
+    with alone(stage.args.lock), subprocess.Popen(command_line, cwd=stage.work, env=env, text=True,
+                                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         for line in process.stdout:
             print("|", line, end="", flush=True)
             last, match = line.strip() or last, STEP_LINE.search(line)

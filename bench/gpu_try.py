@@ -31,7 +31,7 @@ if __package__ in (None, ""):  # run as a script, only bench/ is on the module p
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train_gpt
-from bench import gpu_step
+from bench import gpu_stage, gpu_step
 from bench.gpu_card import Clock, alone
 from tern import command, fused, kernels, machine
 from tern.muon import newton_schulz
@@ -39,8 +39,10 @@ from tern.muon import newton_schulz
 TILES = [(128, 256, 64, 8, 3, False, False), (128, 256, 64, 8, 4, False, True), (128, 256, 64, 8, 3, True, True),
          (128, 256, 64, 8, 3, True, False), (256, 128, 64, 8, 4, False, True)]
 HEADS = (8, 16, 32)
-ROWS = {"MIX": [(4, 5), (2, 6), (8, 5), (4, 10)], "BRANCH": [(4, 8), (4, 12), (2, 16), (8, 8), (4, 5)]}
+ROWS = [(2, 6), (2, 16), (4, 5), (4, 8), (4, 10), (8, 5), (8, 8)]
+TRITON = ("kernels", "plain joins")  # what runs nowhere without it
 AT_A_TIME, REPEATS, PROFILED, E4M3 = 5, 12, 2, torch.float8_e4m3fn
+COMPILED: dict[str, dict] = {}  # what a change asks torch.compile for
 
 # ---------------------------------------------------------------------------------------------------------------
 # Changes of forward and backward
@@ -136,6 +138,11 @@ def tuned(stack: ExitStack) -> None:
     torch._inductor.config.coordinate_descent_tuning = True
 
 
+def graphs(stack: ExitStack) -> None:
+    """Forward and backward as CUDA graphs: some 900 launches of a step that need no host, with less between them."""
+    COMPILED["options"] = {"triton.cudagraphs": True}
+
+
 def other_reductions(stack: ExitStack) -> None:
     """Sums over rows and over columns of one tensor in one kernel, or apart, whichever is not torch's default."""
     torch._inductor.config.triton.mix_order_reduction = not torch._inductor.config.triton.mix_order_reduction
@@ -198,7 +205,7 @@ CHANGES = {
     "base": (base,), "plain": (plain,), "plain blocks": (plain_blocks,),
     "plain joins": (plain_joins,), "plain heads": (plain_heads,),
     "plain, flash": (plain, FLASH), "plain, no norm": (plain, no_norm), "plain, late norm": (plain, late_norm),
-    "plain, other reductions": (plain, other_reductions), "tuned": (tuned,),
+    "plain, other reductions": (plain, other_reductions), "tuned": (tuned,), "graphs": (graphs,),
     "plain, fp8 forward": (plain, in_eight_bits(Forward8)), "plain, fp8 both": (plain, in_eight_bits(Both8)),
 }
 
@@ -223,23 +230,25 @@ def time_change(args: argparse.Namespace) -> dict:
                 torch.nn.init.normal_(p, std=0.02)
         latents = train_gpt.Latents(model, c)
         machine.prepare_compiler(1)
-        loss_of = torch.compile(model, dynamic=False, fullgraph=True) if args.device == "cuda" else model
+        loss_of = torch.compile(model, dynamic=False, fullgraph=True, **COMPILED) if args.device == "cuda" else model
         ids, targets = torch.randint(c.vocab_size, (2, args.tokens // c.train_seq_len, c.train_seq_len), device=device)
 
         def step() -> Tensor:
+            torch.compiler.cudagraph_mark_step_begin()
             loss = loss_of(ids, targets)
             loss.backward()
             for p in model.parameters():
                 p.grad = None
             return loss
 
-        began = time.perf_counter()
-        loss = float(step())
-        model_loss = float(model(ids[:1], targets[:1]))
-        compiled = time.perf_counter() - began
-        for _ in range(3):
-            step()
-        machine.synchronize(device)
+        with alone(args.lock, shared=True):
+            began = time.perf_counter()
+            loss = float(step().detach())
+            model_loss = float(model(ids[:1], targets[:1]).detach())
+            compiled = time.perf_counter() - began
+            for _ in range(3):
+                step()
+            machine.synchronize(device)
         print("ready", flush=True)
         sys.stdin.readline()
         clock = Clock(device)
@@ -283,7 +292,7 @@ def time_update(args: argparse.Namespace) -> dict:
     def put(name: str, function) -> None:
         with alone(args.lock):
             found[name] = 1000 * clock.median(function, 8)
-        print(f"{name:<40}{found[name]:>9.3f} ms", flush=True)
+        print(json.dumps({name: found[name]}), flush=True)
 
     def update() -> None:
         optimizer.step(1e-3, 0.95)
@@ -327,72 +336,87 @@ def all_of_muon(optimizer: train_gpt.Optimizer) -> None:
 
 
 def time_kernels(args: argparse.Namespace) -> dict:
-    """The kernels of tern/fused.py for several sizes of tiles, the products beside torch's alone."""
+    """The kernels of tern/fused.py for several sizes of tiles, with their errors, the products beside torch's alone."""
     c, device = config(args, 2), torch.device(args.device)
     clock, found = Clock(device), {}
     x, dz = (torch.randn(args.tokens, c.model_dim, device=device).bfloat16() for _ in range(2))
     up, down = (0.03 * torch.randn(*shape, device=device).bfloat16()
                 for shape in ((c.hidden_dim, c.model_dim), (c.model_dim, c.hidden_dim)))
-    pull = torch.randn(args.tokens, device=device)
-
-    def put(name: str, function) -> None:
-        found[name] = 1000 * clock.median(function, 10)
-        print(f"{name:<52}{found[name]:>8.3f} ms", flush=True)
-
+    scale, pull = torch.rand(args.tokens, device=device) + 0.5, torch.randn(args.tokens, device=device)
+    gain, mix = (torch.randn(*shape, c.model_dim, device=device).bfloat16() for shape in ((), (2,)))
     a = (x @ up.mT).relu().square()
-
-    def error(found: Tensor, right: Tensor) -> float:
-        return float((found - right).double().norm() / right.double().norm())
-
-    right_up = (x.double() @ up.double().mT).relu().square().float()
-    right_down = (2 * a.double().sqrt() * (dz.double() @ down.double() + pull.double()[:, None] * a.double())).float()
-    kinds = {"UP": (lambda: fused.up_squared(x, up)[0], right_up),
-             "DOWN": (lambda: fused.down_backward(dz, down, a, pull), right_down)}
-    for kind, (function, right) in kinds.items():  # compiles
-        for tile in TILES:
-            setattr(fused, kind, tile)
-            try:
-                found[f"{kind} {tile}, error"] = error(function(), right)
-            except Exception as e:
-                found[f"{kind} {tile}"] = repr(e)[:200]
     width = c.model_dim + 2 * c.num_kv_heads * (c.model_dim // c.num_heads)
     qkv = torch.randn(args.tokens // c.train_seq_len, c.train_seq_len, width, device=device).bfloat16()
-    gain, half = torch.ones(c.num_heads, device=device).bfloat16(), c.model_dim // c.num_heads // 2
+    head_gain, half = torch.ones(c.num_heads, device=device).bfloat16(), c.model_dim // c.num_heads // 2
     tables = kernels.rope_tables(qkv[:, :, 0], half, c.rope_base).bfloat16()
 
-    def joint() -> tuple[Tensor, ...]:
-        return fused.split_and_rotate(qkv, gain, *tables, c.num_heads, c.num_kv_heads)
+    def heads() -> tuple[Tensor, ...]:
+        return fused.split_and_rotate(qkv, head_gain, *tables, c.num_heads, c.num_kv_heads)
 
-    for fused.HEAD_ROWS in HEADS:
-        fused.split_and_rotate_backward(qkv, gain, *tables, *joint())
-    w, mix = torch.ones(c.model_dim, device=device).bfloat16(), torch.ones(2, c.model_dim, device=device).bfloat16()
-    rows = {"MIX": {"mix backward": lambda: fused.mix_backward(x, dz, dz, x, mix)},
-            "BRANCH": {"scaled branch backward": lambda: fused.scaled_branch_backward(x, w, dz, pull, c.hidden_dim),
-                       "branch backward": lambda: fused.branch_backward(x, dz, w, x)}}
-    for kind, functions in rows.items():
-        for function in functions.values():
-            for size in ROWS[kind]:
-                setattr(fused, kind, size)
-                function()
+    def put(name: str, value: object) -> None:
+        found[name] = value
+        print(json.dumps({name: value}), flush=True)
+
+    # Name -> (constant of fused.py, its values, the kernel, what is right in float64 or nothing)
+    trials = {
+        "up": ("UP", TILES, lambda: fused.up_squared(x, up), right_up(x, up)),
+        "down backward": ("DOWN", TILES, lambda: (fused.down_backward(dz, down, a, pull),),
+                          right_down(dz, down, a, pull)),
+        "mix backward": ("MIX", ROWS, lambda: fused.mix_backward(x, dz, dz, x, mix), right_mix(x, dz, dz, x, mix)),
+        "scaled branch backward": ("BRANCH", ROWS,
+                                   lambda: fused.scaled_branch_backward(x, gain, dz, scale, c.hidden_dim),
+                                   right_scaled(x, gain, dz, scale, c.hidden_dim)),
+        "branch backward": ("BRANCH", ROWS, lambda: fused.branch_backward(x, dz, gain, x),
+                            right_branch(x, dz, gain, x)),
+        "heads": ("HEAD_ROWS", HEADS, heads, ()),
+        "heads backward": ("HEAD_ROWS", HEADS, lambda: fused.split_and_rotate_backward(
+            qkv, head_gain, *tables, *heads()), ()),
+    }
+    works = []
+    with alone(args.lock, shared=True):
+        for name, (constant, sizes, run, right) in trials.items():
+            for size in sizes:
+                setattr(fused, constant, size)
+                try:
+                    errors = [float((a.double() - b).norm() / b.norm()) for a, b in zip(run(), right, strict=False)]
+                except Exception as e:  # too much shared memory, say
+                    put(f"{name} {size}", repr(e)[:200])
+                    continue
+                works.append((name, constant, size, run))
+                if errors:
+                    put(f"{name} {size}, error", max(errors))
     with alone(args.lock):
-        put("product up alone", lambda: x @ up.mT)
-        put("product down backward alone", lambda: dz @ down)
-        for kind, (function, _) in kinds.items():
-            for tile in TILES:
-                if f"{kind} {tile}, error" in found:
-                    setattr(fused, kind, tile)
-                    put(f"{kind} {tile}", function)
-        for fused.HEAD_ROWS in HEADS:
-            put(f"heads, {fused.HEAD_ROWS} rows", joint)
-            grads = joint()
-            put(f"heads backward, {fused.HEAD_ROWS} rows",
-                lambda grads=grads: fused.split_and_rotate_backward(qkv, gain, *tables, *grads))
-        for kind, functions in rows.items():
-            for name, function in functions.items():
-                for size in ROWS[kind]:
-                    setattr(fused, kind, size)
-                    put(f"{name} {size}", function)
+        put("product up alone", 1000 * clock.median(lambda: x @ up.mT, 10))
+        put("product down backward alone", 1000 * clock.median(lambda: dz @ down, 10))
+        for name, constant, size, run in works:
+            setattr(fused, constant, size)
+            put(f"{name} {size}", 1000 * clock.median(run, 10))
     return found
+
+
+def right_up(x: Tensor, up: Tensor) -> tuple[Tensor, ...]:
+    a = (x.double() @ up.double().mT).relu().square()
+    return a, a.square().sum(1)
+
+
+def right_down(dz: Tensor, down: Tensor, a: Tensor, pull: Tensor) -> tuple[Tensor, ...]:
+    return (2 * a.double().sqrt() * (dz.double() @ down.double() + pull.double()[:, None] * a.double()),)
+
+
+def right_mix(dmixed: Tensor, dnormed: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    x, x0, mix = (t.double().requires_grad_() for t in inputs)
+    mixed = mix[0] * x + mix[1] * x0
+    return torch.autograd.grad((mixed, train_gpt.norm(mixed)), (x, x0, mix), (dmixed.double(), dnormed.double()))
+
+
+def right_scaled(dy: Tensor, gain: Tensor, z: Tensor, scale: Tensor, hidden: int) -> tuple[Tensor, ...]:
+    d, scale = dy.double() * gain.double(), scale.double()[:, None]
+    return d * scale, (d * z.double()).sum(1) * scale[:, 0] ** 3 / -hidden, (dy.double() * z.double() * scale).sum(0)
+
+
+def right_branch(dy: Tensor, more: Tensor, gain: Tensor, branch: Tensor) -> tuple[Tensor, ...]:
+    d = dy.double() + more.double()
+    return d, d * gain.double(), (d * branch.double()).sum(0)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -409,7 +433,8 @@ def start(args: argparse.Namespace, change: str) -> subprocess.Popen:
 
 
 def run_all(args: argparse.Namespace) -> int:
-    out, began, results = Path(args.out), time.monotonic(), {}
+    out, began, results, failed = Path(args.out), time.monotonic(), {}, 0
+    program = {"commit": gpu_stage.commit(), "source": gpu_stage.source_identity(), "machine": machine.describe()}
 
     def say(line: str) -> None:
         print(line, flush=True)
@@ -417,6 +442,9 @@ def run_all(args: argparse.Namespace) -> int:
             f.write(line + "\n")
 
     names = args.only or [*CHANGES, "kernels", "update"]
+    if not fused.AVAILABLE:
+        say(f"not there without Triton: {', '.join(name for name in names if name in TRITON) or 'nothing'}")
+        names = [name for name in names if name not in TRITON]
     batches = [[name] for name in names if name in ("kernels", "update")]  # they need no compiler's minute
     changes = [name for name in names if [name] not in batches]
     batches += [changes[first : first + AT_A_TIME] for first in range(0, len(changes), AT_A_TIME)]
@@ -432,19 +460,23 @@ def run_all(args: argparse.Namespace) -> int:
         for name, process in batch.items():
             try:
                 said, _ = process.communicate("go\n")
-                results[name] = json.loads(said.splitlines()[-1])
+                figures = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
+                results[name] = {name: value for found in figures for name, value in found.items()}
+                if process.returncode:
+                    raise RuntimeError(f"status {process.returncode}, {len(figures)} lines of figures")
                 kinds = {k: round(v, 2) for k, v in results[name].get("profile", {}).get("kinds", {}).items() if v}
                 figures = {k: v for k, v in results[name].items() if k != "profile"}
                 say(f"{name:<28}{json.dumps(figures)} {json.dumps(kinds)}")
             except Exception as e:
                 process.kill()
+                failed += 1
                 say(f"{name:<28}FAILED {e!r}")
-            (out / "try.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+            (out / "try.json").write_text(json.dumps(program | results, indent=1), encoding="utf-8")
         for end in ends:
             end.cancel()
         if time.monotonic() - began > args.seconds:
             break
-    return int(len(results) < len(names))
+    return int(failed > 0 or len(results) < len(names))
 
 
 def main(argv: list[str]) -> int:

@@ -25,8 +25,8 @@ from train_gpt import GPT, PRESETS, Config, format_of, micro_batch_tokens, optim
 LINK_BYTES, GPU_MEMORY = 450e9, 80e9  # NVIDIA's H100 data sheet, SXM: NVLink 4, bytes/s each way (900e9 both ways)
 TRAIN_SECONDS = 600  # the competition's
 # Preset -> (seconds of a step of 65,536 tokens, bytes of memory at its peak) on one H100:
-# bench/results/2026-11-26_h100/train_*.json, and what was otherwise in the preset then. The card waited for a fifth of
-# that time, which later, alone and on an H200, it did not (0.0903 s): an upper bound.
+# bench/results/2026-11-26_h100/train_*.json, and what was otherwise in the preset then. The card waited for 17%
+# of that time, an H200 later for 6% of 0.0903 s: an upper bound.
 MEASURED = {"pr367": (0.11158, 20_481_251_840), "golf16mb": (0.10277, 19_225_527_296)}
 MEASURED_TOKENS = 65_536
 MEASURED_WITH = {"pr367": {}, "golf16mb": dict(mlp_hidden=3072, train_seq_len=1024, seq_ramp_start=0, fit_cap=0.0,

@@ -259,7 +259,8 @@ class AddBranches(torch.autograd.Function):
 
 
 def add_branches(x: Tensor, branch: Tensor, gain: Tensor, up: Tensor, down: Tensor, mlp_gain: Tensor) -> Tensor:
-    """The end of a block: middle + mlp_gain * mlp(middle) of middle = x + gain * branch, all [batch, time, dim].
+    """The end of a block: middle + mlp_gain * mlp(middle) of middle = x + gain * branch, for x and branch [batch, time,
+    dim], both gains [dim].
 
     mlp(x) is norm(relu(norm(x) up^T)^2) down^T; the first norm is left out, as a row's scale has no effect (the eps of
     the second aside).

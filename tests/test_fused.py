@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import eval_bpb
 import train_gpt
 from bench import gpu_correct
 from tern import fused, kernels
@@ -18,6 +19,7 @@ pytestmark = pytest.mark.fast
 
 def split_and_rotate(qkv, gain, cos, sin, heads, kv_heads):
     q, k, v = qkv.unflatten(-1, (heads + 2 * kv_heads, -1)).split((heads, kv_heads, kv_heads), dim=2)
+    assert cos.shape == sin.shape == (qkv.shape[1], qkv.shape[2] // (heads + 2 * kv_heads) // 2)
     cos, sin = cos[:, None], sin[:, None]
     return kernels.rotate(norm(q), cos, sin) * gain[:, None], kernels.rotate(norm(k), cos, sin), v.clone()
 
@@ -118,6 +120,23 @@ def test_a_model_with_fused_kernels_is_the_same_function(plain, monkeypatch):
         for a, b in zip(step(forward), right, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
     assert asked[:2] == [(config.hidden_dim, config.model_dim), ()]
+
+
+@torch.no_grad()
+def test_a_model_sampled_one_token_after_the_other_is_the_same_function(plain, monkeypatch):
+    """Its blocks have other parts, which the kernels that join a block's do not know: what is new has late angles."""
+    torch.manual_seed(0)
+    model = train_gpt.GPT(Config(**PRESETS["tiny"] | dict(vocab_size=100)))
+    for p in model.parameters():
+        p.data = torch.randn_like(p) / 5
+    ids = torch.randint(100, (1, 12))
+    monkeypatch.setattr(train_gpt, "fuses", lambda *_: False)
+    right = model.hidden(ids)
+    monkeypatch.setattr(train_gpt, "fuses", lambda *_: True)
+    cached = eval_bpb.Cached(model, 12)
+    for known in (5, 6, 7, 12):
+        torch.testing.assert_close(cached.hidden_last(ids[:, :known], 1), right[:, known - 1 : known], rtol=1e-3,
+                                   atol=1e-5)
 
 
 def test_a_cpu_and_other_dtypes_have_the_models_own_path():

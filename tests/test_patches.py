@@ -106,20 +106,25 @@ def test_canon_sees_what_is_before_alone_and_the_last_positions_are_those_of_all
 
 @pytest.mark.fast
 @pytest.mark.parametrize("text", ["activation=leaky2", "activation=swiglu", "parallel", "loop=2", "shift=both",
-                                  "column_gains", "canon=both,2", "recur=0.4", "document_mask", "factored=16"])
+                                  "column_gains", "canon=both,2", "recur=0.4", "document_mask", "factored=16",
+                                  "bigram=64,8", "late_loss=8"])
 def test_fused_kernels_compute_it_too_or_are_not_used(text, monkeypatch):
     """A patch of what tern/fused.py has a kernel for must not be lost on a GPU."""
     for name, function in STAND_INS.items():
         monkeypatch.setattr(fused, name, function)
-    monkeypatch.setattr(train_gpt, "fuses", lambda *_: True)
     patches.apply([text])
     torch.manual_seed(0)
-    model, ids = train_gpt.GPT(SMALL), torch.randint(SMALL.vocab_size, (2, 16))
+    model, (ids, targets) = train_gpt.GPT(SMALL), torch.randint(SMALL.vocab_size, (2, 2, 16))
     for p in model.parameters():
         p.data = torch.randn_like(p) / 5
-    found = model.hidden(ids)
-    train_gpt.fuses = lambda *_: False
-    torch.testing.assert_close(found, model.hidden(ids), rtol=1e-3, atol=1e-4)
+
+    def results(fuses: bool) -> list[torch.Tensor]:
+        monkeypatch.setattr(train_gpt, "fuses", lambda *_: fuses)
+        gradients = torch.autograd.grad(model(ids, targets), list(model.parameters()))
+        return [model.hidden(ids), model.hidden_last(ids, 5), *gradients]
+
+    for found, right in zip(results(True), results(False), strict=True):
+        torch.testing.assert_close(found, right, rtol=1e-3, atol=1e-4)
 
 
 def test_unrounded_scales_open_a_gap_by_design(plain, data_dir, tmp_path):
