@@ -305,12 +305,12 @@ def test_eight_owners_have_about_the_same_work():
 
 
 @needs_proc
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [1, 4])
 def test_what_two_ranks_saved_resumes_on_any_number(resumed, tiny_run, ranks):
     done = resumed(ranks)
     assert not any(done.statuses), done.out + done.err
     headers = metrics(done.folder, "header")
-    assert [h["world_size"] for h in headers] == {1: [2, 1], 2: [2, 2], 4: [2, 4, 4]}[ranks]
+    assert [h["world_size"] for h in headers] == {1: [2, 1], 4: [2, 4, 4]}[ranks]
     assert [h["resumed_at"] for h in headers] == [0, 5, 11][: len(headers)]
     check_loss_curve(done.folder, tiny_run[0])
     assert metrics(done.folder, "final")[0]["tokens_seen"] == 30 * 1024  # none skipped or repeated
