@@ -41,7 +41,8 @@ KERNEL, MODEL_LOSS, MODEL_GRADIENT = 1e-2, 2e-3, 1e-1  # relative errors that bf
 def check_correct(stage: Stage) -> None:
     torch.manual_seed(0)
     checks = {"attention": check_attention, "RoPE": check_rope, "loss": check_loss, "fused kernels": check_fused,
-              "8-bit products": check_eight_bits, "compiled": check_compiled, "operators": check_operators}
+              "8-bit products": check_eight_bits, "compiled": check_compiled, "sampling": check_sampling,
+              "operators": check_operators}
     with ThreadPoolExecutor(max(2, machine.cores() // 2)) as pool:
         runs: dict[str, Future] = {}
         with stage.part("runs, begun"):  # as processes, while this one checks kernels
@@ -200,14 +201,35 @@ def check_eight_bits(stage: Stage) -> None:
                               f"{rounding:.2%}")
 
 
-def check_compiled(stage: Stage) -> None:
-    """A model of pr367's shape and two blocks, compiled, eager and in float64: loss and gradients of a batch."""
-    c = stage.config("pr367", num_layers=2)
+def small_model(stage: Stage, preset: str) -> train_gpt.GPT:
+    """Of a preset's shape and two blocks, in bf16."""
+    c = stage.config(preset, num_layers=2)
     model = train_gpt.GPT(c).to(stage.device)
     for p in model.parameters():  # blocks that start as the identity would hide a difference in them
         if not p.any():
             nn.init.normal_(p, std=0.02)
     train_gpt.Latents(model, c)  # which makes it bf16
+    return model
+
+
+def check_sampling(stage: Stage) -> None:
+    """Hidden states of the last of some tokens, by a model that keeps keys and values of those before, and by one that
+    does not."""
+    for preset in PRESETS:
+        model = small_model(stage, preset)
+        ids = torch.randint(model.config.vocab_size, (1, 40), device=stage.device)
+        with torch.no_grad():
+            cached = eval_bpb.Cached(model, 40)
+            found = [cached.hidden_last(ids[:, :known], 1) for known in (30, 31, 32, 40)]
+            right = model.double().hidden(ids)
+        stage.check(f"sampling with {preset}, hidden states", error_of(
+            found, [right[:, known - 1 : known] for known in (30, 31, 32, 40)]), 5e-2)
+
+
+def check_compiled(stage: Stage) -> None:
+    """A model of pr367's shape and two blocks, compiled, eager and in float64: loss and gradients of a batch."""
+    model = small_model(stage, "pr367")
+    c = model.config
     ids, targets = torch.randint(c.vocab_size, (2, 4, c.train_seq_len), device=stage.device)
 
     def results(forward, model) -> list[Tensor]:
