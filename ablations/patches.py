@@ -11,7 +11,7 @@ import copy
 import inspect
 import math
 from collections.abc import Callable, Container, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from tern.groups import decode_scales, join_groups, split_groups
 from tern.kernels import rotate
 from tern.settings import ConfigError
 from tern.shards import read_shard
-from train_gpt import GPT, MLP, Attention, Block, Float, Latents, Linear, Optimizer, Trainer, norm, previous
+from train_gpt import GPT, MLP, Attention, Block, Float, Latents, Linear, Optimizer, Ternary, Trainer, norm, previous
 
 PATCHES: dict[str, Callable] = {}
 ALLOWED: dict[str, dict[str, Container]] = {}  # of each patch: the values that an argument may have
@@ -423,6 +423,41 @@ def bf16_latents() -> None:
 
     after(Latents, "__init__", shorten)
     Optimizer.saved = saved
+
+
+@patch(margin=Within(0, 1))
+def hysteresis(margin: float = 0.1) -> None:
+    """A ternary code becomes or ceases to be 0 where its latent is past the threshold by this share of it: latents that
+    sit at the threshold keep their codes, which would change to and fro (Nagel et al., arXiv 2203.11086, section 2).
+    For the absmean rule."""
+    class Sticky(Ternary):
+        def quantize(self, latent: Tensor):
+            w, sizes = split_groups(latent.float(), self.group_size)
+            magnitude, before = w.abs(), vars(self).get("before")
+            mean = magnitude.sum(-1, keepdim=True) / sizes
+            kept = 0.0 if before is None else margin * (1 - 2 * before.abs())
+            codes = w.sign() * (magnitude > self.threshold * mean * (1 + kept))
+            object.__setattr__(self, "before", codes)
+            return self.store(codes, mean[..., 0], magnitude.amax(-1) > 0, latent.shape)
+
+    def stick(self: Latents, *_) -> None:
+        for bank in self.banks:
+            if type(bank.format) is Ternary:
+                bank.format = Sticky(**{f.name: getattr(bank.format, f.name) for f in fields(bank.format)})
+
+    after(Latents, "__init__", stick)
+
+
+@patch(rate=Within(0, 1))
+def dampen(rate: float = 0.01) -> None:
+    """Latents of ternary matrices are drawn to the values that they are stored as, by this share of the distance times
+    the run's progress at each step (oscillation dampening: Nagel et al., arXiv 2203.11086, section 4.1)."""
+    def draw(self: Trainer, plan) -> None:
+        for bank in self.latents.mine:
+            if isinstance(bank.format, Ternary):
+                bank.latent.lerp_(bank.format.dequantize(bank.stored).to(bank.latent.dtype), rate * progress_of(self))
+
+    after(Trainer, "after_step", draw)
 
 
 def averaged(values: Callable[[Trainer], list[Tensor]], weight: Callable[[Trainer, int], float]) -> None:
