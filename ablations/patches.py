@@ -428,7 +428,7 @@ def bf16_latents() -> None:
 @patch(margin=Within(0, 1))
 def hysteresis(margin: float = 0.1) -> None:
     """A ternary code becomes or ceases to be 0 where its latent is past the threshold by this share of it: latents that
-    sit at the threshold keep their codes, which would change to and fro (Nagel et al., arXiv 2203.11086, section 2).
+    sit at the threshold keep their codes, which would change to and fro (Nagel et al., arXiv 2203.11086).
     For the absmean rule."""
     class Sticky(Ternary):
         def quantize(self, latent: Tensor):
@@ -451,7 +451,7 @@ def hysteresis(margin: float = 0.1) -> None:
 @patch(rate=Within(0, 1))
 def dampen(rate: float = 0.01) -> None:
     """Latents of ternary matrices are drawn to the values that they are stored as, by this share of the distance times
-    the run's progress at each step (oscillation dampening: Nagel et al., arXiv 2203.11086, section 4.1)."""
+    the run's progress at each step (oscillation dampening: Nagel et al., arXiv 2203.11086, section 4)."""
     def draw(self: Trainer, plan) -> None:
         for bank in self.latents.mine:
             if isinstance(bank.format, Ternary):

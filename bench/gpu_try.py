@@ -357,6 +357,7 @@ def time_kernels(args: argparse.Namespace) -> dict:
         found[name] = value
         print(json.dumps({name: value}), flush=True)
 
+    head_grads = heads()  # of their shapes
     # Name -> (constant of fused.py, its values, the kernel, what is right in float64 or nothing)
     trials = {
         "up": ("UP", TILES, lambda: fused.up_squared(x, up), right_up(x, up)),
@@ -370,7 +371,7 @@ def time_kernels(args: argparse.Namespace) -> dict:
                             right_branch(x, dz, gain, x)),
         "heads": ("HEAD_ROWS", HEADS, heads, ()),
         "heads backward": ("HEAD_ROWS", HEADS, lambda: fused.split_and_rotate_backward(
-            qkv, head_gain, *tables, *heads()), ()),
+            qkv, head_gain, *tables, *head_grads), ()),
     }
     works = []
     with alone(args.lock, shared=True):
