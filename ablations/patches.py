@@ -34,7 +34,7 @@ from train_gpt import GPT, MLP, Attention, Block, Float, Latents, Linear, Optimi
 PATCHES: dict[str, Callable] = {}
 ALLOWED: dict[str, dict[str, Container]] = {}  # of each patch: the values that an argument may have
 SCORING: set[str] = set()  # patches of the scorer alone: they make no other artifact
-RESHAPING = {"activation", "bigram", "factored"}  # the model has other parameters
+RESHAPING = {"activation", "bigram", "copy", "factored"}  # the model has other parameters
 OPEN_A_GAP = {"unrounded_scales"}  # what is packed is not what was trained, and that is the point
 
 
@@ -314,6 +314,57 @@ def parallel() -> None:
         return end + self.attn_scale * self.attn(x, cos, sin, last) + self.mlp_scale * self.mlp(end)
 
     Block.forward = forward
+
+
+@patch(dim=Within(1))
+def copy(dim: int = 64) -> None:
+    """The model may copy: a token that followed an earlier position gets probability by how alike that position's
+    hidden state is to this one's, in dim learned directions (pointer networks as in CopyNet, Gu et al., arXiv
+    1603.06393, and the neural cache of Grave et al., arXiv 1612.04426)."""
+    original = GPT.hidden_last
+
+    def make(model: GPT, config) -> None:
+        last = model.blocks[-1]  # so that Muon trains its matrices
+        last.copy_q, last.copy_k = Linear(config.model_dim, dim), Linear(config.model_dim, dim)
+        nn.init.orthogonal_(last.copy_q.weight)
+        last.copy_k.weight.data.copy_(last.copy_q.weight.data)  # alike states are alike from the start
+        last.copy_scale = nn.Parameter(torch.tensor([16.0, -2.0]))
+
+    def weights(self: GPT, h: Tensor, last: int) -> Tensor:
+        """Of the position before each token of the window, to each of the last: fp32 [batch, last, time], relative to
+        all that the head gives."""
+        block, time = self.blocks[-1], h.shape[1]
+        q, k = norm(block.copy_q(h[:, -last:])), norm(block.copy_k(h))
+        alike = torch.matmul(*kernels.factors(q, k.mT)).float()
+        sharp, most = block.copy_scale.float()
+        at = torch.arange(time, device=h.device)
+        scores = sharp * (alike / dim - 1) + most
+        return torch.where(at < at[-last:, None], scores.exp(), 0.0)
+
+    def hidden_last(self: GPT, ids: Tensor, last: int) -> Tensor:
+        h = original(self, ids, ids.shape[1])
+        mass = torch.zeros(*ids.shape[:1], last, self.config.vocab_size, device=h.device)
+        mass.scatter_add_(2, F.pad(ids[:, None, 1:], (0, 1)).expand(-1, last, -1), weights(self, h, last))
+        return torch.cat((h[:, -last:].float(), mass), -1)
+
+    def head(self: GPT, hidden: Tensor) -> Tensor:
+        h, mass = hidden.split((self.config.model_dim, self.config.vocab_size), -1)
+        own = plain(self, h.to(self.tok_emb.weight.dtype))
+        return (own.softmax(-1) + mass).log()
+
+    def forward(self: GPT, ids: Tensor, targets: Tensor) -> Tensor:
+        h, cap = original(self, ids, ids.shape[1]), self.config.logit_softcap
+        logits = plain(self, h)
+        here = torch.arange(logits.shape[-1], device=logits.device) == targets[..., None]
+        target = torch.where(here, logits, 0.0).sum(-1)
+        own = (target - (logits - cap).exp().sum(-1).log() - cap).exp()
+        mass = weights(self, h, ids.shape[1])
+        found = torch.where(targets[:, :, None] == targets[:, None, :], mass, 0.0).sum(-1)
+        return (mass.sum(-1).log1p() - (own + found).log()).mean()
+
+    plain = GPT.head
+    after(GPT, "__init__", make)
+    GPT.hidden_last, GPT.head, GPT.forward = hidden_last, head, forward
 
 
 @patch(start=Within(0, 1))
