@@ -36,6 +36,7 @@ import pack
 import train_gpt
 from tern import audits, command, machine, metric, processes, spread
 from tern.adapt import Adapter
+from tern.copying import Copying
 from tern.files import sha256_file, write_atomic
 from tern.metric import Score, evaluate, position_losses, sliding_windows
 from tern.packed import pack_matrices
@@ -79,7 +80,8 @@ def audit_ternary(tensors: dict[str, pack.StoredTensor]) -> dict:
     for name, t in ternary.items():
         if not np.isin(t.codes, (-1, 0, 1)).all():
             raise AuditError(f"{name}: declared ternary but holds codes outside {{-1, 0, 1}}")
-    matrices = [n for n, t in tensors.items() if len(t.shape) == 2 and n.startswith("blocks.") and min(t.shape) > 2]
+    matrices = [n for n, t in tensors.items()
+                if len(t.shape) == 2 and n.startswith(train_gpt.MATRICES) and min(t.shape) > 2]
     weights = sum(t.codes.size for t in ternary.values())
     zeros = sum(int((t.codes == 0).sum()) for t in ternary.values())
     return {
@@ -153,6 +155,19 @@ class KeepingAttention(train_gpt.Attention):
         return super().mix(q, *self.kept[:, :, :, : self.known])
 
 
+class KeepingCopying(Copying):
+    """Copying to new positions, from those before by the keys that were kept of them."""
+
+    def make_room(self, positions: int) -> None:
+        self.known = 0
+        self.kept = self.sharpness_and_bias.new_empty(1, positions, self.c_k.out_features)
+
+    def keys(self, states: Tensor) -> Tensor:
+        start, self.known = self.known, self.known + states.shape[1]
+        self.kept[:, start : self.known] = super().keys(states)
+        return self.kept[:, : self.known]
+
+
 class Cached(train_gpt.GPT):
     """The same function as a model, whose params it shares, for one sequence [1, time] of at most `room` tokens.
 
@@ -165,11 +180,12 @@ class Cached(train_gpt.GPT):
             super().__init__(model.config)
         self.load_state_dict(model.state_dict(), assign=True)
         for module in self.modules():
-            if isinstance(module, train_gpt.Attention):
-                module.__class__ = KeepingAttention
-        self.attentions = [module for module in self.modules() if isinstance(module, KeepingAttention)]
-        for attention in self.attentions:
-            attention.make_room(room)
+            for plain, keeping in ((train_gpt.Attention, KeepingAttention), (Copying, KeepingCopying)):
+                if isinstance(module, plain):
+                    module.__class__ = keeping
+        self.keeping = [m for m in self.modules() if isinstance(m, KeepingAttention | KeepingCopying)]
+        for module in self.keeping:
+            module.make_room(room)
         self.ids, self.known = self.tok_emb.weight.new_empty(1, 0, dtype=torch.int64), 0
         self.eval()
 
@@ -178,8 +194,8 @@ class Cached(train_gpt.GPT):
         same = ids[0, :both] == self.ids[0, :both]
         self.known = int(same.cumprod(0).sum())
         self.ids = ids[:, : self.known]  # until the others are there
-        for attention in self.attentions:
-            attention.known = self.known
+        for module in self.keeping:
+            module.known = self.known
         hidden = super().hidden_last(ids, last)
         self.ids = ids
         return hidden

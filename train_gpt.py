@@ -42,15 +42,16 @@ import pack
 from tern import audits, checkpoints, foreign, groups, kernels, machine, metric, processes, runlog, settings, source
 from tern.checkpoints import CheckpointError
 from tern.command import steady_streams
+from tern.copying import Copying
 from tern.ending import end_well, report_end
 from tern.errors import Foreseen
 from tern.files import folder_identity
 from tern.finite import first_bad, first_bad_output
 from tern.groups import SCALE_DTYPES, VALUE_DTYPES, join_groups, split_groups
-from tern.kernels import Linear, attend, cross_entropy, fuses, linear, offset_keys, previous, rope_tables, rotate
+from tern.kernels import Linear, attend, fuses, linear, offset_keys, previous, rope_tables, rotate, token_losses
 from tern.loader import TokenLoader
 from tern.metric import evaluate
-from tern.muon import muon_update
+from tern.muon import muon_flops, muon_update
 from tern.processes import Place, RankLost, Ranks
 from tern.rate import RARE_STEP_BITS, RateControl
 from tern.runfolder import RunFolder
@@ -110,6 +111,7 @@ class Config:
     logit_softcap: float = setting(30.0, "logits are softcap * tanh(logits / softcap)", 1e-30, in_file="changed")
     key_offset: bool = setting(False, "half of each key's dimensions are of the token before", in_file="changed")
     smear: bool = setting(False, "SmearGate: embeddings blended with the one before, by gates", in_file="changed")
+    copy_dim: int = setting(0, "directions by which it finds what to copy; 0: no copying", 0, in_file="changed")
     qk_gain_init: float = setting(1.5, "initial gain of normalised queries, learned per head", -1e6, 1e6)
     tied_embed_init_std: float = setting(0.005, "initial standard deviation of the tied embedding", 1e-30)
     # storage formats
@@ -176,8 +178,8 @@ class Config:
 
 CPU_TRACK = dict(  # an int5 embedding beats a ternary one with a wider MLP at these bytes
     cap_bytes=128_000, cap_counts_code=False, embed_format="int5", int_step=4.9, rare_step=0.35, fit_cap=0.993,
-    num_layers=3, mlp_hidden=304, smear=True, key_offset=True, train_seq_len=512, seq_ramp_start=256, seq_ramp_frac=1.0,
-    train_batch_tokens=8192, val_batch_size=8192, tied_embed_lr=0.01,
+    num_layers=3, mlp_hidden=280, smear=True, key_offset=True, copy_dim=64, train_seq_len=512, seq_ramp_start=256,
+    seq_ramp_frac=1.0, train_batch_tokens=8192, val_batch_size=8192, tied_embed_lr=0.01,
 )
 PR367 = dict(  # run_8xh100.sh and train_bitnet.py of PR 367
     num_layers=12, model_dim=768, num_heads=12, num_kv_heads=6, mlp_mult=3, mlp_hidden=2496, train_seq_len=2048,
@@ -496,6 +498,7 @@ class MLP(nn.Module):
         return self.proj(norm(self.fc(norm(x)).relu().square()))
 
 
+MATRICES = "blocks.", "copying."  # how the names of matrices begin, which end in .weight
 FUSED = Attention, MLP  # the parts of a block that tern/fused.py joins; of other classes each is computed as it says
 
 
@@ -506,6 +509,8 @@ class Block(nn.Module):
         self.attn_scale = nn.Parameter(torch.ones(c.model_dim))
         self.mlp_scale = nn.Parameter(torch.ones(c.model_dim))
         self.resid_mix = nn.Parameter(torch.stack((torch.ones(c.model_dim), torch.zeros(c.model_dim))))
+        nn.init.zeros_(self.attn.proj.weight)  # a block starts as the identity
+        nn.init.zeros_(self.mlp.proj.weight)
 
     def forward(self, x: Tensor, x0: Tensor, cos: Tensor, sin: Tensor, last: int) -> Tensor:
         if last == x.shape[1] and (type(self.attn), type(self.mlp)) == FUSED and fuses(x, *self.mlp.fc.weight.shape):
@@ -524,22 +529,25 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.tok_emb = nn.Embedding(config.vocab_size, config.model_dim)
-        blocks = [Block(config) for _ in range(config.num_layers)]
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.skip_weights = nn.Parameter(torch.ones(config.num_layers // 2, config.model_dim))
         if config.smear:
             self.smear = nn.Parameter(torch.zeros(config.model_dim))
         nn.init.normal_(self.tok_emb.weight, std=config.tied_embed_init_std)
-        for block in blocks:  # each block starts as the identity
-            nn.init.zeros_(block.attn.proj.weight)
-            nn.init.zeros_(block.mlp.proj.weight)
+        self.copying = Copying(config) if config.copy_dim else None
 
     def hidden(self, ids: Tensor) -> Tensor:
-        """Final normalised hidden states [batch, time, model_dim] of token ids [batch, time]."""
+        """What `head` needs of every position, [batch, time, ..]."""
         return self.hidden_last(ids, ids.shape[1])
 
     def hidden_last(self, ids: Tensor, last: int) -> Tensor:
-        """hidden(ids)[:, -last:], for which the last block computes only keys and values of the other positions."""
+        """hidden(ids)[:, -last:]: states, and of a model that copies the mass of each token."""
+        states = self.states(ids, ids.shape[1] if self.copying else last)
+        return self.copying.with_masses(states, ids, last) if self.copying else states
+
+    def states(self, ids: Tensor, last: int) -> Tensor:
+        """Normalised hidden states [batch, last, model_dim] of the last of ids [batch, time]; other positions are only
+        keys and values in the last block."""
         dtype, half = self.tok_emb.weight.dtype, self.config.model_dim // self.config.num_heads // 2
         cos, sin = rope_tables(ids, half, self.config.rope_base).to(dtype)
         x = x0 = self.embed(ids).to(dtype)
@@ -565,13 +573,19 @@ class GPT(nn.Module):
         return torch.lerp(x, previous(x), torch.sigmoid(self.smear.float())) if self.config.smear else x
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Softcapped logits, fp32 [.., vocab_size], of hidden states [.., model_dim]."""
+        """Logits of the next token, fp32 [.., vocab_size], by what hidden_last gave."""
+        return self.copying.head(hidden, self.logits) if self.copying else self.logits(hidden)
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Softcapped logits, fp32 [.., vocab_size], by states [.., model_dim]: without what is copied."""
         cap = self.config.logit_softcap
-        return cap * torch.tanh(linear(hidden, self.tok_emb.weight).float() / cap)
+        return cap * torch.tanh(linear(states, self.tok_emb.weight).float() / cap)
 
     def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Mean loss in nats per token."""
-        return cross_entropy(self.head(self.hidden(ids)), targets, self.config.logit_softcap)
+        states = self.states(ids, ids.shape[1])
+        losses = token_losses(self.logits(states), targets, self.config.logit_softcap)
+        return (self.copying.losses(losses, states, targets) if self.copying else losses).mean()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -580,23 +594,18 @@ class GPT(nn.Module):
 
 
 def owners(config: Config, world: int) -> dict[str, int]:
-    """Parameter name -> the rank that updates it, the work shared out evenly.
-
-    Cost in flops: the products of Newton-Schulz, and 100 for each element that is read and written.
-    """
+    """Parameter name -> the rank that updates it, the work shared out evenly by flops, 100 for each element besides."""
     with torch.device("meta"):
-        shapes = {name: tuple(p.shape) for name, p in GPT(config).named_parameters()}
-    costs = {name: 100 * math.prod(shape) for name, shape in shapes.items()}
-    for name, shape in shapes.items():
-        if optimizer_of(name) == "muon":
-            small, large = sorted(shape)
-            costs[name] += config.muon_backend_steps * (4 * small * small * large + 2 * small**3)
+        params = dict(GPT(config).named_parameters())
+    costs = {name: 100 * p.numel() for name, p in params.items()}
+    for name in filter(lambda name: optimizer_of(name) == "muon", params):
+        costs[name] += muon_flops(params[name].shape, config.muon_backend_steps)
     return processes.share_out(costs, world)
 
 
 def optimizer_of(name: str) -> str:
-    """"muon" for the block matrices; "embed" or "scalar", AdamW at its own learning rate, for the rest."""
-    muon = name.startswith("blocks.") and name.endswith(".weight")
+    """"muon" for matrices; "embed" or "scalar", AdamW at its own learning rate, for the rest."""
+    muon = name.startswith(MATRICES) and name.endswith(".weight")
     return "muon" if muon else "embed" if name == "tok_emb.weight" else "scalar"
 
 
@@ -774,15 +783,11 @@ class Latents:
     def first_non_finite(self, order: list[str]) -> tuple[str, str] | None:
         """("weights" or "gradient", name) of the first latent, else the first gradient, in the model's order, that is
         not finite; None if all are."""
-        if all(bool(torch.isfinite(x.sum())) for x in (self.flat_grad, *(b.latent for b in self.mine))):
-            return None
         latents = {n: x for b in self.mine for n, x in zip(b.names, b.latent, strict=True)}
         grads = {n: x for b in self.banks for n, x in zip(b.names, b.grad, strict=True)}
-        for what, tensors in (("weights", latents), ("gradient", grads)):
-            name = first_bad((name, tensors[name]) for name in order if name in tensors)
-            if name is not None:
-                return what, name
-        return None
+        found = ((what, first_bad((n, tensors[n]) for n in order if n in tensors))
+                 for what, tensors in (("weights", latents), ("gradient", grads)))
+        return next((pair for pair in found if pair[1]), None)
 
     def wire_bytes_per_ternary_weight(self) -> float:
         """Bytes, scales too, that an owner sends for each; 0 with one process."""
@@ -1306,8 +1311,7 @@ class Trainer:
         self.log.bar(runlog.progress_bar(step, progress, self.header.settings))
 
     def validate_in_training(self) -> None:
-        c = self.config
-        score = self.validate(max(c.val_batch_size // (self.world * c.train_seq_len), 1))
+        score = self.validate(max(self.config.val_batch_size // (self.world * self.config.train_seq_len), 1))
         found = runlog.Validation(self.step, self.elapsed, **asdict(score))
         self.log.line(runlog.validation_line(found, self.header.settings))
         self.log.record(found)
@@ -1436,9 +1440,8 @@ class Trainer:
         c = self.config
         options = ["--data", c.data_path, "--stride", str(c.eval_stride), "--batch-seqs", str(c.eval_batch_seqs),
                    "--tokenizer-path", c.tokenizer_path]
-        env = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-        if self.device.type != "cuda":
-            env["CUDA_VISIBLE_DEVICES"] = ""
+        no_gpu = {} if self.device.type == "cuda" else {"CUDA_VISIBLE_DEVICES": ""}
+        env = {"OMP_NUM_THREADS": str(torch.get_num_threads())} | no_gpu
         return score_in_fresh_process(scoring_command(), artifact, options, self.place.local_world, env,
                                       self.data.hashes, self.log.line)
 
@@ -1451,8 +1454,7 @@ class Trainer:
 def resolve_settings(argv: list[str], env: Mapping[str, str]) -> tuple[str, Config, dict[str, str], list[str]]:
     """(preset, settings, where each came from, notices). Raises ConfigError; argparse exits on an unknown flag."""
     default = "pr367" if torch.cuda.is_available() else "cpu"
-    description = (__doc__ or "").split("\n\n")[0]
-    preset, config, origin = settings.resolve(Config, PRESETS, default, description, argv, env)
+    preset, config, origin = settings.resolve(Config, PRESETS, default, (__doc__ or "").split("\n\n")[0], argv, env)
     config = replace(config, run_id=config.run_id or f"{preset}_seed{config.seed}")
     return preset, config, origin, foreign.check_foreign(env)
 

@@ -22,7 +22,7 @@ def part_of(name: str) -> str:
     """The part of the model that a parameter is of; "" for vectors and what patches add."""
     if name == "tok_emb.weight":
         return "embedding"
-    return "matrices" if name.startswith("blocks.") and name.endswith(".weight") else ""
+    return "matrices" if name.startswith(train_gpt.MATRICES) and name.endswith(".weight") else ""
 
 
 def quantized(spec: dict) -> bool:

@@ -34,7 +34,7 @@ from train_gpt import GPT, MLP, Attention, Block, Float, Latents, Linear, Optimi
 PATCHES: dict[str, Callable] = {}
 ALLOWED: dict[str, dict[str, Container]] = {}  # of each patch: the values that an argument may have
 SCORING: set[str] = set()  # patches of the scorer alone: they make no other artifact
-RESHAPING = {"activation", "bigram", "copy", "factored"}  # the model has other parameters
+RESHAPING = {"activation", "bigram", "factored"}  # the model has other parameters
 OPEN_A_GAP = {"unrounded_scales"}  # what is packed is not what was trained, and that is the point
 
 
@@ -160,7 +160,7 @@ def late_loss(part: int = 8) -> None:
     def forward(self: GPT, ids: Tensor, targets: Tensor) -> Tensor:
         first = ids.shape[1] // part
         logits = self.head(self.hidden(ids)[:, first:])
-        return kernels.cross_entropy(logits, targets[:, first:], self.config.logit_softcap)
+        return kernels.token_losses(logits, targets[:, first:], self.config.logit_softcap).mean()
 
     GPT.forward = forward
 
@@ -272,12 +272,12 @@ def factored(dim: int = 64) -> None:
     def lookup(model: GPT, ids: Tensor) -> Tensor:
         return norm(F.linear(F.embedding(ids, model.tok_emb.weight.float()), model.embed_proj.weight.float()))
 
-    def head(model: GPT, hidden: Tensor) -> Tensor:
-        cap, low = model.config.logit_softcap, kernels.linear(hidden, model.embed_proj.weight.mT)
+    def logits(model: GPT, states: Tensor) -> Tensor:
+        cap, low = model.config.logit_softcap, kernels.linear(states, model.embed_proj.weight.mT)
         return cap * torch.tanh(kernels.linear(low, model.tok_emb.weight).float() / cap)
 
     after(GPT, "__init__", make)
-    GPT.lookup, GPT.head = lookup, head
+    GPT.lookup, GPT.logits = lookup, logits
 
 
 @patch(kind=("relu", "leaky2", "gelu", "swiglu"))
@@ -316,63 +316,12 @@ def parallel() -> None:
     Block.forward = forward
 
 
-@patch(dim=Within(1))
-def copy(dim: int = 64) -> None:
-    """The model may copy: a token that followed an earlier position gets probability by how alike that position's
-    hidden state is to this one's, in dim learned directions (pointer networks as in CopyNet, Gu et al., arXiv
-    1603.06393, and the neural cache of Grave et al., arXiv 1612.04426)."""
-    original = GPT.hidden_last
-
-    def make(model: GPT, config) -> None:
-        last = model.blocks[-1]  # so that Muon trains its matrices
-        last.copy_q, last.copy_k = Linear(config.model_dim, dim), Linear(config.model_dim, dim)
-        nn.init.orthogonal_(last.copy_q.weight)
-        last.copy_k.weight.data.copy_(last.copy_q.weight.data)  # alike states are alike from the start
-        last.copy_scale = nn.Parameter(torch.tensor([16.0, -2.0]))
-
-    def weights(self: GPT, h: Tensor, last: int) -> Tensor:
-        """Of the position before each token of the window, to each of the last: fp32 [batch, last, time], relative to
-        all that the head gives."""
-        block, time = self.blocks[-1], h.shape[1]
-        q, k = norm(block.copy_q(h[:, -last:])), norm(block.copy_k(h))
-        alike = torch.matmul(*kernels.factors(q, k.mT)).float()
-        sharp, most = block.copy_scale.float()
-        at = torch.arange(time, device=h.device)
-        scores = sharp * (alike / dim - 1) + most
-        return torch.where(at < at[-last:, None], scores.exp(), 0.0)
-
-    def hidden_last(self: GPT, ids: Tensor, last: int) -> Tensor:
-        h = original(self, ids, ids.shape[1])
-        mass = torch.zeros(*ids.shape[:1], last, self.config.vocab_size, device=h.device)
-        mass.scatter_add_(2, F.pad(ids[:, None, 1:], (0, 1)).expand(-1, last, -1), weights(self, h, last))
-        return torch.cat((h[:, -last:].float(), mass), -1)
-
-    def head(self: GPT, hidden: Tensor) -> Tensor:
-        h, mass = hidden.split((self.config.model_dim, self.config.vocab_size), -1)
-        own = plain(self, h.to(self.tok_emb.weight.dtype))
-        return (own.softmax(-1) + mass).log()
-
-    def forward(self: GPT, ids: Tensor, targets: Tensor) -> Tensor:
-        h, cap = original(self, ids, ids.shape[1]), self.config.logit_softcap
-        logits = plain(self, h)
-        here = torch.arange(logits.shape[-1], device=logits.device) == targets[..., None]
-        target = torch.where(here, logits, 0.0).sum(-1)
-        own = (target - (logits - cap).exp().sum(-1).log() - cap).exp()
-        mass = weights(self, h, ids.shape[1])
-        found = torch.where(targets[:, :, None] == targets[:, None, :], mass, 0.0).sum(-1)
-        return (mass.sum(-1).log1p() - (own + found).log()).mean()
-
-    plain = GPT.head
-    after(GPT, "__init__", make)
-    GPT.hidden_last, GPT.head, GPT.forward = hidden_last, head, forward
-
-
 @patch(start=Within(0, 1))
 def recur(start: float = 0.5) -> None:
     """Late depth recurrence: from this progress on the second half of the blocks runs twice."""
     GPT.recurrent = True  # what is scored; in training Trainer says
 
-    def hidden_last(self: GPT, ids: Tensor, last: int) -> Tensor:
+    def states(self: GPT, ids: Tensor, last: int) -> Tensor:
         dtype, half = self.tok_emb.weight.dtype, self.config.model_dim // self.config.num_heads // 2
         cos, sin = train_gpt.rope_tables(ids, half, self.config.rope_base).to(dtype)
         x = x0 = self.embed(ids).to(dtype)
@@ -395,7 +344,7 @@ def recur(start: float = 0.5) -> None:
     def recur_from_now_on(self: Trainer) -> None:
         self.model.recurrent = True
 
-    GPT.hidden_last = hidden_last
+    GPT.states = states
     before(Trainer, "forward_backward", set_recurrence)
     before(Trainer, "settle", recur_from_now_on)
 
@@ -404,7 +353,7 @@ def recur(start: float = 0.5) -> None:
 def loop(times: int = 2) -> None:
     """All blocks, with their skips, this many times over, the same weights each time (Universal Transformer, arXiv
     1807.03819)."""
-    def hidden_last(self: GPT, ids: Tensor, last: int) -> Tensor:
+    def states(self: GPT, ids: Tensor, last: int) -> Tensor:
         dtype, half = self.tok_emb.weight.dtype, self.config.model_dim // self.config.num_heads // 2
         cos, sin = train_gpt.rope_tables(ids, half, self.config.rope_base).to(dtype)
         x = x0 = self.embed(ids).to(dtype)
@@ -418,15 +367,15 @@ def loop(times: int = 2) -> None:
                 skips.append(x)
         return norm(x)
 
-    GPT.hidden_last = hidden_last
+    GPT.states = states
 
 
 @patch(bos=Within(0))
 def document_mask(bos: int = 1) -> None:
     """Attention does not look past the beginning of a document, a BOS token (through SDPA, slower on a CPU)."""
-    original = GPT.hidden_last
+    original = GPT.states
 
-    def hidden_last(self: GPT, ids: Tensor, last: int) -> Tensor:
+    def states(self: GPT, ids: Tensor, last: int) -> Tensor:
         document = (ids == bos).cumsum(1)
         seen = (document[:, :, None] == document[:, None, :]).tril()[:, None]  # [batch, 1, query, key]
         for block in self.blocks:
@@ -438,7 +387,7 @@ def document_mask(bos: int = 1) -> None:
         dtype, (q, k, v) = q.dtype, kernels.factors(q, k, v)
         return F.scaled_dot_product_attention(q, k, v, self.mask, enable_gqa=q.shape[1] != k.shape[1]).to(dtype)
 
-    GPT.hidden_last, Attention.attend = hidden_last, attend
+    GPT.states, Attention.attend = states, attend
 
 
 @patch()

@@ -112,7 +112,7 @@ def check_loss(stage: Stage) -> None:
         targets, weight = torch.randint(c.vocab_size, hidden.shape[:1], device=stage.device), model.tok_emb.weight
 
         def ours(hidden: Tensor, model=model, targets=targets, cap=c.logit_softcap) -> Tensor:
-            return train_gpt.cross_entropy(model.head(hidden), targets, cap)
+            return train_gpt.token_losses(model.logits(hidden), targets, cap).mean()
 
         def right(hidden: Tensor, weight=weight, targets=targets, cap=c.logit_softcap) -> Tensor:
             logits = F.linear(hidden.double(), weight.double())
@@ -257,7 +257,7 @@ def check_operators(stage: Stage) -> None:
     matrices, one = torch.randn(4, c.model_dim, c.hidden_dim, device=device), torch.ones((), device=device)
 
     def loss(logits: Tensor) -> Tensor:
-        return train_gpt.cross_entropy(logits, ids, c.logit_softcap)
+        return train_gpt.token_losses(logits, ids, c.logit_softcap).mean()
 
     operators: dict[str, Callable[[], list[Tensor]]] = {
         "attention": lambda: with_gradients(train_gpt.attend, qkv, gradient),

@@ -255,7 +255,8 @@ class Textbook:
     """bench/textbook.py on a trainer's batches, with formats that it has."""
 
     def __init__(self, trainer: train_gpt.Trainer):
-        c = replace(trainer.config, scale_dtype="bf16", embed_format="bf16", smear=False)
+        c = replace(trainer.config, scale_dtype="bf16", embed_format="bf16", smear=False,
+                    key_offset=False, copy_dim=0)
         self.trainer, self.model = trainer, textbook.TextbookGPT(c).to(trainer.device)
         self.optimizer = textbook.TextbookOptimizer(self.model, c)
         self.loss = torch.compile(self.model, dynamic=False, fullgraph=True) if c.compile else self.model

@@ -159,12 +159,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
 
 
-def cross_entropy(logits: Tensor, targets: Tensor, cap: float) -> Tensor:
-    """F.cross_entropy of logits [.., vocab_size] within +-cap and targets [..], in one pass over the logits."""
+def token_losses(logits: Tensor, targets: Tensor, cap: float) -> Tensor:
+    """F.cross_entropy without reduction, fp32 [..], of logits [.., vocab_size] within +-cap and targets [..], in one
+    pass over the logits."""
     target = torch.where(torch.arange(logits.shape[-1], device=logits.device) == targets[..., None], logits, 0.0)
     # With a cap of 40 no exponential leaves fp32, so that the maximum need not be looked for first.
     shift = torch.full_like(logits[..., :1], cap) if cap <= 40 else logits.detach().amax(-1, keepdim=True)
-    return ((logits - shift).exp().sum(-1).log() + shift[..., 0] - target.sum(-1)).mean()
+    return (logits - shift).exp().sum(-1).log() + shift[..., 0] - target.sum(-1)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -33,3 +35,9 @@ def muon_update(latent: Tensor, buffer: Tensor, grad: Tensor, momentum: Tensor, 
     buffer.mul_(momentum).add_(grad)
     update = newton_schulz(grad + momentum * buffer, steps)
     latent.mul_(1 - decay).sub_(rate * update.float())
+
+
+def muon_flops(shape: Sequence[int], steps: int) -> int:
+    """Of the products of Newton-Schulz for one matrix."""
+    small, large = sorted(shape)
+    return steps * (4 * small * small * large + 2 * small**3)

@@ -111,7 +111,8 @@ def expected_shapes(config: Mapping) -> dict[str, tuple[int, ...]]:
     names = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads")
     found = [config.get(name) for name in names]
     hidden = config.get("mlp_hidden") or config.get("mlp_mult", 3) * config.get("model_dim", 0)
-    for name, value in (*zip(names, found, strict=True), ("mlp_hidden", hidden)):
+    copies = config.get("copy_dim") or 1
+    for name, value in (*zip(names, found, strict=True), ("mlp_hidden", hidden), ("copy_dim", copies)):
         if type(value) is not int or not 1 <= value < 1 << 24:
             raise ValueError(f"{name} is {str(value)[:40]!a}")
     vocab, layers, dim, heads, kv_heads = found
@@ -123,7 +124,12 @@ def expected_shapes(config: Mapping) -> dict[str, tuple[int, ...]]:
              "mlp.proj.weight": (dim, hidden), "attn_scale": (dim,), "mlp_scale": (dim,), "resid_mix": (2, dim)}
     shapes = {f"blocks.{i}.{name}": shape for i in range(layers) for name, shape in block.items()}
     shapes |= {"tok_emb.weight": (vocab, dim), "skip_weights": (layers // 2, dim)}
-    return shapes | ({"smear": (dim,)} if config.get("smear") else {})
+    if config.get("smear"):
+        shapes["smear"] = (dim,)
+    if config.get("copy_dim"):
+        shapes |= {"copying.c_q.weight": (copies, dim), "copying.c_k.weight": (copies, dim),
+                   "copying.sharpness_and_bias": (2,)}
+    return shapes
 
 
 def start_from(path: str | Path) -> tuple[dict[str, np.ndarray], dict]:

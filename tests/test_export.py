@@ -41,7 +41,8 @@ from train_gpt import GPT, Config, Float, Int, Latents, Ternary
 fast = pytest.mark.fast
 ABOUT = "ternary-golf"
 TINY = Config(vocab_size=64, num_layers=2, model_dim=32, num_heads=4, num_kv_heads=2, mlp_hidden=72, train_seq_len=32,
-              train_batch_tokens=64, eval_stride=0, group_size=32, embed_format="int5", smear=True, key_offset=True)
+              train_batch_tokens=64, eval_stride=0, group_size=32, embed_format="int5", smear=True, key_offset=True,
+              copy_dim=16)
 WIDE = replace(TINY, model_dim=256, mlp_hidden=256, group_size=256)  # every matrix has whole blocks of 256
 
 
@@ -352,7 +353,7 @@ def test_blocks_are_as_published_and_give_the_values_back(tmp_path, kind):
             scales = groups.decode_scales(torch.from_numpy(t.scales), "log7").flatten().tolist()
             blocks = zip(t.codes.reshape(-1, 256).tolist(), scales, strict=True)
             assert raw.data.tobytes() == b"".join(published(kind, *block) for block in blocks), raw.name
-    assert sum(type_.name == kind for type_, _ in back.values()) == 12
+    assert sum(type_.name == kind for type_, _ in back.values()) == 14
     bits = {name: (values.view(np.uint32) >> 16).astype(np.uint16) for name, (_, values) in back.items()}
     stored = {name: pack.StoredTensor(x.shape, {"kind": "bf16"}, x, None) for name, x in bits.items()}
     fields = fields_of(out)
@@ -368,7 +369,7 @@ def test_matrices_stay_exact_unless_they_are_to_be_reblocked_and_the_error_is_st
     config = replace(WIDE, group_size=128)
     params = {name: p.float().numpy() for name, p in random_model(config)[0].state_dict().items()}
     out, lines = as_gguf(tmp_path, config, "TQ1_0", False)
-    assert "12 ternary tensors with several scales in a block" in lines[-3] and "every value" in lines[-1]
+    assert "14 ternary tensors with several scales in a block" in lines[-3] and "every value" in lines[-1]
     for name, (type_, values) in read_gguf(out).items():
         assert type_.name == "BF16" and (values == params[name]).all()
     would_be = lines[-2].split("errors of ")[1].split()[0]
@@ -412,7 +413,7 @@ def test_the_command_stores_the_types_that_it_is_asked_for(tmp_path, capsys):
 @fast
 def test_rows_that_are_no_whole_blocks_stay_in_bf16(tmp_path):
     out, lines = as_gguf(tmp_path, TINY, "TQ1_0", True)
-    assert "12 ternary tensors whose rows are no multiple of 256" in lines[-2]
+    assert "14 ternary tensors whose rows are no multiple of 256" in lines[-2]
     for name, (type_, values) in read_gguf(out).items():
         assert type_.name == "BF16" and (values == random_model(TINY)[0].state_dict()[name].float().numpy()).all()
 

@@ -65,12 +65,12 @@ def test_matrices_below_each_other_are_one_and_nothing_else_is_done_with_them():
 @torch.inference_mode()
 def test_a_model_of_packed_matrices_says_what_it_said(smear):
     """But for rounding: a bf16 product rounds a logit of 16 to 32 to a multiple of 1/8."""
-    model = small_model(model_dim=64, mlp_hidden=80, smear=smear, key_offset=True)
+    model = small_model(model_dim=64, mlp_hidden=80, smear=smear, key_offset=True, copy_dim=32)
     Latents(model, model.config)
     ids = tokens(40)[None]
     sampler, dense = for_sampling(model, 40), Cached(model, 40)
     kinds = {name: type(module.weight) for name, module in sampler.named_modules() if hasattr(module, "weight")}
-    assert kinds["blocks.0.attn.c_q"] is kinds["blocks.2.mlp.fc"] is Packed
+    assert kinds["blocks.0.attn.c_q"] is kinds["blocks.2.mlp.fc"] is kinds["copying.c_q"] is Packed
     assert kinds["blocks.0.mlp.proj"] is torch.nn.Parameter  # 80 inputs are no whole groups
     for last in (40, 39, 1):
         for length in (1, 17, 40):

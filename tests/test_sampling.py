@@ -47,12 +47,13 @@ def both_ways(model: train_gpt.GPT, window: int, count: int, step: int = 1) -> t
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize(("smear", "key_offset", "layers", "kv_heads"),
-                         [*itertools.product((False, True), (False, True), (2, 3), (1, 4))])
-def test_logits_with_a_cache_are_those_of_whole_windows(smear, key_offset, layers, kv_heads):
+@pytest.mark.parametrize(("smear", "key_offset", "layers", "kv_heads", "copy_dim"),
+                         [*itertools.product((False, True), (False, True), (2, 3), (1, 4), (0, 24))])
+def test_logits_with_a_cache_are_those_of_whole_windows(smear, key_offset, layers, kv_heads, copy_dim):
     """At every position, through several windows. In fp64 all that is left is the logits' own rounding to fp32; a bf16
     product rounds a logit of 16 to 32 to a multiple of 1/8."""
-    model = small_model(smear=smear, key_offset=key_offset, num_layers=layers, num_kv_heads=kv_heads)
+    model = small_model(smear=smear, key_offset=key_offset, num_layers=layers, num_kv_heads=kv_heads,
+                        copy_dim=copy_dim)
     for dtype, bound in ((torch.float32, 5e-5), (torch.float64, 1e-6), (torch.bfloat16, 0.25)):
         cached, whole = both_ways(model.to(dtype), window=12, count=32)
         assert (cached - whole).abs().max() <= bound, dtype
@@ -84,7 +85,7 @@ def test_a_token_more_takes_one_position_and_a_full_window_half_of_one(monkeypat
 @pytest.mark.fast
 @torch.inference_mode()
 def test_no_order_of_sequences_changes_what_a_cached_model_says():
-    model = small_model(smear=True, key_offset=True)
+    model = small_model(smear=True, key_offset=True, copy_dim=24)
     cached, a, b = Cached(model, 30), tokens(30)[None], tokens(60)[None, 30:]
     for ids, last in ((a, 1), (a, 1), (a[:, :5], 2), (b, 3), (torch.cat((a[:, :9], b[:, :9]), 1), 1), (a[:, :1], 1)):
         assert error(cached.hidden_last(ids, last), model.hidden(ids)[:, -last:]) < 1e-5
@@ -226,7 +227,8 @@ def test_bytes_that_are_no_letter_become_marks_and_controls_nothing(counter):
 @pytest.fixture(scope="module")
 def artifact(data_dir, tmp_path_factory):
     """A model of random weights that are large enough to say something, of this tokenizer, in a window of 64."""
-    config = train_gpt.Config(**train_gpt.PRESETS["tiny"] | {"smear": True, "key_offset": True}, vocab_size=VOCAB)
+    config = train_gpt.Config(**train_gpt.PRESETS["tiny"] | {"smear": True, "key_offset": True, "copy_dim": 16},
+                              vocab_size=VOCAB)
     torch.manual_seed(1)
     model = train_gpt.GPT(config)
     for p in model.parameters():
