@@ -202,7 +202,7 @@ def in_eight_bits(function: type[torch.autograd.Function]):
 
 FLASH = by(SDPBackend.FLASH_ATTENTION)
 CHANGES = {
-    "base": (base,), "plain": (plain,), "plain blocks": (plain_blocks,),
+    "base": (base,), "copies": (base,), "plain": (plain,), "plain blocks": (plain_blocks,),
     "plain joins": (plain_joins,), "plain heads": (plain_heads,),
     "plain, flash": (plain, FLASH), "plain, no norm": (plain, no_norm), "plain, late norm": (plain, late_norm),
     "plain, other reductions": (plain, other_reductions), "tuned": (tuned,), "graphs": (graphs,),
@@ -214,7 +214,7 @@ def config(args: argparse.Namespace, layers: int) -> train_gpt.Config:
     toy = {} if args.device == "cuda" else dict(
         model_dim=64, num_heads=2, num_kv_heads=1, mlp_hidden=160, train_seq_len=64, compile=False)
     return train_gpt.Config(**train_gpt.PRESETS["pr367"] | dict(num_layers=layers) | toy
-                            | dict(train_batch_tokens=args.tokens))
+                            | dict(train_batch_tokens=args.tokens, copy_dim=64 if args.change == "copies" else 0))
 
 
 def time_change(args: argparse.Namespace) -> dict:
