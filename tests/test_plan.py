@@ -36,7 +36,8 @@ def test_parts_are_all_parameters():
     assert sum(n for part, (_, n, _) in parts.items() if part.endswith("codes")) == parameters
     # One per 128 inputs of each row: queries, keys, values, the output, and the MLP's two, whose second has wide rows.
     layer = 128 + 64 + 64 + 128 + config.hidden_dim + 128 * -(-config.hidden_dim // 128)
-    assert parts["matrices scales"][1] == config.num_layers * layer + 2 * config.copy_dim and parts["embedding scales"][1] == 1024
+    assert parts["matrices scales"][1] == config.num_layers * layer + 2 * config.copy_dim
+    assert parts["embedding scales"][1] == 1024
 
 
 def test_prediction_of_a_ternary_model_is_within_one_percent():
