@@ -111,6 +111,8 @@ def audit_model(model, tokens: np.ndarray, seq_len: int) -> dict:
         return position_losses(model, ids, targets, torch.ones_like(ids, dtype=torch.bool))
 
     base, vocab = losses(ids), model.head(model.hidden(ids)[0, :1]).shape[-1]
+    if not base.isfinite().all():
+        raise AuditError("the losses of the first window are not finite; the model is broken")
     for t in sorted({length // 4, length // 2, length - 1} - {0}):
         changed = ids.clone()
         changed[0, t:] = torch.randint(vocab, (length - t,), generator=generator).to(device)

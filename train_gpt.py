@@ -111,7 +111,7 @@ class Config:
     logit_softcap: float = setting(30.0, "logits are softcap * tanh(logits / softcap)", 1e-30, in_file="changed")
     key_offset: bool = setting(False, "half of each key's dimensions are of the token before", in_file="changed")
     smear: bool = setting(False, "SmearGate: embeddings blended with the one before, by gates", in_file="changed")
-    copy_dim: int = setting(0, "directions by which it finds what to copy; 0: no copying", 0, in_file="changed")
+    copy_dim: int = setting(0, "directions by which to find what to copy; 0: no copying", 0, 1 << 20, in_file="changed")
     qk_gain_init: float = setting(1.5, "initial gain of normalised queries, learned per head", -1e6, 1e6)
     tied_embed_init_std: float = setting(0.005, "initial standard deviation of the tied embedding", 1e-30)
     # storage formats

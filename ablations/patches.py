@@ -372,7 +372,8 @@ def loop(times: int = 2) -> None:
 
 @patch(bos=Within(0))
 def document_mask(bos: int = 1) -> None:
-    """Attention does not look past the beginning of a document, a BOS token (through SDPA, slower on a CPU)."""
+    """Attention does not look past the beginning of a document, a BOS token (through SDPA, slower on a CPU). A
+    model that copies may still copy from before it."""
     original = GPT.states
 
     def states(self: GPT, ids: Tensor, last: int) -> Tensor:

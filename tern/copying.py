@@ -36,6 +36,7 @@ class Copying(nn.Module):
         super().__init__()
         self.vocab_size = c.vocab_size
         self.c_q, self.c_k = Linear(c.model_dim, c.copy_dim), Linear(c.model_dim, c.copy_dim)
+        nn.init.orthogonal_(self.c_q.weight)
         self.c_k.weight.data.copy_(self.c_q.weight.data)  # alike states are found from the start
         self.sharpness_and_bias = nn.Parameter(torch.tensor([16.0, -2.0]))
 
@@ -45,12 +46,13 @@ class Copying(nn.Module):
 
     def masses(self, states: Tensor, last: int) -> Tensor:
         """Of what follows each position, for the prediction at each of the last ones: fp32 [batch, last, time]. Zero
-        from the position itself on, of which nothing follows yet."""
+        from the position itself on, of which nothing follows yet. Cosines are rounded to the dtype of the products."""
         q, k = (F.rms_norm(x, x.shape[-1:]) for x in (self.c_q(states[:, -last:]), self.keys(states)))
         alike = torch.matmul(*factors(q, k.mT)).float() / q.shape[-1]  # cosines
         sharpness, bias = self.sharpness_and_bias.float()
         at = torch.arange(k.shape[1], device=k.device)
-        return torch.where(at < at[-last:, None], (sharpness * (alike - 1) + bias).exp(), 0.0)
+        masses = (sharpness * (alike - 1) + bias).clamp_max(60.0).exp()  # no sum of them leaves fp32
+        return torch.where(at < at[-last:, None], masses, 0.0)
 
     def losses(self, losses: Tensor, states: Tensor, targets: Tensor) -> Tensor:
         """Losses in nats, fp32 [batch, time], by those of the softmax alone, all states and the tokens that follow."""
@@ -61,9 +63,13 @@ class Copying(nn.Module):
     def with_masses(self, states: Tensor, ids: Tensor, last: int) -> Tensor:
         """The last states and the masses of all tokens, fp32 [batch, last, model_dim + vocab_size], in windows of ids
         [batch, time]; states may begin later, where keys are known."""
-        following = F.one_hot(ids[:, 1:], self.vocab_size).float()
-        masses = self.masses(states, last)[:, :, :-1] @ following  # a product: the same bits each time, on a GPU too
-        return torch.cat((states[:, -last:], masses), -1)
+        masses, following = self.masses(states, last)[:, :, :-1], ids[:, 1:]
+        if ids.is_cpu:
+            of_tokens = masses.new_zeros(*masses.shape[:2], self.vocab_size)
+            of_tokens.scatter_add_(2, following[:, None].expand(-1, last, -1), masses)
+        else:  # where a scatter would add in any order, and give other bits each time
+            of_tokens = masses @ (following[..., None] == torch.arange(self.vocab_size, device=ids.device)).float()
+        return torch.cat((states[:, -last:], of_tokens), -1)
 
     def head(self, hidden: Tensor, logits: Callable[[Tensor], Tensor]) -> Tensor:
         """Logits of all tokens, fp32 [.., vocab_size], by what with_masses gave and the model's own, of states."""

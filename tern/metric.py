@@ -58,7 +58,7 @@ HEAD_ROWS = 8192  # positions per pass through the output head: bounds the fp32 
 COMPILE_FROM = 4_000_000
 
 def hidden_last(model, ids: Tensor, last: int) -> Tensor:
-    """Hidden states [batch, last, model_dim] of the last positions of ids; all are computed where a model must."""
+    """What the model's head takes, [batch, last, ..], of the last positions of ids; all are computed where it must."""
     return model.hidden_last(ids, last) if hasattr(model, "hidden_last") else model.hidden(ids)[:, -last:]
 
 
@@ -116,7 +116,8 @@ def evaluate(model, tokens, counter: ByteCounter, seq_len: int, stride: int, bat
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if learn is not None and world > 1:
         raise ValueError("a model that learns from what it scores is scored in order, by one process")
-    # The first window is scored whole, all others at their end only: apart, they need little of the last block.
+    # The first window is scored whole, all others at their end only: apart, they need little of the last block (a model
+    # that copies needs all of it).
     starts = [0, *range(1, len(windows), batch_seqs)] if stride < seq_len else range(0, len(windows), batch_seqs)
     batches = [slice(a, b) for a, b in zip(starts, [*starts[1:], len(windows)], strict=True)]
     sums = torch.zeros(len(windows), dtype=torch.float64, device=device)

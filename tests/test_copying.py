@@ -97,7 +97,7 @@ def test_without_masses_it_is_the_model_that_does_not_copy():
 def test_masses_however_large_are_finite_in_both_directions():
     """Where one token has all of the mass, and where none has any."""
     model, ids = copier(), torch.tensor([[1, 2] * 10])
-    for most in (60.0, -90.0):
+    for most in (60.0, 200.0, -90.0):
         with torch.no_grad():
             model.copying.sharpness_and_bias.copy_(torch.tensor([40.0, most]))
         loss = model(ids[:, :-1], ids[:, 1:])
