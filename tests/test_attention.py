@@ -253,7 +253,7 @@ def test_a_compiled_model_has_the_loss_and_gradients_of_the_eager_one(bf16, loss
     monkeypatch.setattr(kernels, "FP32_PRODUCTS", True)
     model = small_model(copy_dim=16 if bf16 else 0)
     if bf16:
-        Latents(model, SMALL)  # bf16 params, as in training
+        Latents(model, model.config)  # bf16 params, as in training
     compiled = torch.compile(model, dynamic=False, fullgraph=True)
     ids, targets = tokens(3, Q_TILE + 3)[:, :-1], tokens(3, Q_TILE + 3)[:, 1:]
     losses = model(ids, targets), compiled(ids, targets)

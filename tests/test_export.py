@@ -375,9 +375,9 @@ def test_matrices_stay_exact_unless_they_are_to_be_reblocked_and_the_error_is_st
     would_be = lines[-2].split("errors of ")[1].split()[0]
 
     out, lines = as_gguf(tmp_path, config, "TQ1_0", True)
-    rows = {line.split()[0]: line.split()[-2:] for line in lines if line.startswith("blocks.")}
+    rows = {line.split()[0]: line.split()[-2:] for line in lines if line.startswith(train_gpt.MATRICES)}
     back = read_gguf(out)
-    assert list(rows) == [name for name, (type_, _) in back.items() if type_.name == "TQ1_0"] and len(rows) == 12
+    assert list(rows) == [name for name, (type_, _) in back.items() if type_.name == "TQ1_0"] and len(rows) == 14
     errors, weights = 0.0, 0.0
     for name, row in rows.items():
         error = back[name][1].astype(np.float64) - params[name]
