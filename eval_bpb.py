@@ -162,7 +162,7 @@ class KeepingCopying(Copying):
 
     def make_room(self, positions: int) -> None:
         self.known = 0
-        self.kept = self.sharpness_and_bias.new_empty(1, positions, self.c_k.out_features)
+        self.kept = self.scale_and_bias.new_empty(1, positions, self.c_k.out_features)
 
     def keys(self, states: Tensor) -> Tensor:
         start, self.known = self.known, self.known + states.shape[1]
@@ -232,7 +232,8 @@ def parse_score_args(argv: list[str]) -> argparse.Namespace:
     p.add_argument("--data", required=True, help="folder with *_val_*.bin shards and their tokenizer")
     p.add_argument("--tokenizer-path", default="", help="tokenizer, if it is not in the data folder")
     p.add_argument("--stride", type=int, default=64, help="sliding-window stride in tokens; 0: chunked score only")
-    p.add_argument("--seq-len", type=int, default=0, help="window length in tokens; 0: the model's training length")
+    p.add_argument("--seq-len", type=int, default=0, help="window length in tokens; 0: the one that the model's "
+                   "settings have for scores")
     p.add_argument("--batch-seqs", type=int, default=32, help="windows per batch")
     p.add_argument("--adapt", type=float, default=0.0, metavar="RATE", help="score once more by a model that learns "
                    "from each batch after its score (test-time training), at this rate in units of each parameter's "
@@ -258,7 +259,7 @@ def parse_sample_args(argv: list[str]) -> argparse.Namespace:
                    "together, and no others")
     p.add_argument("--seed", type=int, default=0, help="another one, another text")
     p.add_argument("--seq-len", type=int, default=0, help="tokens that the model sees at most; over that, it goes on "
-                   "from the newest half of them; 0: the model's training length")
+                   "from the newest half of them; 0: as many as in windows of scores")
     p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is one")
     p.add_argument("--threads", type=int, default=1, help="of the CPU; 0: as many as cores. More than one wait for "
                    "each other hundreds of times a token, which on a busy machine takes longer than the work")
@@ -340,7 +341,7 @@ def score_file(args: argparse.Namespace, device: torch.device) -> tuple[dict, Ca
     tokens = text.tokens
     proof = audit_ternary(tensors)
     model = load_tensors(tensors, meta, args.artifact, device)
-    seq_len = args.seq_len or model.config.train_seq_len
+    seq_len = args.seq_len or model.config.score_len
     if not 0 <= args.stride <= seq_len or seq_len < 1 or args.batch_seqs < 1:
         raise ValueError(f"--stride {args.stride}, --seq-len {seq_len}, --batch-seqs {args.batch_seqs}: the stride "
                          "must be between 0 and the window length, the others positive")
@@ -531,7 +532,7 @@ def sample(args: argparse.Namespace, place: Place) -> None:
               "its own was not checked", file=sys.stderr)
     model = load_tensors(tensors, meta, args.artifact, device)
     check_vocabulary(model, counter, tokenizer, args.artifact)
-    window = args.seq_len or model.config.train_seq_len
+    window = args.seq_len or model.config.score_len
     parameters = sum(p.numel() for p in model.parameters())
     model = for_sampling(model, min(window, len(ids) + args.tokens))
     del tensors  # the model has all that is needed, in fewer bytes

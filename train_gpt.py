@@ -110,6 +110,7 @@ class Config:
     rope_base: float = setting(10000.0, "RoPE base frequency", 1e-30, in_file="changed")
     logit_softcap: float = setting(30.0, "logits are softcap * tanh(logits / softcap)", 1e-30, in_file="changed")
     key_offset: bool = setting(False, "half of each key's dimensions are of the token before", in_file="changed")
+    attn_window: int = setting(0, "positions that attention sees, its own the last; 0: all", 0, in_file="changed")
     smear: bool = setting(False, "SmearGate: embeddings blended with the one before, by gates", in_file="changed")
     copy_dim: int = setting(0, "directions by which to find what to copy; 0: no copying", 0, 1 << 20, in_file="changed")
     qk_gain_init: float = setting(1.5, "initial gain of normalised queries, learned per head", -1e6, 1e6)
@@ -148,6 +149,7 @@ class Config:
     checkpoint_every: int = setting(500, "steps between checkpoints; 0: only at the end and on a signal", 0, free=True)
     # score
     eval_stride: int = setting(64, "stride of the sliding-window score; 0: chunked score only", 0, free=True)
+    eval_seq_len: int = setting(0, "tokens of its windows; 0: train_seq_len", 0, 65536, free=True, in_file="changed")
     eval_batch_seqs: int = setting(32, "windows per batch of the scoring process", 1, free=True)
     cap_bytes: int = setting(16_000_000, "byte cap of the track", 1, free=True)
     cap_counts_code: bool = setting(True, "the cap covers the code too (official), or the model alone", free=True)
@@ -164,7 +166,7 @@ class Config:
         need(self.device in ("auto", "cpu", "cuda"), self, "device", "must be auto, cpu or cuda")
         need(self.train_batch_tokens % self.train_seq_len == 0, self, "train_batch_tokens",
              f"must be a multiple of train_seq_len={self.train_seq_len}")
-        need(self.eval_stride <= self.train_seq_len, self, "eval_stride", f"must be at most {self.train_seq_len=}")
+        need(self.eval_stride <= self.score_len, self, "eval_stride", f"must be at most {self.score_len}, a window")
         need(sequence_lengths(self)[-1] == self.train_seq_len, self, "seq_ramp_start",
              f"must be train_seq_len={self.train_seq_len} over a power of two")
         need(self.iterations > 0 or self.max_wallclock_seconds > 0, self, "iterations", "must be positive, or a cap")
@@ -174,6 +176,10 @@ class Config:
     @property
     def hidden_dim(self) -> int:
         return self.mlp_hidden or self.mlp_mult * self.model_dim
+
+    @property
+    def score_len(self) -> int:
+        return self.eval_seq_len or self.train_seq_len
 
 
 CPU_TRACK = dict(  # an int5 embedding beats a ternary one with a wider MLP at these bytes
@@ -456,7 +462,7 @@ class Attention(nn.Module):
         self.c_v = Linear(c.model_dim, c.num_kv_heads * self.head_dim)
         self.proj = Linear(c.model_dim, c.model_dim)
         self.q_gain = nn.Parameter(torch.full((c.num_heads,), c.qk_gain_init))
-        self.offset = c.key_offset
+        self.offset, self.window = c.key_offset, c.attn_window
 
     def split_heads(self, x: Tensor) -> Tensor:
         """[batch, time, heads * head_dim] -> [batch, heads, time, head_dim]."""
@@ -484,7 +490,7 @@ class Attention(nn.Module):
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The output [batch, queries, model_dim] of rotated heads [batch, heads, time, head_dim]."""
-        y = self.attend(q, offset_keys(k) if self.offset else k, v)
+        y = self.attend(q, offset_keys(k) if self.offset else k, v, self.window)
         return self.proj(norm(y.transpose(1, 2).flatten(2)))
 
 
@@ -1311,14 +1317,14 @@ class Trainer:
         self.log.bar(runlog.progress_bar(step, progress, self.header.settings))
 
     def validate_in_training(self) -> None:
-        score = self.validate(max(self.config.val_batch_size // (self.world * self.config.train_seq_len), 1))
+        score = self.validate(max(self.config.val_batch_size // (self.world * self.config.score_len), 1))
         found = runlog.Validation(self.step, self.elapsed, **asdict(score))
         self.log.line(runlog.validation_line(found, self.header.settings))
         self.log.record(found)
 
     def validate(self, batch_seqs: int) -> metric.Score:
         """Chunked score of the model in memory."""
-        seq_len = self.config.train_seq_len
+        seq_len = self.config.score_len
         with self.ranks.naming_failures():
             return evaluate(self.model, self.val_tokens, self.counter, seq_len, seq_len, batch_seqs)
 
@@ -1429,7 +1435,7 @@ class Trainer:
     @torch.inference_mode()
     def same_logits(self, artifact: Path) -> bool:
         """Whether the model in memory and the one loaded from the file give the same bits on a validation batch."""
-        ids = torch.from_numpy(self.val_tokens[: 4 * self.config.train_seq_len].astype(np.int64))
+        ids = torch.from_numpy(self.val_tokens[: 4 * self.config.score_len].astype(np.int64))
         ids = ids[: len(ids) // 4 * 4].view(4, -1) if len(ids) >= 4 else ids[None]
         loaded = model_from_stored(*pack.read_artifact(artifact)).to(self.device).eval()
         a, b = (m.head(m.hidden(ids.to(self.device))) for m in (self.model, loaded))

@@ -109,8 +109,8 @@ def xsa(last: int = 2) -> None:
     (parameter-golf, use_xsa)."""
     class Exclusive(Attention):
         @staticmethod
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            y = train_gpt.attend(q, k, v)
+        def attend(q: Tensor, k: Tensor, v: Tensor, window: int = 0) -> Tensor:
+            y = train_gpt.attend(q, k, v, window)
             own = F.normalize(v[:, :, -q.shape[2]:].float(), dim=-1).to(y.dtype)
             own = own.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
             return y - (y * own).sum(-1, keepdim=True) * own
@@ -216,7 +216,7 @@ def column_gains() -> None:
             return self.mix(q, rotate(norm(k), cos, sin), v)
 
         def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            y = self.attend(q, kernels.offset_keys(k) if self.offset else k, v)
+            y = self.attend(q, kernels.offset_keys(k) if self.offset else k, v, self.window)
             return kernels.linear(norm(y.transpose(1, 2).flatten(2)), self.proj.weight * self.gain_out)
 
     class GainedMLP(MLP):
@@ -384,9 +384,11 @@ def document_mask(bos: int = 1) -> None:
         self.blocks[-1].attn.mask = seen[:, :, -last:]
         return original(self, ids, last)
 
-    def attend(self: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self: Attention, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
         dtype, (q, k, v) = q.dtype, kernels.factors(q, k, v)
-        return F.scaled_dot_product_attention(q, k, v, self.mask, enable_gqa=q.shape[1] != k.shape[1]).to(dtype)
+        queries, time = self.mask.shape[-2:]
+        seen = self.mask.triu(time - queries - window + 1) if window else self.mask
+        return F.scaled_dot_product_attention(q, k, v, seen, enable_gqa=q.shape[1] != k.shape[1]).to(dtype)
 
     GPT.states, Attention.attend = states, attend
 

@@ -75,7 +75,7 @@ Written by `records/bundle.py`; every number comes from the logs beside this pag
 {table}
 
 Sliding val_bpb, mean ± sample standard deviation over {len(rows)} seed(s): **{spread([r['val_bpb'] for r in rows])}**
-(stride {settings['eval_stride']}, window {settings['train_seq_len']}). Seeds change {change}.
+(stride {settings['eval_stride']}, window {run.score['seq_len']}). Seeds change {change}.
 
 {beside}- Parameters: {rows[0]['parameters']:,}, of them {rows[0]['ternary_weights']:,} ternary.
 - Bytes: model {s['bytes_model']:,} (the largest seed), code {s['bytes_code']:,} ({count}): total

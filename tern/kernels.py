@@ -40,21 +40,24 @@ class Linear(nn.Linear):
         return linear(x, self.weight)
 
 
-def attention_tiles(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice, slice]]:
-    """(kv heads, queries, keys) of each tile of causal attention; q [n, r, queries, dim] are the last of k's times."""
+def attention_tiles(q: Tensor, k: Tensor, window: int) -> Iterator[tuple[slice, slice, slice]]:
+    """(kv heads, queries, keys) of each tile of causal attention; q [n, r, queries, dim] are the last of k's times, and
+    see as many of them as the window has, or all where it is 0."""
     before = k.shape[1] - q.shape[2]
     for head in range(0, q.shape[0], HEAD_TILE):
         for start in reversed(range(0, q.shape[2], Q_TILE)):  # the first tile of a head sees every key
             end = min(start + Q_TILE, q.shape[2])
-            yield slice(head, head + HEAD_TILE), slice(start, end), slice(0, before + end)
+            first = max(before + start - window + 1, 0) if window else 0
+            yield slice(head, head + HEAD_TILE), slice(start, end), slice(first, before + end)
 
 
 @torch.library.custom_op("tern::causal_attention", mutates_args=())
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, keep: bool) -> tuple[Tensor, list[Tensor]]:
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, keep: bool, window: int) -> tuple[Tensor, list[Tensor]]:
     """softmax(q k^T / sqrt(head_dim)) v under a causal mask, on a CPU.
 
     q: [n, r, queries, head_dim], r query heads for each of the n key and value heads k, v: [n, time, head_dim]; the
-    queries are those of the last positions. Returns the output in q's shape and, if keep, the probabilities of each
+    queries are those of the last positions. A query sees its own position and window - 1 before it; 0: all before it
+    (sliding-window attention: Longformer, arXiv 2004.05150, section 3.1). Returns the output in q's shape and, if keep, the probabilities of each
     tile, which the backward needs. The mathematics is that of F.scaled_dot_product_attention, which takes two to three
     times as long on a CPU (LOG.md). A score is rounded to the dtype of the products, as in any attention made of
     them; the softmax is fp32 inside.
@@ -62,11 +65,16 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, keep: bool) -> tuple[Tenso
     dtype, (q, k, v) = q.dtype, factors(q, k, v)
     r, dim = q.shape[1], q.shape[3]
     out, probabilities = torch.empty_like(q, memory_format=torch.contiguous_format), []
-    above, q = torch.full((Q_TILE, Q_TILE), -math.inf, dtype=q.dtype).triu(1), q * dim**-0.5
-    for heads, rows, keys in attention_tiles(q, k):
+    hidden, q = torch.full((Q_TILE, Q_TILE), -math.inf, dtype=q.dtype), q * dim**-0.5
+    above, before = hidden.triu(1), k.shape[1] - q.shape[2]
+    for heads, rows, keys in attention_tiles(q, k, window):
         n = rows.stop - rows.start
         scores = torch.bmm(q[heads, :, rows].flatten(1, 2), k[heads, keys].mT)
-        scores.unflatten(1, (r, n))[..., -n:] += above[:n, :n]
+        of_rows = scores.unflatten(1, (r, n))
+        of_rows[..., -n:] += above[:n, :n]
+        if window and before + rows.stop > window:  # the last rows do not see the first keys
+            missing = keys.start - (before + rows.start - window + 1)  # keys that the tile's first row could see too
+            of_rows[..., :n] += hidden.tril(-1 - missing)[:n, :n]
         p = torch.softmax(scores, -1)
         out[heads, :, rows] = torch.bmm(p, v[heads, keys]).unflatten(1, (r, n))
         probabilities += [p] if keep else []
@@ -74,51 +82,62 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, keep: bool) -> tuple[Tenso
 
 
 @torch.library.custom_op("tern::causal_attention_backward", mutates_args=())
-def causal_attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, probabilities: list[Tensor]
-                              ) -> tuple[Tensor, Tensor, Tensor]:
+def causal_attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, probabilities: list[Tensor],
+                              window: int) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v from that of the output: the softmax's backward between four matrix products."""
     dtype, (grad, q, k, v) = q.dtype, factors(grad, q, k, v)
     r, scale = q.shape[1], q.shape[-1] ** -0.5
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
-    dk, dv = torch.empty(k.shape), torch.empty(v.shape)  # fp32: a key's gradient is a sum over tiles
-    for p, (heads, rows, keys) in zip(probabilities, attention_tiles(q, k), strict=True):
+    new = torch.zeros if window else torch.empty  # without a window a head's first tile writes all of it
+    dk, dv = new(k.shape), new(v.shape)  # fp32: a key's gradient is a sum over tiles
+    for p, (heads, rows, keys) in zip(probabilities, attention_tiles(q, k, window), strict=True):
         g, queries = grad[heads, :, rows].flatten(1, 2), q[heads, :, rows].flatten(1, 2)
         ds = torch._softmax_backward_data(torch.bmm(g, v[heads, keys].mT), p, -1, p.dtype)
         dq[heads, :, rows] = torch.bmm(ds, k[heads, keys]).unflatten(1, (r, -1))
-        add = Tensor.copy_ if keys.stop == k.shape[1] else Tensor.add_
+        add = Tensor.copy_ if not window and keys.stop == k.shape[1] else Tensor.add_
         add(dv[heads, keys], torch.bmm(p.mT, g))
         add(dk[heads, keys], torch.bmm(ds.mT, queries))
     return (dq * scale).to(dtype), (dk * scale).to(dtype), dv.to(dtype)
 
 
 @causal_attention.register_fake
-def _(q, k, v, keep):
-    shapes = [(len(range(q.shape[0])[heads]), q.shape[1] * (rows.stop - rows.start), keys.stop)
-              for heads, rows, keys in attention_tiles(q, k) if keep]
+def _(q, k, v, keep, window):
+    shapes = [(len(range(q.shape[0])[heads]), q.shape[1] * (rows.stop - rows.start), keys.stop - keys.start)
+              for heads, rows, keys in attention_tiles(q, k, window) if keep]
     return q.new_empty(q.shape), [factors(q)[0].new_empty(shape) for shape in shapes]
 
 
 @causal_attention_backward.register_fake
-def _(grad, q, k, v, probabilities):
+def _(grad, q, k, v, probabilities, window):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-causal_attention.register_autograd(
-    lambda ctx, grad, _: (*causal_attention_backward(grad, *ctx.saved_tensors[:3], list(ctx.saved_tensors[3:])), None),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:3], *output[1]))
+def keep_for_backward(ctx, inputs: tuple, output: tuple) -> None:
+    ctx.window = inputs[4]
+    ctx.save_for_backward(*inputs[:3], *output[1])
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attention_gradients(ctx, grad: Tensor, _) -> tuple:
+    q, k, v, *probabilities = ctx.saved_tensors
+    return *causal_attention_backward(grad, q, k, v, probabilities, ctx.window), None, None
+
+
+causal_attention.register_autograd(attention_gradients, setup_context=keep_for_backward)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, window: int = 0) -> Tensor:
     """Causal attention of q [batch, heads, queries, head_dim], the last of the times of k, v [batch, kv_heads, time,
-    head_dim]."""
+    head_dim], to the last `window` positions, its own among them; 0: to all."""
     queries, time, gqa = q.shape[2], k.shape[2], q.shape[1] != k.shape[1]
+    window = window if window < time else 0
     if q.device.type == "cpu":
         q = q.unflatten(1, (k.shape[1], -1)).flatten(0, 1)
-        out, _ = causal_attention(q, k.flatten(0, 1), v.flatten(0, 1), torch.is_grad_enabled())
+        out, _ = causal_attention(q, k.flatten(0, 1), v.flatten(0, 1), torch.is_grad_enabled(), window)
         return out.view(len(k), -1, *out.shape[2:])
-    if queries == time:
+    if queries == time and not window:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
     mask = torch.ones(queries, time, dtype=torch.bool, device=q.device).tril(time - queries)
+    mask = mask.triu(time - queries - window + 1) if window else mask
     return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=gqa)
 
 

@@ -389,7 +389,7 @@ def result_lines(f: Final, settings: Mapping, artifact: str) -> list[str]:
     ]
     if sliding:
         lines.append(f"sliding val_bpb           {sliding['val_bpb']:.8f}   (stride {settings['eval_stride']}, window "
-                     f"{settings['train_seq_len']}, {sliding['tokens']:,} tokens, {sliding['bytes']:,} bytes)")
+                     f"{f.score['seq_len']}, {sliding['tokens']:,} tokens, {sliding['bytes']:,} bytes)")
     parts = " + ".join(f"{name} {f.seconds[name]:.1f}" for name in PHASES)
     total = sum(f.seconds[name] for name in PHASES)
     return [

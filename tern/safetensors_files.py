@@ -128,7 +128,7 @@ def expected_shapes(config: Mapping) -> dict[str, tuple[int, ...]]:
         shapes["smear"] = (dim,)
     if config.get("copy_dim"):
         shapes |= {"copying.c_q.weight": (copies, dim), "copying.c_k.weight": (copies, dim),
-                   "copying.sharpness_and_bias": (2,)}
+                   "copying.scale_and_bias": (2,)}
     return shapes
 
 

@@ -21,7 +21,7 @@ def copier(**changes: object) -> GPT:
     """A small model that gives copies about half of the probability."""
     model = small_model(copy_dim=24, **changes)
     with torch.no_grad():
-        model.copying.sharpness_and_bias.copy_(torch.tensor([4.0, 1.0]))
+        model.copying.scale_and_bias.copy_(torch.tensor([4.0, 1.0]))
     return model
 
 
@@ -31,13 +31,13 @@ def by_hand(model: GPT, ids: list[int]) -> np.ndarray:
     states = model.states(torch.tensor([ids]), len(ids))[0]
     own = model.logits(states).double().softmax(-1).numpy()
     q, k = (np.asarray(states.double() @ w.weight.double().T) for w in (model.copying.c_q, model.copying.c_k))
-    sharpness, bias = model.copying.sharpness_and_bias.tolist()
+    scale, bias = model.copying.scale_and_bias.tolist()
     found = []
     for t in range(len(ids)):
         p = own[t].copy()
         for j in range(t):  # after position j comes token j + 1, which is known at t
             cosine = q[t] @ k[j] / np.linalg.norm(q[t]) / np.linalg.norm(k[j])
-            p[ids[j + 1]] += math.exp(sharpness * (cosine - 1) + bias)
+            p[ids[j + 1]] += math.exp(scale * math.log(t + 1) * (cosine - 1) + bias)
         found.append(np.log(p / p.sum()))
     return np.stack(found)
 
@@ -89,7 +89,7 @@ def test_without_masses_it_is_the_model_that_does_not_copy():
     model, plain, ids = copier(), small_model(), tokens(2, 20)
     plain.load_state_dict({n: p for n, p in model.state_dict().items() if not n.startswith("copying.")})
     with torch.no_grad():
-        model.copying.sharpness_and_bias[1] = -1000.0
+        model.copying.scale_and_bias[1] = -1000.0
         assert model(ids[:, :-1], ids[:, 1:]) == plain(ids[:, :-1], ids[:, 1:])
     assert plain.copying is None
 
@@ -99,7 +99,7 @@ def test_masses_however_large_are_finite_in_both_directions():
     model, ids = copier(), torch.tensor([[1, 2] * 10])
     for most in (60.0, 200.0, -90.0):
         with torch.no_grad():
-            model.copying.sharpness_and_bias.copy_(torch.tensor([40.0, most]))
+            model.copying.scale_and_bias.copy_(torch.tensor([40.0, most]))
         loss = model(ids[:, :-1], ids[:, 1:])
         loss.backward()
         assert loss.isfinite() and all(p.grad.isfinite().all() for p in model.parameters())
@@ -131,7 +131,7 @@ def test_it_learns_to_copy_what_no_weight_can_know():
 def test_a_probability_that_fp32_does_not_hold_is_the_least_that_it_does():
     model, ids = small_model(copy_dim=24, logit_softcap=400.0), tokens(2, 20)
     model.tok_emb.weight.mul_(100)
-    model.copying.sharpness_and_bias[1] = -1000.0
+    model.copying.scale_and_bias[1] = -1000.0
     x, y = ids[:, :-1], ids[:, 1:]
     losses = F.cross_entropy(model.head(model.hidden(x)).mT, y, reduction="none")
     assert losses.max() == pytest.approx(-math.log(torch.finfo(torch.float32).tiny), rel=1e-4)
