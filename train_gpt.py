@@ -185,7 +185,8 @@ class Config:
 CPU_TRACK = dict(  # an int5 embedding beats a ternary one with a wider MLP at these bytes
     cap_bytes=128_000, cap_counts_code=False, embed_format="int5", int_step=4.9, rare_step=0.35, fit_cap=0.993,
     num_layers=3, mlp_hidden=280, smear=True, key_offset=True, copy_dim=64, train_seq_len=512, seq_ramp_start=256,
-    seq_ramp_frac=1.0, train_batch_tokens=8192, val_batch_size=8192, tied_embed_lr=0.01,
+    seq_ramp_frac=1.0, train_batch_tokens=8192, val_batch_size=8192, tied_embed_lr=0.01, attn_window=512,
+    eval_seq_len=2048, eval_stride=512, eval_batch_seqs=8,
 )
 PR367 = dict(  # run_8xh100.sh and train_bitnet.py of PR 367
     num_layers=12, model_dim=768, num_heads=12, num_kv_heads=6, mlp_mult=3, mlp_hidden=2496, train_seq_len=2048,
@@ -1414,7 +1415,8 @@ class Trainer:
         self.log.phase("pack", self.seconds["pack"])
 
         began = time.perf_counter()
-        same = self.same_logits(artifact)
+        loaded = model_from_stored(*pack.read_artifact(artifact)).to(self.device).eval()
+        same = metric.same_logits(self.model, loaded, self.val_tokens[: 4 * c.score_len])
         scored = self.score_file(artifact)
         self.seconds["score"] = memory_seconds + time.perf_counter() - began
         self.log.phase("score", self.seconds["score"])
@@ -1431,15 +1433,6 @@ class Trainer:
         unwritten = self.folder.unsaved or self.log.failed
         if unwritten:
             raise TrainingError(f"{unwritten}; {artifact} and its score are there and whole")
-
-    @torch.inference_mode()
-    def same_logits(self, artifact: Path) -> bool:
-        """Whether the model in memory and the one loaded from the file give the same bits on a validation batch."""
-        ids = torch.from_numpy(self.val_tokens[: 4 * self.config.score_len].astype(np.int64))
-        ids = ids[: len(ids) // 4 * 4].view(4, -1) if len(ids) >= 4 else ids[None]
-        loaded = model_from_stored(*pack.read_artifact(artifact)).to(self.device).eval()
-        a, b = (m.head(m.hidden(ids.to(self.device))) for m in (self.model, loaded))
-        return torch.equal(a, b)
 
     def score_file(self, artifact: Path) -> dict:
         """Run eval_bpb on the file, on as many processes as trained it here, and return its JSON."""

@@ -49,9 +49,9 @@ class Copying(nn.Module):
         return self.c_k(states)
 
     def masses(self, q: Tensor, k: Tensor) -> Tensor:
-        """Of what follows each of the positions k [batch, time, dim], for the predictions by q [batch, queries, dim], of
-        the last ones: fp32 [batch, queries, time]. Zero from the position itself on, of which nothing follows yet.
-        Cosines are rounded to the dtype of the products."""
+        """Of what follows each position, of keys k [batch, time, dim], for the predictions at the last of them, by q
+        [batch, queries, dim]: fp32 [batch, queries, time]. Zero from the position itself on, of which nothing follows
+        yet. Cosines are rounded to the dtype of the products."""
         alike = torch.matmul(*factors(q, k.mT)).float() / q.shape[-1]  # cosines
         scale, bias = self.scale_and_bias.float()
         at = torch.arange(k.shape[1], device=k.device)

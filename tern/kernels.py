@@ -42,7 +42,7 @@ class Linear(nn.Linear):
 
 def attention_tiles(q: Tensor, k: Tensor, window: int) -> Iterator[tuple[slice, slice, slice]]:
     """(kv heads, queries, keys) of each tile of causal attention; q [n, r, queries, dim] are the last of k's times, and
-    see as many of them as the window has, or all where it is 0."""
+    see `window` of them, or all where it is 0."""
     before = k.shape[1] - q.shape[2]
     for head in range(0, q.shape[0], HEAD_TILE):
         for start in reversed(range(0, q.shape[2], Q_TILE)):  # the first tile of a head sees every key
@@ -57,10 +57,10 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, keep: bool, window: int) -
 
     q: [n, r, queries, head_dim], r query heads for each of the n key and value heads k, v: [n, time, head_dim]; the
     queries are those of the last positions. A query sees its own position and window - 1 before it; 0: all before it
-    (sliding-window attention: Longformer, arXiv 2004.05150, section 3.1). Returns the output in q's shape and, if keep, the probabilities of each
-    tile, which the backward needs. The mathematics is that of F.scaled_dot_product_attention, which takes two to three
-    times as long on a CPU (LOG.md). A score is rounded to the dtype of the products, as in any attention made of
-    them; the softmax is fp32 inside.
+    (sliding-window attention: Longformer, arXiv 2004.05150, section 3.1). Returns the output in q's shape and, if keep,
+    the probabilities of each tile, which the backward needs. The mathematics is that of F.scaled_dot_product_attention,
+    which takes two to three times as long on a CPU (LOG.md). A score is rounded to the dtype of the products, as in any
+    attention made of them; the softmax is fp32 inside.
     """
     dtype, (q, k, v) = q.dtype, factors(q, k, v)
     r, dim = q.shape[1], q.shape[3]

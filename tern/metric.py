@@ -92,6 +92,14 @@ def position_losses(model, ids: Tensor, targets: Tensor, scored: Tensor, forward
 
 
 @torch.inference_mode()
+def same_logits(a, b, tokens: np.ndarray) -> bool:
+    """Whether two models on one device give the same bits on these tokens, four sequences of them if there are four."""
+    ids = torch.from_numpy(tokens.astype(np.int64)).to(next(a.parameters()).device)
+    ids = ids[: len(ids) // 4 * 4].view(4, -1) if len(ids) >= 4 else ids[None]
+    return torch.equal(*(model.head(model.hidden(ids)) for model in (a, b)))
+
+
+@torch.inference_mode()
 def evaluate(model, tokens, counter: ByteCounter, seq_len: int, stride: int, batch_seqs: int = 32,
              compiled: bool = False, kept: Tensor | None = None,
              learn: Callable[[int], None] | None = None) -> Score:

@@ -177,6 +177,45 @@ def test_query_heads_share_key_heads_as_in_torchs(queries, time):
 
 
 @pytest.mark.fast
+@pytest.mark.parametrize(("queries", "time", "window"), [
+    (300, 300, 2), (300, 300, 100), (300, 300, Q_TILE), (300, 300, 299), (40, 300, 130), (1, 300, 7), (77, 500, 200)])
+def test_a_window_is_the_mask_of_one_in_torchs(queries, time, window):
+    """Forward and backward, in tiles that see a window's beginning, and all of those that do not."""
+    q, k, v, grad = inputs(HEAD_TILE + 1, 2, queries, time, 16, torch.float32)
+    at, keys = torch.arange(time)[-queries:, None], torch.arange(time)
+    mask = (keys <= at) & (keys > at - window)
+
+    def masked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k[:, None], v[:, None], mask, enable_gqa=True)
+
+    def windowed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend(q.flatten(0, 1)[None], k[None], v[None], window).view_as(q)
+
+    expected = forward_backward(masked, q, k, v, grad)
+    for name, x in forward_backward(windowed, q, k, v, grad).items():
+        assert error(x, expected[name]) < 1e-5, name
+
+
+@pytest.mark.fast
+def test_a_window_that_holds_all_is_none():
+    q, k, v, _ = inputs(3, 2, 200, 200, 16, torch.float32)
+    all_of_it = ours(q, k, v)
+    for window in (200, 201, 10**9):
+        assert torch.equal(attend(q.flatten(0, 1)[None], k[None], v[None], window).view_as(q), all_of_it)
+
+
+@pytest.mark.fast
+@torch.inference_mode()
+def test_a_models_window_says_how_far_back_a_token_reaches():
+    """Three layers of 10 positions see 9 back each, and the keys' offset and the smear one more."""
+    model, ids = small_model(attn_window=10, key_offset=True, smear=True), tokens(1, 90)
+    changed = ids.clone()
+    changed[:, 20] = (ids[:, 20] + 1) % SMALL.vocab_size
+    differs = (model.hidden(ids) != model.hidden(changed)).any(-1)[0].nonzero()[:, 0].tolist()
+    assert differs[0] == 20 and 20 + 9 < differs[-1] <= 20 + 3 * (9 + 1) + 1
+
+
+@pytest.mark.fast
 @pytest.mark.parametrize(("queries", "dtype"), [(300, torch.float32), (180, torch.bfloat16)])
 def test_later_keys_and_values_do_not_reach_earlier_outputs(queries, dtype):
     """Nor does the gradient of an earlier output reach later keys and values: to the bit, not to a tolerance."""
@@ -201,7 +240,8 @@ def test_the_ops_are_what_they_tell_torch(fp32_products):
     """Schema, fake shapes, autograd, and a traced forward and backward; several tiles of heads and of queries."""
     for queries, dtype in ((Q_TILE + 2, torch.float32), (7, torch.bfloat16)):
         q, k, v, _ = inputs(HEAD_TILE + 1, 2, queries, Q_TILE + 2, 8, dtype)
-        torch.library.opcheck(causal_attention, (*(x.requires_grad_() for x in (q, k, v)), True))
+        for window in (0, Q_TILE - 5):
+            torch.library.opcheck(causal_attention, (*(x.requires_grad_() for x in (q, k, v)), True, window))
     torch.library.opcheck(rope_tables, (tokens(2, 9), 4, 10000.0))
 
 

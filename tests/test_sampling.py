@@ -61,8 +61,9 @@ def test_logits_with_a_cache_are_those_of_whole_windows(smear, key_offset, layer
 
 
 @pytest.mark.fast
-def test_more_tokens_at_once_than_one_and_than_a_window():
-    model = small_model(smear=True, key_offset=True)
+@pytest.mark.parametrize("changes", [{}, {"attn_window": 5, "copy_dim": 24}], ids=str)
+def test_more_tokens_at_once_than_one_and_than_a_window(changes):
+    model = small_model(smear=True, key_offset=True, **changes)
     for step in (7, 33):
         cached, whole = both_ways(model, window=20, count=99, step=step)
         assert error(cached, whole) < 1e-5
