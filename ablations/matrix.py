@@ -164,7 +164,7 @@ class Job:
 
 # Settings that came after the first results, with the value that changes nothing.
 ADDED = {"smear": False, "shuffle": False, "key_offset": False, "int_step": 1.0, "fit_cap": 0.0, "rare_step": 0.0,
-         "copy_dim": 0}
+         "copy_dim": 0, "attn_window": 0, "eval_seq_len": 0}
 REMOVED = {"activation_bits": 16, "codebook_decay": 0.99, "commitment": 0.0}  # that are gone: what they always are now
 # Techniques that have moved into the trainer.
 PATCHES_THAT_ARE_SETTINGS = {"smear": {"smear": True}, "key_offset": {"key_offset": True}, "copy=64": {"copy_dim": 64}}

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from test_attention import SMALL, small_model, tokens
 
 import train_gpt
+from tern import copying
 from train_gpt import GPT, Config, artifact_meta
 
 pytestmark = pytest.mark.fast
@@ -63,6 +64,18 @@ def test_the_loss_in_training_is_the_one_that_is_scored(softcap):
     for (name, _), a, b in zip(model.named_parameters(), first, second, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=lambda said, name=name: f"{name}: {said}")
         assert b.any(), name
+
+
+@torch.inference_mode()
+def test_in_tiles_of_queries_it_is_the_same(monkeypatch):
+    """Losses and logits, all positions and the last ones, with whole tiles and a part of one."""
+    model, ids = copier(), tokens(2, 41)
+    x, y = ids[:, :-1], ids[:, 1:]
+    whole = model(x, y), model.head(model.hidden(x)), model.head(model.hidden_last(x, 13))
+    monkeypatch.setattr(copying, "TILE", 6)
+    parts = model(x, y), model.head(model.hidden(x)), model.head(model.hidden_last(x, 13))
+    for a, b in zip(whole, parts, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
 @torch.inference_mode()
@@ -140,6 +153,9 @@ def test_a_probability_that_fp32_does_not_hold_is_the_least_that_it_does():
 
 def test_it_is_in_the_file_where_it_is_not_the_default():
     assert artifact_meta(replace(SMALL, copy_dim=24))["config"]["copy_dim"] == 24
+    reach = {"attn_window": 30, "eval_seq_len": 128}
+    assert reach.items() <= artifact_meta(replace(SMALL, **reach))["config"].items()
+    assert not reach.keys() & artifact_meta(SMALL)["config"].keys()
     assert "copy_dim" not in artifact_meta(SMALL)["config"]
     names = [n for n, _ in GPT(replace(SMALL, copy_dim=24)).named_parameters() if n.startswith("copying.")]
     assert [train_gpt.optimizer_of(n) for n in sorted(names)] == ["muon", "muon", "scalar"]

@@ -16,7 +16,7 @@ import pack
 import train_gpt
 from conftest import NAME, Held, hook_after_steps, is_one_error, metrics, run, tiny_args, tiny_trainer
 from eval_bpb import load_artifact
-from tern import source
+from tern import metric, source
 from tern.checkpoints import FILE, read_checkpoint, read_state
 from tern.machine import can_compile
 from tern.shards import open_data, read_shard
@@ -135,6 +135,29 @@ def test_errors_of_a_user_are_one_line(data_dir, tmp_path, capsys, monkeypatch, 
     err = capsys.readouterr().err
     assert err.startswith("error: ") and said in err and err.count("\n") == 1
     assert not (tmp_path / NAME / FILE).exists()
+
+
+def test_a_model_that_copies_from_further_back_than_it_was_trained(data_dir, tmp_path):
+    """Trained in windows of 64, of which attention sees 40, and scored in windows of 256, as the file says."""
+    argv = ["--copy-dim", 16, "--attn-window", 40, "--eval-seq-len", 256, "--eval-stride", 128, "--iterations", 4]
+    done = run(*tiny_args(data_dir, tmp_path, *argv))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "roundtrip gap             0.00000000   (logits identical bit for bit)" in done.stdout
+    assert "(stride 128, window 256, " in done.stdout
+    folder = tmp_path / NAME
+    score = json.loads((folder / "score.json").read_text())
+    assert (score["seq_len"], score["stride"]) == (256, 128)
+    again = run(folder / "model.tern", "--data", data_dir, program="eval_bpb.py")
+    assert "stride 64, window 256, " in again.stdout, again.stderr  # a quarter of it
+    model = load_artifact(folder / "model.tern")
+    tokens = read_shard(open_data(data_dir).val[0])[:257].astype(np.int64)
+    ids, targets = torch.from_numpy(tokens[None, :-1]), torch.from_numpy(tokens[None, 1:])
+    with torch.inference_mode():
+        losses = metric.position_losses(model, ids, targets, torch.ones_like(ids, dtype=torch.bool))
+        others = ids.clone()
+        others[0, :20] = (ids[0, :20] + 1) % model.config.vocab_size
+        changed = metric.position_losses(model, others, targets, torch.ones_like(ids, dtype=torch.bool))
+    assert (losses != changed)[-64:].any()  # what attention of two layers of 40 cannot have seen
 
 
 # -- compiled ----------------------------------------------------------------------------------------------------
