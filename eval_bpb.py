@@ -231,11 +231,12 @@ def parse_score_args(argv: list[str]) -> argparse.Namespace:
     p.add_argument("artifact", help="file written by train_gpt.py")
     p.add_argument("--data", required=True, help="folder with *_val_*.bin shards and their tokenizer")
     p.add_argument("--tokenizer-path", default="", help="tokenizer, if it is not in the data folder")
-    p.add_argument("--stride", type=int, help="sliding-window stride in tokens; 0: chunked score only; left out: 64, or "
-                   "where attention sees less than the window, a quarter of it")
+    p.add_argument("--stride", type=int, help="sliding-window stride in tokens; 0: chunked score only; left out: 64, "
+                   "or a quarter of the window where attention sees no more than that")
     p.add_argument("--seq-len", type=int, default=0, help="window length in tokens; 0: the one that the model's "
                    "settings have for scores")
-    p.add_argument("--batch-seqs", type=int, help="windows per batch; left out: 32, or with that quarter, 8")
+    p.add_argument("--batch-seqs", type=int, help="windows per batch; left out: 32, or 8 where attention sees no "
+                   "more than a quarter of the window")
     p.add_argument("--adapt", type=float, default=0.0, metavar="RATE", help="score once more by a model that learns "
                    "from each batch after its score (test-time training), at this rate in units of each parameter's "
                    "size; 0.001 is a good one")
@@ -343,7 +344,7 @@ def score_file(args: argparse.Namespace, device: torch.device) -> tuple[dict, Ca
     proof = audit_ternary(tensors)
     model = load_tensors(tensors, meta, args.artifact, device)
     seq_len = args.seq_len or model.config.score_len
-    # Where attention sees little of a window, all positions but the first have as much to attend to.
+    # Where attention sees little of a window, it sees as much at all positions but the first, whatever the stride.
     short = 0 < model.config.attn_window <= seq_len // 4
     args.stride = (seq_len // 4 if short else 64) if args.stride is None else args.stride
     args.batch_seqs = (8 if short else 32) if args.batch_seqs is None else args.batch_seqs

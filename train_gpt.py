@@ -149,7 +149,7 @@ class Config:
     checkpoint_every: int = setting(500, "steps between checkpoints; 0: only at the end and on a signal", 0, free=True)
     # score
     eval_stride: int = setting(64, "stride of the sliding-window score; 0: chunked score only", 0, free=True)
-    eval_seq_len: int = setting(0, "tokens of its windows; 0: train_seq_len", 0, 65536, free=True, in_file="changed")
+    eval_seq_len: int = setting(0, "tokens in a score's window; 0: as trained", 0, 65536, free=True, in_file="changed")
     eval_batch_seqs: int = setting(32, "windows per batch of the scoring process", 1, free=True)
     cap_bytes: int = setting(16_000_000, "byte cap of the track", 1, free=True)
     cap_counts_code: bool = setting(True, "the cap covers the code too (official), or the model alone", free=True)
@@ -167,6 +167,8 @@ class Config:
         need(self.train_batch_tokens % self.train_seq_len == 0, self, "train_batch_tokens",
              f"must be a multiple of train_seq_len={self.train_seq_len}")
         need(self.eval_stride <= self.score_len, self, "eval_stride", f"must be at most {self.score_len}, a window")
+        need(min(self.attn_window or self.score_len, self.score_len) <= self.train_seq_len, self, "attn_window",
+             f"must be from 1 to {self.train_seq_len}, so that it sees no further in scores of {self.score_len} tokens")
         need(sequence_lengths(self)[-1] == self.train_seq_len, self, "seq_ramp_start",
              f"must be train_seq_len={self.train_seq_len} over a power of two")
         need(self.iterations > 0 or self.max_wallclock_seconds > 0, self, "iterations", "must be positive, or a cap")
@@ -399,11 +401,6 @@ class Float(Format):
 FORMATS: dict[str, type[Format]] = {"ternary": Ternary, "int": Int, "fp8": Float, "bf16": Float, "fp16": Float}
 
 
-def quantize(fmt: Format, latent: Tensor) -> Stored:
-    """What the file would hold of a latent: fmt.quantize, as a function that can be compiled."""
-    return fmt.quantize(latent)
-
-
 def make_format(config: Config, name: str) -> Format:
     """The format that the setting `name` (matrix_format, embed_format or vector_format) asks for."""
     value = getattr(config, name)
@@ -630,6 +627,11 @@ class Bank:
     like: Stored  # shapes and dtypes of the stored form, on the meta device
     stored: Stored | None  # the owner's only
     wire: Tensor  # uint8, a view of Latents.wire; empty with one process
+
+
+def quantize(fmt: Format, latent: Tensor) -> Stored:
+    """What the file would hold of a latent: fmt.quantize, as a function that can be compiled."""
+    return fmt.quantize(latent)
 
 
 class Latents:

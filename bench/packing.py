@@ -260,7 +260,7 @@ def formats(data: str, runs: list[str]) -> None:
                 fmt = format_of(config, name, ndim)
                 tensors[name] = to_pack(fmt.quantize(state[f"latent/{name}"]), fmt)
             model = model_from_stored(tensors, artifact_meta(config))
-            score = evaluate(model, tokens, counter, config.train_seq_len, config.train_seq_len, 32)
+            score = evaluate(model, tokens, counter, config.score_len, config.score_len, 32)
             size = len(pack.encode_artifact(tensors, artifact_meta(config)))
             key = ", ".join(f"{k} {v}" for k, v in change.items()) or "as trained"
             rows.setdefault(key, []).append((score.val_bpb, size))

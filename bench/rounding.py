@@ -70,7 +70,7 @@ def table(args: argparse.Namespace) -> None:
     def row(what: str) -> None:
         latents.refresh()
         size = len(pack.encode_artifact(latents.pack(order), artifact_meta(c, data)))
-        bpb = evaluate(model, tokens, counter, c.train_seq_len, c.train_seq_len).val_bpb
+        bpb = evaluate(model, tokens, counter, c.score_len, c.score_len).val_bpb
         first.extend([] if first else [size, bpb])
         print(f"{what:<34}{size:>10,}{size - first[0]:>+9,}{bpb:>11.5f}{bpb - first[1]:>+10.5f}", flush=True)
 

@@ -44,7 +44,8 @@ SHAPES = {
 }
 # A large embedding, so that the score depends on the blocks and a difference between the sides would show.
 COMMON = ("--preset cpu --embed-format bf16 --vector-format bf16 --scale-dtype bf16 --train-batch-tokens 8192 "
-          "--tied-embed-init-std 0.1 --smear 0 --key-offset 0 --copy-dim 0")  # the textbook has none of these
+          "--tied-embed-init-std 0.1 --smear 0 --key-offset 0 --copy-dim 0 --attn-window 0 --eval-seq-len 0 "
+          "--eval-stride 64")  # the textbook has none of these
 TURN_SECONDS, TURN_STEPS = 2.0, 2  # a turn of training lasts at least this long and this many steps
 STRIDE, BATCH_SEQS, SCORE_BATCHES = 64, 32, 2
 SECTIONS = ("machine", "train", "split", "score")

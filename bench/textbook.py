@@ -23,7 +23,8 @@ from tern.metric import Score, sliding_windows
 def check_settings(config) -> None:
     """Raise ValueError for settings whose mathematics is not written here."""
     only = {"matrix_format": "ternary", "embed_format": "bf16", "vector_format": "bf16", "scale_dtype": "bf16",
-            "muon_wd": 0.0, "grad_clip_norm": 0.0, "smear": False, "key_offset": False, "copy_dim": 0}
+            "muon_wd": 0.0, "grad_clip_norm": 0.0, "smear": False, "key_offset": False, "copy_dim": 0,
+            "attn_window": 0}
     for name, value in only.items():
         if getattr(config, name) != value:
             raise ValueError(f"{name}={getattr(config, name)!r}: the textbook has only {value!r}")

@@ -32,7 +32,7 @@ BLOCKED = {"TQ1_0": (Type.TQ1_0, gguf.LlamaFileType.MOSTLY_TQ1_0),
 INTEGERS = {"train_seq_len": Keys.LLM.CONTEXT_LENGTH, "vocab_size": Keys.LLM.VOCAB_SIZE,
             "num_layers": Keys.LLM.BLOCK_COUNT, "model_dim": Keys.LLM.EMBEDDING_LENGTH,
             "mlp_hidden": Keys.LLM.FEED_FORWARD_LENGTH, "num_heads": Keys.Attention.HEAD_COUNT,
-            "num_kv_heads": Keys.Attention.HEAD_COUNT_KV}
+            "num_kv_heads": Keys.Attention.HEAD_COUNT_KV, "attn_window": Keys.Attention.SLIDING_WINDOW}
 FLOATS = {"rope_base": Keys.Rope.FREQ_BASE, "logit_softcap": Keys.LLM.FINAL_LOGIT_SOFTCAPPING}
 
 
@@ -140,6 +140,7 @@ def describe(writer: gguf.GGUFWriter, model: Model) -> None:
     """Metadata: what the model is, and its tokenizer."""
     config = model.meta.get("config")
     config = config if isinstance(config, dict) else {}
+    config = config | {"train_seq_len": config.get("eval_seq_len") or config.get("train_seq_len")}  # what it may read
     for names, add, types in ((INTEGERS, writer.add_uint32, (int,)), (FLOATS, writer.add_float32, (int, float))):
         for name, key in names.items():
             if type(config.get(name)) in types and 0 < config[name] < 2**32:

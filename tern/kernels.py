@@ -45,7 +45,7 @@ def attention_tiles(q: Tensor, k: Tensor, window: int) -> Iterator[tuple[slice, 
     see `window` of them, or all where it is 0."""
     before = k.shape[1] - q.shape[2]
     for head in range(0, q.shape[0], HEAD_TILE):
-        for start in reversed(range(0, q.shape[2], Q_TILE)):  # the first tile of a head sees every key
+        for start in reversed(range(0, q.shape[2], Q_TILE)):  # the first tile sees every key, without a window
             end = min(start + Q_TILE, q.shape[2])
             first = max(before + start - window + 1, 0) if window else 0
             yield slice(head, head + HEAD_TILE), slice(start, end), slice(first, before + end)
@@ -65,8 +65,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, keep: bool, window: int) -
     dtype, (q, k, v) = q.dtype, factors(q, k, v)
     r, dim = q.shape[1], q.shape[3]
     out, probabilities = torch.empty_like(q, memory_format=torch.contiguous_format), []
-    hidden, q = torch.full((Q_TILE, Q_TILE), -math.inf, dtype=q.dtype), q * dim**-0.5
-    above, before = hidden.triu(1), k.shape[1] - q.shape[2]
+    unseen, q = torch.full((Q_TILE, Q_TILE), -math.inf, dtype=q.dtype), q * dim**-0.5
+    above, before = unseen.triu(1), k.shape[1] - q.shape[2]
     for heads, rows, keys in attention_tiles(q, k, window):
         n = rows.stop - rows.start
         scores = torch.bmm(q[heads, :, rows].flatten(1, 2), k[heads, keys].mT)
@@ -74,7 +74,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, keep: bool, window: int) -
         of_rows[..., -n:] += above[:n, :n]
         if window and before + rows.stop > window:  # the last rows do not see the first keys
             missing = keys.start - (before + rows.start - window + 1)  # keys that the tile's first row could see too
-            of_rows[..., :n] += hidden.tril(-1 - missing)[:n, :n]
+            of_rows[..., :n] += unseen.tril(-1 - missing)[:n, :n]
         p = torch.softmax(scores, -1)
         out[heads, :, rows] = torch.bmm(p, v[heads, keys]).unflatten(1, (r, n))
         probabilities += [p] if keep else []

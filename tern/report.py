@@ -270,10 +270,11 @@ def facts(run: Seen) -> list[tuple[str, str, str, str]]:
 def sentence(run: Seen) -> str:
     """What was trained."""
     c = run.settings
+    longer = f", {c['eval_seq_len']} in scores" if c.get("eval_seq_len") else ""
     said = (f"A GPT of {c.get('num_layers', '?')} layers, {c.get('model_dim', '?')} wide, with "
             f"{run.header.parameters:,} parameters: matrices {c.get('matrix_format', '?')}, embedding "
             f"{c.get('embed_format', '?')}, vectors {c.get('vector_format', '?')}; vocabulary "
-            f"{c.get('vocab_size', '?')}, windows of {c.get('train_seq_len', '?')} tokens; trained on "
+            f"{c.get('vocab_size', '?')}, windows of {c.get('train_seq_len', '?')} tokens{longer}; trained on "
             f"{c.get('data_path', '?')} (preset {run.header.preset}).")
     if run.details and run.details.inspection.weights:
         d = run.details.inspection

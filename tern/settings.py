@@ -73,14 +73,16 @@ def from_file(config_class: type[Any], held: object) -> dict:
 def check_start(held: Mapping | None, config, where: str) -> None:
     """Raises ConfigError unless the run's model computes what one whose file says held, as in for_file, does.
 
-    The lengths of sequences may be others. held None: a checkpoint of a run, whose tensors may start other models.
+    The lengths of sequences may be others, and attention's window where training's sequences fit in it. held None: a
+    checkpoint of a run, whose tensors may start other models.
     """
     if held is None:
         return
     known = {f.name: f.default for f in fields(config) if f.metadata["in_file"]} | dict(held)
     for name, value in known.items():
         ours = getattr(config, name, None)
-        if value != ours and name not in ("train_seq_len", "eval_seq_len"):
+        holds_all = name == "attn_window" and all(w == 0 or w >= config.train_seq_len for w in (value, ours))
+        if value != ours and name not in ("train_seq_len", "eval_seq_len") and not holds_all:
             raise ConfigError(f"{where}: its model has {name}={str(value)[:40]}, this run's {ours}: give the same")
 
 

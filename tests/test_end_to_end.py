@@ -138,17 +138,17 @@ def test_errors_of_a_user_are_one_line(data_dir, tmp_path, capsys, monkeypatch, 
 
 
 def test_a_model_that_copies_from_further_back_than_it_was_trained(data_dir, tmp_path):
-    """Trained in windows of 64, of which attention sees 40, and scored in windows of 256, as the file says."""
-    argv = ["--copy-dim", 16, "--attn-window", 40, "--eval-seq-len", 256, "--eval-stride", 128, "--iterations", 4]
+    """Trained in windows of 64, of which attention sees 40, and scored in windows of 512, as the file says."""
+    argv = ["--copy-dim", 16, "--attn-window", 40, "--eval-seq-len", 512, "--eval-stride", 256, "--iterations", 4]
     done = run(*tiny_args(data_dir, tmp_path, *argv))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "roundtrip gap             0.00000000   (logits identical bit for bit)" in done.stdout
-    assert "(stride 128, window 256, " in done.stdout
+    assert "(stride 256, window 512, " in done.stdout
     folder = tmp_path / NAME
     score = json.loads((folder / "score.json").read_text())
-    assert (score["seq_len"], score["stride"]) == (256, 128)
+    assert (score["seq_len"], score["stride"]) == (512, 256)
     again = run(folder / "model.tern", "--data", data_dir, program="eval_bpb.py")
-    assert "stride 64, window 256, " in again.stdout, again.stderr  # a quarter of it
+    assert "stride 128, window 512, " in again.stdout, again.stderr  # a quarter of it
     model = load_artifact(folder / "model.tern")
     tokens = read_shard(open_data(data_dir).val[0])[:257].astype(np.int64)
     ids, targets = torch.from_numpy(tokens[None, :-1]), torch.from_numpy(tokens[None, 1:])

@@ -591,7 +591,10 @@ def test_another_model_or_tokenizer_is_not_started_from(tmp_path, capsys):
     latents_of(out, tokenizer=sha256)
     with pytest.raises(CheckpointError, match="another tokenizer"):
         latents_of(out)
-    for change in ({"num_heads": 2}, {"rope_base": 5e4}, {"key_offset": False}, {"logit_softcap": 20.0}):
+    for fits in ({"attn_window": TINY.train_seq_len}, {"eval_seq_len": 128, "attn_window": TINY.train_seq_len}):
+        latents_of(out, replace(TINY, **fits), sha256)  # in training it is the same model
+    for change in ({"num_heads": 2}, {"rope_base": 5e4}, {"key_offset": False}, {"logit_softcap": 20.0},
+                   {"attn_window": TINY.train_seq_len - 1}):
         (name, value), = change.items()
         with pytest.raises(ConfigError, match=f"init_from=.*its model has {name}=.*this run's {value}"):
             latents_of(out, replace(TINY, **change), sha256)

@@ -25,7 +25,8 @@ FACTS = runlog.Preflight("cpu", "asked for", 1, 80, 1000, 100, {"matrices codes"
 STEP = runlog.Step(50, 2.5, 20.0, 0.5, 1024, 51200, 0.25, 0.125, 0.75, 0.9, 64)
 SCORE = {"val_loss": 1.5, "val_bpb": 1.25, "tokens": 99, "bytes": 198, "seconds": 2.0}
 VALIDATION = runlog.Validation(50, 20.0, 1.5, 1.25, 99, 198, 2.0)
-FINAL = runlog.Final(100, 102400, SCORE, {"chunked": SCORE, "sliding": SCORE | {"val_bpb": 1.125}}, 0.0, True,
+FINAL = runlog.Final(100, 102400, SCORE, {"chunked": SCORE, "sliding": SCORE | {"val_bpb": 1.125},
+                                           "seq_len": 256}, 0.0, True,
                      dict(zip(runlog.PHASES, (1.0, 2.0, 3.0, 4.0, 5.0), strict=True)), 800, 300, 800, 1000, True,
                      "0123456789abcdef" * 4)
 
@@ -163,11 +164,12 @@ def test_the_final_block_has_the_scores_the_bytes_and_the_seconds():
         "model 800 + code 300 (not counted) -> total 800 of 1,000: FITS, margin 200")
     assert line_of(lines, "seconds").endswith("load 1.0 + compile 2.0 + train 3.0 + pack 4.0 + score 5.0 = 15.0")
     assert line_of(lines, "artifact").endswith("runs/a/model.tern  sha256 0123456789abcdef")
-    assert line_of(lines, "sliding val_bpb").split()[2] == "1.12500000"
+    sliding = line_of(lines, "sliding val_bpb")
+    assert sliding.split()[2] == "1.12500000" and "(stride 32, window 256, 99 tokens" in sliding
     assert line_of(runlog.score_lines(FINAL, SETTINGS), "final_sliding_window_exact").endswith("val_bpb:1.12500000")
 
     over = replace(FINAL, fits=False, bytes_total=1100, logits_identical=False, roundtrip_gap=-0.0,
-                   score={"chunked": SCORE, "sliding": None})
+                   score={"chunked": SCORE, "sliding": None, "seq_len": 64})
     lines = runlog.result_lines(over, SETTINGS | {"cap_counts_code": True}, "m")
     assert line_of(lines, "roundtrip gap").endswith(" 0.00000000   (logits DIFFER)")
     assert line_of(lines, "bytes").endswith("model 800 + code 300 -> total 1,100 of 1,000: OVER, margin -100")

@@ -89,6 +89,8 @@ def meta_model(config: Config) -> GPT:
     (["--beta2", "1"], {}, "beta2=1.0"),
     (["--train-batch-tokens", "1000"], {}, "train_batch_tokens"),
     (["--eval-stride", "4096"], {}, "eval_stride"),
+    (["--attn-window", "0"], {}, "attn_window=0: must be from 1 to "),
+    (["--eval-seq-len", "4096", "--attn-window", "4000"], {}, "attn_window=4000: must be from 1 to "),
     (["--seq-ramp-start", "5"], {}, "seq_ramp_start"),
     (["--resume", "maybe"], {}, "resume"),
     (["--matrix-format", "int9"], {}, "matrix_format='int9'"),
