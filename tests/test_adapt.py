@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import numpy as np
@@ -72,7 +73,9 @@ def test_what_is_zero_in_the_file_learns_too(stream):
     assert model.skip_weights.any()
 
 
-def test_a_compiled_forward_sees_what_was_learned(stream):
+def test_a_compiled_forward_sees_what_was_learned(stream, monkeypatch):
+    """A traced one, without the minutes of a compiler: that keeps or reads parameters as any backend does."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     make, counter, tokens = stream
     plain, eager = evaluate(make(), tokens, counter, WINDOW, STRIDE, BATCH), score(stream, 0.01)[0]
     model = make()
