@@ -339,8 +339,9 @@ def test_the_layout_in_numbers():
 @fast
 @pytest.mark.parametrize("kind", ["TQ1_0", "TQ2_0"])
 def test_blocks_are_as_published_and_give_the_values_back(tmp_path, kind):
-    model, _, tensors = random_model(WIDE)
-    out, lines = as_gguf(tmp_path, WIDE, kind, False)
+    config = replace(WIDE, attn_window=16, eval_seq_len=64)
+    model, _, tensors = random_model(config)
+    out, lines = as_gguf(tmp_path, config, kind, False)
     back, params = read_gguf(out), model.state_dict()
     assert list(back) == list(tensors) and lines[-1].startswith("exact       every value, bit for bit")
     for name, (type_, values) in back.items():
@@ -360,6 +361,7 @@ def test_blocks_are_as_published_and_give_the_values_back(tmp_path, kind):
     assert torch.equal(logits(train_gpt.model_from_stored(stored, json.loads(fields[f"{ABOUT}.meta"]))), logits(model))
     assert fields["general.architecture"] == ABOUT and fields[f"{ABOUT}.block_count"] == 2
     assert fields[f"{ABOUT}.attention.head_count_kv"] == 2 and fields[f"{ABOUT}.feed_forward_length"] == 256
+    assert fields[f"{ABOUT}.context_length"] == 64 and fields[f"{ABOUT}.attention.sliding_window"] == 16
     assert fields["general.file_type"] == gguf.LlamaFileType[f"MOSTLY_{kind}"]
     assert fields[f"{ABOUT}.artifact"] == "a" * 64
 
