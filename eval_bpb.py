@@ -178,7 +178,7 @@ class Cached(train_gpt.GPT):
     """
 
     def __init__(self, model: train_gpt.GPT, room: int):
-        with torch.device("meta"):
+        with machine.no_values():
             super().__init__(model.config)
         self.load_state_dict(model.state_dict(), assign=True)
         for module in self.modules():

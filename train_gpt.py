@@ -512,9 +512,9 @@ class Block(nn.Module):
         self.attn, self.mlp = Attention(c), MLP(c)
         self.attn_scale = nn.Parameter(torch.ones(c.model_dim))
         self.mlp_scale = nn.Parameter(torch.ones(c.model_dim))
-        self.resid_mix = nn.Parameter(torch.stack((torch.ones(c.model_dim), torch.zeros(c.model_dim))))
-        nn.init.zeros_(self.attn.proj.weight)  # a block starts as the identity
-        nn.init.zeros_(self.mlp.proj.weight)
+        self.resid_mix = nn.Parameter(torch.ones(2, c.model_dim))
+        for weight in (self.resid_mix.data[1], self.attn.proj.weight, self.mlp.proj.weight):
+            nn.init.zeros_(weight)  # a block starts as the identity
 
     def forward(self, x: Tensor, x0: Tensor, cos: Tensor, sin: Tensor, last: int) -> Tensor:
         if last == x.shape[1] and (type(self.attn), type(self.mlp)) == FUSED and fuses(x, *self.mlp.fc.weight.shape):
@@ -597,14 +597,17 @@ class GPT(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------
 
 
+def param_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """Parameter name -> shape, in the model's order."""
+    with machine.no_values():
+        return {name: tuple(p.shape) for name, p in GPT(config).named_parameters()}
+
+
 def owners(config: Config, world: int) -> dict[str, int]:
     """Parameter name -> the rank that updates it, the work shared out evenly by flops, 100 for each element besides."""
-    with torch.device("meta"):
-        params = dict(GPT(config).named_parameters())
-    costs = {name: 100 * p.numel() for name, p in params.items()}
-    for name in filter(lambda name: optimizer_of(name) == "muon", params):
-        costs[name] += muon_flops(params[name].shape, config.muon_backend_steps)
-    return processes.share_out(costs, world)
+    shapes = param_shapes(config)
+    muon = {n: muon_flops(s, config.muon_backend_steps) for n, s in shapes.items() if optimizer_of(n) == "muon"}
+    return processes.share_out({n: 100 * math.prod(s) + muon.get(n, 0) for n, s in shapes.items()}, world)
 
 
 def optimizer_of(name: str) -> str:
@@ -967,7 +970,7 @@ def model_from_stored(tensors: dict[str, pack.StoredTensor], meta: dict) -> GPT:
     config = Config(**held, eval_stride=0, train_batch_tokens=held["train_seq_len"])
     if config.num_layers > len(tensors):  # do not build what the file cannot hold
         raise ConfigError(f"{config.num_layers} layers cannot be made of {len(tensors)} tensors")
-    with torch.device("meta"):
+    with machine.no_values():
         model = GPT(config)
     shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
     wrong = sorted(shapes.keys() ^ tensors.keys()) or [n for n in shapes if tensors[n].shape != shapes[n]]
@@ -980,12 +983,8 @@ def model_from_stored(tensors: dict[str, pack.StoredTensor], meta: dict) -> GPT:
 
 def predicted_bytes(config: Config) -> dict[str, tuple[dict, int, float]]:
     """Part of the model's file -> (format, symbols, bytes), with pack.expected_bits for each symbol."""
-    with torch.device("meta"):
-        shapes = {name: tuple(p.shape) for name, p in GPT(config).named_parameters()}
-    rows = []
-    for name, shape in shapes.items():
-        part = "embedding" if name == "tok_emb.weight" else "matrices" if name.endswith(".weight") else "vectors"
-        rows.append((name, part, shape, format_of(config, name, len(shape)).spec()))
+    rows = [(name, "embedding" if name == "tok_emb.weight" else "matrices" if name.endswith(".weight") else "vectors",
+             shape, format_of(config, name, len(shape)).spec()) for name, shape in param_shapes(config).items()]
     parts = pack.predicted_bytes(rows, artifact_meta(config))
     for part, (spec, count, size) in parts.items():
         if part.endswith("codes") and spec["kind"] == "int":  # twice the step, a bit less

@@ -42,8 +42,7 @@ def prove_active(tensors: Tensors, config: train_gpt.Config, names: Iterable[str
     if not quantized(wanted):
         raise AuditError(f"the settings store matrices as {wanted['kind']}: nothing is quantized")
     if names is None:
-        with torch.device("meta"):
-            names = [name for name, _ in train_gpt.GPT(config).named_parameters()]
+        names = train_gpt.param_shapes(config)
     names = {n for n in (*names, *tensors) if n.endswith(".weight") and n != "tok_emb.weight"}
     missing = sorted(names - tensors.keys())
     if len(missing) == len(names):

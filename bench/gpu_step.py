@@ -11,9 +11,7 @@ import math
 import re
 from dataclasses import dataclass
 
-import torch
-
-from train_gpt import GPT, Config, optimizer_of
+from train_gpt import Config, optimizer_of, param_shapes
 
 # NVIDIA's H100 data sheet, SXM: dense bf16 flop/s, HBM3 bytes/s. A card has less (gpu.py's stage machine measures it).
 PEAK_FLOPS, HBM_BYTES = 989e12, 3.35e12
@@ -112,8 +110,7 @@ def step_work(config: Config, tokens: int, micro_batches: int = 1) -> list[Work]
     blocks = {name: inputs * outputs * count for name, (inputs, outputs, count) in products(c).items()}
     head = blocks.pop("head")
     weights = sum(blocks.values())
-    with torch.device("meta"):
-        shapes = {name: tuple(p.shape) for name, p in GPT(c).named_parameters()}
+    shapes = param_shapes(c)
     muon = [shape for name, shape in shapes.items() if optimizer_of(name) == "muon"]
     adam = sum(math.prod(shape) for name, shape in shapes.items() if optimizer_of(name) != "muon")
     updates = [newton_schulz(*shape, c.muon_backend_steps) for shape in muon]

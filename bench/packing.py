@@ -239,12 +239,10 @@ def formats(data: str, runs: list[str]) -> None:
     """Chunked bpb and bytes of each run's latents, stored in each format; a run that trains on it can only adapt."""
     from dataclasses import replace
 
-    import torch
-
     from tern.metric import evaluate
     from tern.shards import open_data, read_shard
     from tern.tokenizers import ByteCounter
-    from train_gpt import GPT, Config, artifact_meta, format_of, load_checkpoint, model_from_stored, to_pack
+    from train_gpt import Config, artifact_meta, format_of, load_checkpoint, model_from_stored, param_shapes, to_pack
 
     folder = open_data(data, "", need_train=False)
     counter, tokens = ByteCounter(folder.tokenizer), np.concatenate([read_shard(p) for p in folder.val])
@@ -253,11 +251,9 @@ def formats(data: str, runs: list[str]) -> None:
         state, about = load_checkpoint(run)
         for change in FORMATS:
             config = replace(Config(**about["config"]), **change)
-            with torch.device("meta"):
-                names = {n: p.ndim for n, p in GPT(config).named_parameters()}
             tensors = {}
-            for name, ndim in names.items():
-                fmt = format_of(config, name, ndim)
+            for name, shape in param_shapes(config).items():
+                fmt = format_of(config, name, len(shape))
                 tensors[name] = to_pack(fmt.quantize(state[f"latent/{name}"]), fmt)
             model = model_from_stored(tensors, artifact_meta(config))
             score = evaluate(model, tokens, counter, config.score_len, config.score_len, 32)
@@ -338,12 +334,11 @@ def synthetic(out: str, argv: list[str]) -> None:
     """Normal latents in every tensor, also in those that training starts at zero or one."""
     import torch
 
-    from train_gpt import GPT, artifact_meta, format_of, predicted_bytes, resolve_settings, to_pack
+    from train_gpt import artifact_meta, format_of, param_shapes, predicted_bytes, resolve_settings, to_pack
 
     _, config, _, _ = resolve_settings(argv, {})
     torch.manual_seed(config.seed)
-    with torch.device("meta"):
-        shapes = {n: p.shape for n, p in GPT(config).named_parameters()}
+    shapes = param_shapes(config)
     latents = {n: torch.randn(s) * 0.1 if len(s) == 2 else 1 + torch.randn(s) * 0.3 for n, s in shapes.items()}
     tensors = {}
     for name, latent in latents.items():

@@ -14,13 +14,12 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
-import torch
 
 import pack
 from bench.gpu_step import Work, flops_per_token, step_work
 from tern import base3
 from tern.settings import ConfigError
-from train_gpt import GPT, PRESETS, Config, format_of, micro_batch_tokens, optimizer_of, owners
+from train_gpt import PRESETS, Config, format_of, micro_batch_tokens, optimizer_of, owners, param_shapes
 
 LINK_BYTES, GPU_MEMORY = 450e9, 80e9  # NVIDIA's H100 data sheet, SXM: NVLink 4, bytes/s each way (900e9 both ways)
 TRAIN_SECONDS = 600  # the competition's
@@ -57,9 +56,7 @@ class Parameter:
 def parameters(config: Config) -> dict[str, Parameter]:
     """Every parameter by name; not to be changed by the caller."""
     out = {}
-    with torch.device("meta"):
-        shapes = {name: tuple(p.shape) for name, p in GPT(config).named_parameters()}
-    for name, shape in shapes.items():
+    for name, shape in param_shapes(config).items():
         roles = pack.layout(format_of(config, name, len(shape)).spec(), shape)
         size = {role: math.prod(of) * np.dtype(pack.SYMBOLS[symbol]).itemsize for role, (symbol, of) in roles.items()}
         codes, scales = size["codes"], size.get("scales", 0)

@@ -51,7 +51,6 @@ def attention_tiles(q: Tensor, k: Tensor, window: int) -> Iterator[tuple[slice, 
             yield slice(head, head + HEAD_TILE), slice(start, end), slice(first, before + end)
 
 
-@torch.library.custom_op("tern::causal_attention", mutates_args=())
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, keep: bool, window: int) -> tuple[Tensor, list[Tensor]]:
     """softmax(q k^T / sqrt(head_dim)) v under a causal mask, on a CPU.
 
@@ -81,6 +80,10 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, keep: bool, window: int) -
     return out.to(dtype), probabilities
 
 
+# The first call of an op imports torch's compiler, 2 s: a process that only scores calls the functions themselves.
+attention_op = torch.library.custom_op("tern::causal_attention", causal_attention, mutates_args=())
+
+
 @torch.library.custom_op("tern::causal_attention_backward", mutates_args=())
 def causal_attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, probabilities: list[Tensor],
                               window: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -100,7 +103,7 @@ def causal_attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, pro
     return (dq * scale).to(dtype), (dk * scale).to(dtype), dv.to(dtype)
 
 
-@causal_attention.register_fake
+@attention_op.register_fake
 def _(q, k, v, keep, window):
     shapes = [(len(range(q.shape[0])[heads]), q.shape[1] * (rows.stop - rows.start), keys.stop - keys.start)
               for heads, rows, keys in attention_tiles(q, k, window) if keep]
@@ -122,7 +125,7 @@ def attention_gradients(ctx, grad: Tensor, _) -> tuple:
     return *causal_attention_backward(grad, q, k, v, probabilities, ctx.window), None, None
 
 
-causal_attention.register_autograd(attention_gradients, setup_context=keep_for_backward)
+attention_op.register_autograd(attention_gradients, setup_context=keep_for_backward)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, window: int = 0) -> Tensor:
@@ -132,7 +135,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, window: int = 0) -> Tensor:
     window = window if window < time else 0
     if q.device.type == "cpu":
         q = q.unflatten(1, (k.shape[1], -1)).flatten(0, 1)
-        out, _ = causal_attention(q, k.flatten(0, 1), v.flatten(0, 1), torch.is_grad_enabled(), window)
+        learns = torch.is_grad_enabled()
+        function = attention_op if learns or torch.compiler.is_compiling() else causal_attention
+        out, _ = function(q, k.flatten(0, 1), v.flatten(0, 1), learns, window)
         return out.view(len(k), -1, *out.shape[2:])
     if queries == time and not window:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
@@ -141,16 +146,22 @@ def attend(q: Tensor, k: Tensor, v: Tensor, window: int = 0) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=gqa)
 
 
-@torch.library.custom_op("tern::rope_tables", mutates_args=())
 def rope_tables(ids: Tensor, half: int, base: float) -> Tensor:
     """cos and sin of RoPE's angles, fp32 [2, time, half], for ids [.., time]. An op, so that a compiled step computes
     them once: inlined into the kernels that use them, they cost a sine for each element of every q and k."""
+    return (rope_op if torch.compiler.is_compiling() else rope_of)(ids, half, base)
+
+
+def rope_of(ids: Tensor, half: int, base: float) -> Tensor:
     frequency = base ** -(torch.arange(half, device=ids.device, dtype=torch.float32) / half)
     angle = torch.arange(ids.shape[-1], device=ids.device, dtype=torch.float32)[:, None] * frequency
     return torch.stack((angle.cos(), angle.sin()))
 
 
-@rope_tables.register_fake
+rope_op = torch.library.custom_op("tern::rope_tables", rope_of, mutates_args=())
+
+
+@rope_op.register_fake
 def _(ids, half, base):
     return ids.new_empty(2, ids.shape[-1], half, dtype=torch.float32)
 

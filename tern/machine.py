@@ -10,10 +10,12 @@ import platform
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import numpy as np
 import torch
+from torch.overrides import TorchFunctionMode
 
 from tern import source
 from tern.files import folder_identity, sha256_file
@@ -55,6 +57,23 @@ def pick_device(wanted: str, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+class Undrawn(TorchFunctionMode):
+    """Leaves a tensor as it is where a layer's initialisation would draw its values."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        initial = getattr(func, "__module__", None) == "torch.nn.init" or func is torch.Tensor.normal_
+        return [*args, *kwargs.values()][0] if initial else func(*args, **kwargs)
+
+
+@contextmanager
+def no_values() -> Iterator[None]:
+    """What is built herein has shapes and dtypes alone: it is on the meta device, and nothing is drawn for it. (To draw
+    numbers there torch imports its compiler, which takes 2 s.)"""
+    with torch.device("meta"), Undrawn():
+        yield
+
+
 def random_state(device: torch.device) -> dict[str, torch.Tensor]:
     """The state of torch's generators, as a checkpoint has it: rng/cpu and, with a GPU, rng/cuda."""
     state = {"rng/cpu": torch.get_rng_state()}
@@ -81,7 +100,9 @@ def prepare_device(device: torch.device) -> None:
 def compute_deterministically(device: torch.device) -> None:
     """The same seed must give the same bytes; on a CPU this costs nothing."""
     if device.type == "cpu":
-        torch.use_deterministic_algorithms(True)
+        # As torch.use_deterministic_algorithms(True), which also tells the compiler not to measure kernels on a GPU and
+        # imports all of it for that: 2 s.
+        torch.set_deterministic_debug_mode("error")
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 

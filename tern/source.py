@@ -11,7 +11,7 @@ import functools
 import hashlib
 import json
 import lzma
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from tern.errors import Foreseen
@@ -93,7 +93,7 @@ def imported(source: bytes, where: str, inside: bool = True) -> set[str]:
     """
     tree = parse(source, where)
     names: set[str] = set()
-    for node in ast.walk(tree) if inside else tree.body:
+    for node in statements(tree) if inside else tree.body:
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
@@ -110,6 +110,16 @@ def parse(source: bytes, where: str) -> ast.Module:
         return ast.parse(source.decode())
     except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
         raise SourceError(f"{where}: not a Python module ({e})") from None
+
+
+def statements(tree: ast.Module) -> Iterator[ast.AST]:
+    """All statements, and what statements are in: ast.walk without the expressions, which are most of what there is."""
+    pending: list[ast.AST] = [tree]
+    while pending:
+        node = pending.pop()
+        yield node
+        for field in ("body", "orelse", "finalbody", "handlers", "cases"):
+            pending += getattr(node, field, ())
 
 
 def needed_by(programs: Iterable[str], read: Callable[[str], bytes | None]) -> tuple[str, ...]:
@@ -178,7 +188,7 @@ def strip(source: bytes, where: str) -> str:
     Raises SourceError unless it is Python of a reasonable size.
     """
     tree = parse(source, where)
-    for node in ast.walk(tree):
+    for node in statements(tree):
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             continue
         if ast.get_docstring(node, clean=False) is not None:

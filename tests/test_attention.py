@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tern import kernels
-from tern.kernels import HEAD_TILE, Q_TILE, attend, causal_attention, linear, rope_tables, token_losses
+from tern.kernels import HEAD_TILE, Q_TILE, attend, attention_op, linear, rope_op, token_losses
 from tern.machine import can_compile
 from tern.metric import evaluate, sliding_windows
 from train_gpt import GPT, PRESETS, Config, Latents, norm
@@ -241,8 +241,8 @@ def test_the_ops_are_what_they_tell_torch(fp32_products):
     for queries, dtype in ((Q_TILE + 2, torch.float32), (7, torch.bfloat16)):
         q, k, v, _ = inputs(HEAD_TILE + 1, 2, queries, Q_TILE + 2, 8, dtype)
         for window in (0, Q_TILE - 5):
-            torch.library.opcheck(causal_attention, (*(x.requires_grad_() for x in (q, k, v)), True, window))
-    torch.library.opcheck(rope_tables, (tokens(2, 9), 4, 10000.0))
+            torch.library.opcheck(attention_op, (*(x.requires_grad_() for x in (q, k, v)), True, window))
+    torch.library.opcheck(rope_op, (tokens(2, 9), 4, 10000.0))
 
 
 # -- model -------------------------------------------------------------------------------------------------------

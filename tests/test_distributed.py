@@ -27,7 +27,7 @@ from conftest import NAME, PATIENCE, ROOT, clean_env, ended, metrics, run, start
 from records import costs
 from tern.checkpoints import FILE, read_checkpoint, read_state
 from tern.processes import launcher
-from train_gpt import GPT, PRESETS, Config, Latents, Optimizer, optimizer_of, owners
+from train_gpt import GPT, PRESETS, Config, Latents, Optimizer, optimizer_of, owners, param_shapes
 
 TINY = Config(**PRESETS["tiny"])
 MARK = "MARK_OF_A_TEST_RUN"  # an environment variable
@@ -222,14 +222,9 @@ def test_replicas_are_identical_and_the_file_holds_them(several, tiny_run):
 # -- what is held and sent ---------------------------------------------------------------------------------------
 
 
-def shapes_of(config: Config) -> dict[str, tuple[int, ...]]:
-    with torch.device("meta"):
-        return {name: tuple(p.shape) for name, p in GPT(config).named_parameters()}
-
-
 def sent_by_hand(config: Config, world: int) -> tuple[list[int], list[int], float]:
     """(gradient bytes, code bytes) that each rank sends in a step, and bytes for a ternary weight, for preset tiny."""
-    shapes, owner, stacks = shapes_of(config), owners(config, world), defaultdict(list)
+    shapes, owner, stacks = param_shapes(config), owners(config, world), defaultdict(list)
     for name, shape in shapes.items():
         stacks[owner[name], shape, optimizer_of(name)].append(name)
     gradients, codes, ternary, weights = [4 * sum(map(math.prod, shapes.values()))] * world, [0] * world, 0, 0
@@ -278,7 +273,7 @@ def test_a_rank_holds_what_the_plan_counts(several):
 def test_memory_falls_with_the_number_of_ranks(tiny_run, whole, resumed):
     """Params, gradient sums and received codes are on every rank; all else is on one of them."""
     config, own, busiest = settings_of(whole.folder), [], []
-    everywhere = (2 + 4) * sum(map(math.prod, shapes_of(config).values())) + 4
+    everywhere = (2 + 4) * sum(map(math.prod, param_shapes(config).values())) + 4
     for ranks, folder in ((1, tiny_run[0]), (2, whole.folder), (4, resumed(4).folder)):
         held = metrics(folder, "memory")[-1]["state_bytes"]
         received = sum(sent_by_hand(config, ranks)[1]) if ranks > 1 else 0
@@ -294,7 +289,7 @@ def test_eight_owners_have_about_the_same_work():
     """Counted in the products of Newton-Schulz alone, which are nearly all of it."""
     for preset, bound in (("pr367", 1.001), ("golf16mb", 1.03)):
         config, load = Config(**PRESETS[preset]), [0.0] * 8
-        shapes = shapes_of(config)
+        shapes = param_shapes(config)
         for name, rank in owners(config, 8).items():
             if optimizer_of(name) == "muon":
                 load[rank] += gpu_step.newton_schulz(*shapes[name], config.muon_backend_steps)[0]
