@@ -37,6 +37,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 import pack
 from tern import audits, checkpoints, foreign, groups, kernels, machine, metric, processes, runlog, settings, source
@@ -820,15 +821,10 @@ class Optimizer:
         self.muon = [b for b in latents.mine if b.optimizer == "muon"]
         self.muon_update = muon_update
         self.momentum = [torch.zeros_like(b.latent) for b in self.muon]
-        self.adam_banks = [b for b in latents.mine if b.optimizer != "muon"]
-        lrs = {"embed": config.tied_embed_lr, "scalar": config.scalar_lr}
-        each = [{"params": [b.latent], "lr": lrs[b.optimizer], "base_lr": lrs[b.optimizer]} for b in self.adam_banks]
-        for b in self.adam_banks:
-            b.latent.grad = b.grad
-        betas = (config.beta1, config.beta2)
-        self.adam = torch.optim.AdamW(each or [torch.zeros(0)], betas=betas, eps=config.adam_eps, weight_decay=0.0,
-                                      fused=True)  # a rank may own no vector, which AdamW does not allow
-        held = [n for b in (*self.muon, *self.adam_banks) for n in b.names]
+        self.adam = [b for b in latents.mine if b.optimizer != "muon"]
+        self.averages = [(torch.zeros_like(b.latent), torch.zeros_like(b.latent)) for b in self.adam]
+        self.counts = [b.latent.new_zeros(()) for b in self.adam]  # of steps, as AdamW's first ones need it
+        held = [n for b in (*self.muon, *self.adam) for n in b.names]
         assert len(held) == len(set(held)) == sum(len(b.names) for b in latents.mine), "not one group per parameter"
 
     @torch.no_grad()
@@ -842,12 +838,19 @@ class Optimizer:
             own *= (self.config.grad_clip_norm / (total + 1e-6)).clamp(max=1.0)
         for bank, buffer in zip(self.muon, self.momentum, strict=True):
             self.update_bank(bank.latent, buffer, bank.grad, lr_scale, momentum)
-        for group in self.adam.param_groups if self.adam_banks else []:
-            group["lr"] = group["base_lr"] * lr_scale
-        self.adam.step()
+        self.update_others(lr_scale)
         for work in works:
             latents.ranks.wait(work)
         latents.flat_grad.zero_()
+
+    @torch.no_grad()
+    def update_others(self, lr_scale: float) -> None:
+        """AdamW of what is not Muon's."""
+        c = self.config
+        lrs = {"embed": c.tied_embed_lr, "scalar": c.scalar_lr}
+        for bank, (mean, square), count in zip(self.adam, self.averages, self.counts, strict=True):
+            adamw([bank.latent], [bank.grad], [mean], [square], [], [count], fused=True, amsgrad=False, beta1=c.beta1,
+                  beta2=c.beta2, lr=lrs[bank.optimizer] * lr_scale, weight_decay=0.0, eps=c.adam_eps, maximize=False)
 
     def update_bank(self, latent: Tensor, buffer: Tensor, grad: Tensor, lr_scale: float, momentum: float) -> None:
         """Muon of matrices stacked as [n, rows, cols]."""
@@ -869,8 +872,8 @@ class Optimizer:
         """The optimizer's fp32 state of a bank that this rank owns, in the latent's shape."""
         if bank.optimizer == "muon":
             return {"momentum": self.momentum[next(i for i, b in enumerate(self.muon) if b is bank)]}
-        state = self.adam.state[bank.latent]
-        return {k: state.get(k, torch.zeros_like(bank.latent)) for k in ("exp_avg", "exp_avg_sq")}
+        averages = self.averages[next(i for i, b in enumerate(self.adam) if b is bank)]
+        return dict(zip(("exp_avg", "exp_avg_sq"), averages, strict=True))
 
     def saved(self, bank: Bank) -> dict[str, Tensor]:
         """The fp32 tensors of a bank that a checkpoint has, [n, ..]; on the meta device if another rank has them."""
@@ -907,14 +910,10 @@ class Optimizer:
                     for i, n in enumerate(bank.names)}
         checkpoints.check_tensors(state, expected)
         for bank in self.latents.mine:
-            device = bank.latent.device
-            loaded = {what: torch.stack([state[f"{what}/{n}"] for n in bank.names]) for what in self.saved(bank)}
-            bank.latent.copy_(loaded.pop("latent"))
-            if bank.optimizer == "muon":
-                self.moments(bank)["momentum"].copy_(loaded["momentum"])
-            else:
-                moments = {what: x.to(device) for what, x in loaded.items()}
-                self.adam.state[bank.latent] = moments | {"step": torch.tensor(float(step), device=device)}
+            for what, x in self.saved(bank).items():
+                x.copy_(torch.stack([state[f"{what}/{n}"] for n in bank.names]))
+        for count in self.counts:
+            count.fill_(step)
         self.latents.refresh(quantized)
 
 

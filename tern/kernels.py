@@ -80,11 +80,6 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, keep: bool, window: int) -
     return out.to(dtype), probabilities
 
 
-# The first call of an op imports torch's compiler, 2 s: a process that only scores calls the functions themselves.
-attention_op = torch.library.custom_op("tern::causal_attention", causal_attention, mutates_args=())
-
-
-@torch.library.custom_op("tern::causal_attention_backward", mutates_args=())
 def causal_attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, probabilities: list[Tensor],
                               window: int) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v from that of the output: the softmax's backward between four matrix products."""
@@ -103,6 +98,13 @@ def causal_attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, pro
     return (dq * scale).to(dtype), (dk * scale).to(dtype), dv.to(dtype)
 
 
+# What is compiled takes these as they are. The first call of an op imports torch's compiler, which takes 2 s, so
+# that other programs call the functions.
+attention_op = torch.library.custom_op("tern::causal_attention", causal_attention, mutates_args=())
+attention_backward_op = torch.library.custom_op("tern::causal_attention_backward", causal_attention_backward,
+                                                mutates_args=())
+
+
 @attention_op.register_fake
 def _(q, k, v, keep, window):
     shapes = [(len(range(q.shape[0])[heads]), q.shape[1] * (rows.stop - rows.start), keys.stop - keys.start)
@@ -110,7 +112,7 @@ def _(q, k, v, keep, window):
     return q.new_empty(q.shape), [factors(q)[0].new_empty(shape) for shape in shapes]
 
 
-@causal_attention_backward.register_fake
+@attention_backward_op.register_fake
 def _(grad, q, k, v, probabilities, window):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
@@ -122,10 +124,25 @@ def keep_for_backward(ctx, inputs: tuple, output: tuple) -> None:
 
 def attention_gradients(ctx, grad: Tensor, _) -> tuple:
     q, k, v, *probabilities = ctx.saved_tensors
-    return *causal_attention_backward(grad, q, k, v, probabilities, ctx.window), None, None
+    return *attention_backward_op(grad, q, k, v, probabilities, ctx.window), None, None
 
 
 attention_op.register_autograd(attention_gradients, setup_context=keep_for_backward)
+
+
+class CausalAttention(torch.autograd.Function):
+    """The same of what is not compiled."""
+
+    @staticmethod
+    def forward(ctx, *inputs) -> Tensor:
+        output = causal_attention(*inputs)
+        keep_for_backward(ctx, inputs, output)
+        return output[0]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple:
+        q, k, v, *probabilities = ctx.saved_tensors
+        return *causal_attention_backward(grad, q, k, v, probabilities, ctx.window), None, None
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, window: int = 0) -> Tensor:
@@ -135,9 +152,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, window: int = 0) -> Tensor:
     window = window if window < time else 0
     if q.device.type == "cpu":
         q = q.unflatten(1, (k.shape[1], -1)).flatten(0, 1)
-        learns = torch.is_grad_enabled()
-        function = attention_op if learns or torch.compiler.is_compiling() else causal_attention
-        out, _ = function(q, k.flatten(0, 1), v.flatten(0, 1), learns, window)
+        inputs = q, k.flatten(0, 1), v.flatten(0, 1), torch.is_grad_enabled(), window
+        out = attention_op(*inputs)[0] if torch.compiler.is_compiling() else CausalAttention.apply(*inputs)
         return out.view(len(k), -1, *out.shape[2:])
     if queries == time and not window:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
