@@ -91,15 +91,23 @@ def imported(source: bytes, where: str, inside: bool = True) -> set[str]:
 
     Raises SourceError unless it is Python.
     """
+    outside, everywhere = imports(source, where)
+    return set(everywhere if inside else outside)
+
+
+@functools.lru_cache(maxsize=256)
+def imports(source: bytes, where: str) -> tuple[frozenset[str], frozenset[str]]:
+    """imported() at the top level, and everywhere."""
     tree = parse(source, where)
-    names: set[str] = set()
-    for node in statements(tree) if inside else tree.body:
-        if isinstance(node, ast.Import):
-            names.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            names.add(node.module)
-            names.update(f"{node.module}.{alias.name}" for alias in node.names)
-    return names
+    found: tuple[set[str], set[str]] = set(), set()
+    for names, nodes in zip(found, (tree.body, statements(tree)), strict=True):
+        for node in nodes:
+            if isinstance(node, ast.Import):
+                names.update(alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                names.add(node.module)
+                names.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return frozenset(found[0]), frozenset(found[1])
 
 
 def parse(source: bytes, where: str) -> ast.Module:
