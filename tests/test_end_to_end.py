@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import signal
+import sys
 from contextlib import closing, nullcontext
 
 import numpy as np
@@ -14,7 +15,18 @@ import torch
 
 import pack
 import train_gpt
-from conftest import NAME, Held, hook_after_steps, is_one_error, metrics, run, tiny_args, tiny_trainer
+from conftest import (
+    NAME,
+    Held,
+    ended,
+    hook_after_steps,
+    is_one_error,
+    metrics,
+    run,
+    started,
+    tiny_args,
+    tiny_trainer,
+)
 from eval_bpb import load_artifact
 from tern import metric, source
 from tern.checkpoints import FILE, read_checkpoint, read_state
@@ -75,6 +87,15 @@ def test_verify_against_the_checkpoint(tiny_run, tmp_path, capsys):
     pack.write_artifact(tmp_path / "other.tern", tensors, meta)
     assert pack.main(["verify", str(tmp_path / "other.tern"), "--against", str(folder)]) == 1
     assert "blocks.1.mlp.fc.weight" in capsys.readouterr().err
+
+
+def test_what_is_not_compiled_does_not_load_the_compiler(data_dir, tmp_path):
+    """It takes 2 s, in each of the hundreds of processes that such tests start."""
+    argv, score = tiny_args(data_dir, tmp_path, "--iterations", 2), [tmp_path / NAME / "model.tern", "--data", data_dir]
+    program = (f"import sys, train_gpt, eval_bpb; sys.exit(train_gpt.main({argv}) "
+               f"or eval_bpb.main({list(map(str, score))}) or 'torch._dynamo' in sys.modules)")
+    done = ended(started(sys.executable, "-c", program))
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 # -- killed and resumed ------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import torch
 from torch.func import functional_call
 
 from conftest import metrics, tiny_args, tiny_trainer
-from tern import kernels
+from tern import kernels, machine
 from tern.checkpoints import read_checkpoint, read_state
 from tern.muon import newton_schulz
 from tern.processes import Ranks
@@ -98,6 +98,15 @@ def test_the_published_command_of_pr367_means_what_it_did():
 def test_bad_settings_are_one_clear_error(argv, env, message):
     with pytest.raises(ConfigError, match=message):
         resolve_settings(argv, {"PRESET": "cpu"} | env)
+
+
+def test_shapes_are_the_model_s():
+    config = Config(**PRESETS["tiny"] | dict(vocab_size=40, smear=True, copy_dim=4))
+    model = GPT(config)
+    assert param_shapes(config) == {name: tuple(p.shape) for name, p in model.named_parameters()}
+    with machine.no_values():
+        empty = GPT(config)
+    assert all(p.is_meta for p in empty.parameters()) and not any(p.is_meta for p in model.parameters())
 
 
 @pytest.mark.parametrize("preset", PRESETS)
