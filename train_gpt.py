@@ -1455,7 +1455,9 @@ def resolve_settings(argv: list[str], env: Mapping[str, str]) -> tuple[str, Conf
     default = "pr367" if torch.cuda.is_available() else "cpu"
     preset, config, origin = settings.resolve(Config, PRESETS, default, (__doc__ or "").split("\n\n")[0], argv, env)
     config = replace(config, run_id=config.run_id or f"{preset}_seed{config.seed}")
-    return preset, config, origin, foreign.check_foreign(env)
+    slides = config.eval_stride < config.score_len  # a stride of 0 is a chunked score that was asked for
+    whole = [] if slides else [f"eval_stride={config.eval_stride} is a whole window: no score slides, both are chunked"]
+    return preset, config, origin, foreign.check_foreign(env) + whole
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -208,7 +208,6 @@ class Settings:
     seed: int
     device: str
     threads: int
-    train_seq_len: int
     eval_stride: int
     eval_batch_seqs: int
     cap_bytes: int

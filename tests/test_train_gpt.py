@@ -100,6 +100,14 @@ def test_bad_settings_are_one_clear_error(argv, env, message):
         resolve_settings(argv, {"PRESET": "cpu"} | env)
 
 
+@pytest.mark.parametrize(("argv", "said"), [([], 0), (["--eval-stride", "0"], 0), (["--eval-stride", "2048"], 1),
+                                          (["--eval-seq-len", "0"], 1)])
+def test_a_stride_of_a_whole_window_is_told(argv, said):
+    """The preset's stride of 512 is that of its windows of 2,048; of windows of 512 no score would slide."""
+    notices = resolve_settings(["--preset", "cpu", *argv], {})[3]
+    assert len(notices) == said and all("no score slides" in notice for notice in notices)
+
+
 def test_shapes_are_the_model_s():
     config = Config(**PRESETS["tiny"] | dict(vocab_size=40, smear=True, copy_dim=4))
     model = GPT(config)
