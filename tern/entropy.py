@@ -115,11 +115,13 @@ class Weights:
 
     def learn(self, inputs: list[np.ndarray], error: np.ndarray, taken: np.ndarray) -> None:
         """error: bit * ONE - probability where the decision was taken, else 0; int32 [layers, rows, cols]."""
+        sums = {shape: [reduced(y, shape).ravel().astype(np.float64) for y in (error, taken)]
+                for shape in {x.shape for x in inputs}}
         for i, x in enumerate(inputs):
-            e, n = reduced(error, x.shape), reduced(taken, x.shape)
+            e, n = sums[x.shape]
             x = x.ravel().astype(np.float64)  # sums of at most 2^19 products below 2^31: exact, in any order
-            self.curvature[i] += int((x * n.ravel()) @ x) >> 2  # variance of a bit: at most 1/4
-            step = (int(x @ e.ravel().astype(np.float64)) << 14) // self.curvature[i]
+            self.curvature[i] += int((x * n) @ x) >> 2  # variance of a bit: at most 1/4
+            step = (int(x @ e) << 14) // self.curvature[i]
             self.weights[i] = min(max(self.weights[i] + step, -2 * WEIGHT), 4 * WEIGHT)
 
 
@@ -137,13 +139,14 @@ class Counts:
         self.flat_ones, self.flat_total = self.ones.reshape(-1), self.total.reshape(-1)  # views
         self.strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
 
-    def each(self, *at) -> np.ndarray:
-        """Contexts of lanes as they lie in the flat views, from an index or an array of them for each dimension."""
-        where = at[0] * self.strides[0]
-        for i, stride in zip(at[1:], self.strides[1:], strict=True):
-            if isinstance(i, np.ndarray) or i:
-                where = where + i * stride
-        return where
+    def rest(self, *at) -> np.ndarray:
+        """What `each` takes: all of a context but its node, from an index or an array of them for each dimension."""
+        return sum(i * stride for i, stride in zip(at, self.strides[1:], strict=True))
+
+    def each(self, node: np.ndarray, rest: np.ndarray | int = 0) -> np.ndarray:
+        """Contexts of lanes as they lie in the flat views."""
+        where = node * self.strides[0]
+        return where + rest if isinstance(rest, np.ndarray) or rest else where
 
     def share(self, at, parent, strength: int) -> np.ndarray:
         """Estimate, int32 out of SHARE: the share of ones, shrunk to `parent` as if that were `strength` decisions.
@@ -165,8 +168,8 @@ class Counts:
     def add_each(self, at, bits: np.ndarray) -> None:
         """One decision per lane, whose contexts are `at`, of `each`; lanes may share one."""
         at = at.reshape(-1)  # add.at is several times as fast on one dimension and one type
-        np.add.at(self.flat_ones, at, bits.reshape(-1).astype(np.float64))
-        np.add.at(self.flat_total, at, np.ones(at.size))
+        np.add.at(self.flat_ones, at, bits.reshape(-1).astype(np.float64, copy=False))
+        np.add.at(self.flat_total, at, 1.0)
 
 
 def logit(share: np.ndarray) -> np.ndarray:
@@ -202,6 +205,7 @@ class Model:
     def start(self, layers: int, rows: int, cols: int) -> None:
         """Forget the contexts of the last stack; what holds everywhere stays."""
         self.layer, self.column = Counts(self.detailed, layers, 1, 1), Counts(self.detailed, layers, 1, cols)
+        self.rests: dict[tuple[int, int], tuple] = {}
         self.seen = 0  # rows
 
     def start_rows(self, block: slice) -> None:
@@ -229,15 +233,16 @@ class Model:
         if alike:
             at_all, at_layer, at_row, at_column = node, node, node, (node, slice(None), slice(None), columns)
         else:
-            layers, rows, cols = np.ogrid[: shape[0], : shape[1], columns]
-            at_all, at_layer = self.everywhere.each(node, 0, 0, 0), self.layer.each(node, layers, 0, 0)
-            at_row, at_column = self.row.each(node, layers, rows, 0), self.column.each(node, layers, 0, cols)
+            at_all, of_layer, of_row, of_column = self.everywhere.each(node), *self.rests_of(columns)
+            at_layer, at_row, at_column = (counts.each(node, rest) for counts, rest in (
+                (self.layer, of_layer), (self.row, of_row), (self.column, of_column)))
         layer = self.layer.share(at_layer, self.everywhere.share(at_all, 0, 0), LAYER)
         base = logit(layer)
         by_row = np.zeros((1, 1, 1), np.int32) if self.row is None else logit(self.row.share(at_row, layer, ROW)) - base
         inputs = [by_row, logit(self.column.share(at_column, layer, COLUMN)) - base, *more]
         weights = self.weights.setdefault((level, self.seen.bit_length()), Weights(len(inputs)))
-        p = np.broadcast_to(weights.mix(base, inputs), shape)
+        p = weights.mix(base, inputs)
+        p = p if p.shape == shape else np.broadcast_to(p, shape)
         if active is None:
             bits = self.coder.bits(p.ravel(), None if truth is None else truth.ravel()).reshape(shape)
             taken, error = np.ones(shape, bool), bits * np.int32(ONE) - p
@@ -253,10 +258,20 @@ class Model:
                 if counts is not None:
                     counts.add(node, ones, total)
         else:
+            ones = bits.astype(np.float64)
             for counts, at in ((self.column, at_column), (self.row, at_row), (self.layer, at_layer),
                                (self.everywhere, at_all)):
-                counts.add_each(at, bits)
+                counts.add_each(at, ones)
         return bits
+
+    def rests_of(self, columns: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Counts.rest of a step's lanes in the counts by layer, row and column: the same in all rows of a stack."""
+        key = self.height, columns.start
+        if key not in self.rests:
+            layers, rows, cols = np.ogrid[: self.layer.ones.shape[1], : self.height, columns]
+            self.rests[key] = (self.layer.rest(layers, 0, 0), self.row.rest(layers, rows, 0),
+                               self.column.rest(layers, 0, cols))
+        return self.rests[key]
 
     @classmethod
     def geometry(cls, layers: int, rows: int, cols: int) -> tuple[int, int]:
@@ -376,14 +391,15 @@ class Table(Model):
         shape = done.shape[0], done.shape[1], columns.stop - columns.start
         node, out = np.ones(shape, np.int64), None
         offset = None if truth is None else truth - self.low
+        near, wide = self.near.rest(far, value), None if self.wide is None else self.wide.rest(width)
         for bit in range(self.bits - 1, -1, -1):
-            everywhere = self.everywhere.each(node, 0, 0, 0)
+            everywhere = self.everywhere.each(node)
             general = self.everywhere.share(everywhere, 0, 0)
             answer = None if offset is None else (offset >> bit & 1).astype(bool)
             if bit >= self.bits - self.fine:
-                contexts = [(self.near, self.near.each(node, far, value))]
+                contexts = [(self.near, self.near.each(node, near))]
                 if self.wide is not None:
-                    contexts.append((self.wide, self.wide.each(node, width)))
+                    contexts.append((self.wide, self.wide.each(node, wide)))
                 hints = [logit(counts.share(at, general, REFERENCE)) - logit(general) for counts, at in contexts]
                 out = self.decide(node, columns, self.bits - bit, answer, more=hints)
                 for counts, at in contexts:
@@ -460,7 +476,7 @@ class Predicted(Model):
         for place in range(int(width.max())):
             lanes = width > place
             prefix = value[lanes] if place < 3 else 0  # deeper bits are noise: one context
-            at = self.within.each(cls[lanes], place, prefix)
+            at = self.within.each(cls[lanes], self.within.rest(place, prefix))
             p = self.within.flat_ones[at] * ONE // self.within.flat_total[at]
             p = p.astype(np.int32).clip(MIN_P, ONE - MIN_P)
             truth = None if offset is None else (offset[lanes] >> (width[lanes] - 1 - place) & 1).astype(bool)

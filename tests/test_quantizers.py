@@ -266,9 +266,9 @@ PAGE_FORMATS = {
 
 
 def true_bits(settings: dict) -> float:
-    """Bits per weight in a file that holds a normal matrix [256, 512] in groups of 128."""
+    """Bits per weight in a file that holds a normal matrix [128, 512] in groups of 128."""
     fmt = train_gpt.make_format(Config(**settings), "matrix_format")
-    latent = torch.randn(256, 512, generator=torch.Generator().manual_seed(0))
+    latent = torch.randn(128, 512, generator=torch.Generator().manual_seed(0))
     data = pack.encode_artifact({"w": train_gpt.to_pack(fmt.quantize(latent), fmt)}, {})
     return 8 * sum(stream.bytes for stream in pack.parse_header(data).streams) / latent.numel()
 
