@@ -289,7 +289,7 @@ def test_the_last_hidden_states_are_the_end_of_all():
 def test_a_compiled_model_has_the_loss_and_gradients_of_the_eager_one(monkeypatch):
     """In fp32, where a mistake cannot hide; test_end_to_end.py compiles whole runs in bf16."""
     monkeypatch.setattr(kernels, "FP32_PRODUCTS", True)
-    model = small_model(copy_dim=16, attn_window=50)
+    model = small_model(num_layers=2, copy_dim=16, attn_window=50)  # compiling is what takes long, a minute with three
     compiled = torch.compile(model, dynamic=False, fullgraph=True)
     ids, targets = tokens(3, Q_TILE + 3)[:, :-1], tokens(3, Q_TILE + 3)[:, 1:]
     losses = model(ids, targets), compiled(ids, targets)

@@ -13,7 +13,7 @@ import pytest
 from conftest import PATIENCE, ROOT, VOCAB, ended, run, started
 from data import prepare
 from records import rules
-from records.check import check, final_lines
+from records.check import CHECKS, check, final_lines
 from records.claim import weigh_claim
 from tern import source
 from tern.machine import bf16_products
@@ -29,7 +29,10 @@ BEATEN = {FASTER.name: "1.489313", FREQUENT.name: str(FASTER), "2026-11-27_WideM
 
 @pytest.mark.parametrize("folder", RECORDS, ids=lambda folder: folder.name)
 def test_every_committed_record_passes_the_referee(folder):
-    lines, failed = check(folder, against=BEATEN.get(folder.name))
+    # Of the newest the artifacts are decoded too, 6 s each; what is in older ones their sha256 tells, and below one is
+    # scored by two programs.
+    old = folder != RECORDS[-1]
+    lines, failed = check(folder, against=BEATEN.get(folder.name), leave_out={"sources"} if old else ())
     assert not failed, lines
 
 
@@ -200,5 +203,5 @@ def test_a_record_on_another_machine_than_the_track_s_is_refused(tmp_path):
         record = json.loads(header)
         record["machine"]["cores"] = 64
         path.write_text(json.dumps(record) + "\n" + rest, encoding="utf-8")
-    lines, failed = check(folder, "1.489313")
+    lines, failed = check(folder, leave_out=CHECKS.keys() - {"files", "machine"})
     assert failed and [line for line in lines if line.startswith("FAIL  machine") and "64 cores" in line]
