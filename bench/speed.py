@@ -86,7 +86,7 @@ class Ours:
         return {name: latent.clone() for name, _, latent, _ in self.latents.named()}
 
     def forward_backward(self, ids: Tensor, targets: Tensor) -> float:
-        torch.use_deterministic_algorithms(True)  # as train_gpt.main sets it on a CPU; the textbook does without
+        torch.use_deterministic_algorithms(True)  # as train_gpt.main does on a CPU; the textbook does without
         loss = self.loss(ids, targets)
         loss.backward()
         self.latents.accumulate(loss, 1)

@@ -140,6 +140,7 @@ class CausalAttention(torch.autograd.Function):
         return output[0]
 
     @staticmethod
+    @torch.autograd.function.once_differentiable  # the probabilities are constants to a second derivative
     def backward(ctx, grad: Tensor) -> tuple:
         q, k, v, *probabilities = ctx.saved_tensors
         return *causal_attention_backward(grad, q, k, v, probabilities, ctx.window), None, None

@@ -174,6 +174,8 @@ def writable_compiler_cache() -> list[str]:
 def prepare_compiler(graphs: int) -> None:
     """Let torch.compile make so many graphs of one function, each for its shapes."""
     torch._dynamo.config.recompile_limit = max(8, graphs + 1)
+    if torch.are_deterministic_algorithms_enabled():  # the compiler's own flag too: it is part of its cache's keys
+        torch.use_deterministic_algorithms(True)
     tag_compiler_cache()
 
 

@@ -249,6 +249,15 @@ def test_the_ops_are_what_they_tell_torch(fp32_products):
 
 
 @pytest.mark.fast
+def test_a_second_derivative_is_refused():
+    """Its probabilities are constants to autograd: it would be wrong and nothing would say so."""
+    q, k, v = (torch.randn(1, 2, 5, 4, requires_grad=True) for _ in range(3))
+    first, = torch.autograd.grad(attend(q, k, v).square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+@pytest.mark.fast
 @pytest.mark.parametrize("softcap", [30.0, 1000.0])
 def test_the_loss_in_one_pass_is_cross_entropy(softcap):
     model = small_model(logit_softcap=softcap)

@@ -28,11 +28,10 @@ BEATEN = {FASTER.name: "1.489313", FREQUENT.name: str(FASTER), "2026-11-27_WideM
 
 
 @pytest.mark.parametrize("folder", RECORDS, ids=lambda folder: folder.name)
-def test_every_committed_record_passes_the_referee(folder):
-    # Of the newest the artifacts are decoded too, 6 s each; what is in older ones their sha256 tells, and below one is
-    # scored by two programs.
-    old = folder != RECORDS[-1]
-    lines, failed = check(folder, against=BEATEN.get(folder.name), leave_out={"sources"} if old else ())
+def test_every_committed_record_passes_the_referee(folder, monkeypatch):
+    if folder != RECORDS[-1]:  # decoding takes 6 s each; of older ones the sha256 is compared, and one is scored below
+        monkeypatch.setattr("records.check.check_artifact", lambda run, names: iter(()))
+    lines, failed = check(folder, against=BEATEN.get(folder.name))
     assert not failed, lines
 
 
