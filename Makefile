@@ -9,17 +9,20 @@ PIP    := $(BIN)/pip --quiet --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check lint types lock data fuzz setup clean
+.PHONY: help run test rehearse check lint types lock data fuzz setup clean
 
 help:                ## list these targets
-	@awk -F ' *:.*## ' '/^[a-z]+:.*## / { printf "make %-6s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ' *:.*## ' '/^[a-z]+:.*## / { printf "make %-8s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # --resume auto: a second `make run` continues one that was stopped, and leaves one that is finished as it is.
 run: data            ## prepare the data, train three minutes on the CPU, pack, score the file
 	$(BIN)/python train_gpt.py --preset cpu --resume auto $(ARGS)
 
-test: lint types     ## all that CI runs: lint, types, every test
-	$(PYTEST) tests
+test: lint types     ## all that CI runs: lint, types, every test but the rehearsals
+	$(PYTEST) -m "not rehearsal" tests
+
+rehearse: $(READY)   ## the long tests: stages of a GPU, a cluster, rival records, four processes
+	$(PYTEST) -m rehearsal tests
 
 check: lint types    ## the same with the fast tests only, under a minute
 	$(PYTEST) -m fast tests

@@ -294,6 +294,7 @@ def test_the_last_hidden_states_are_the_end_of_all():
         assert error(every[:, -1], every[:, -2]) > 0.1  # not the same at every position
 
 
+@pytest.mark.rehearsal
 @needs_compiler
 def test_a_compiled_model_has_the_loss_and_gradients_of_the_eager_one(monkeypatch):
     """In fp32, where a mistake cannot hide; test_end_to_end.py compiles whole runs in bf16."""

@@ -87,6 +87,7 @@ def wait_for(pattern: str, there: bool, process: subprocess.Popen | None = None)
     return pids_of(pattern)
 
 
+@pytest.mark.rehearsal
 def test_a_cluster_measures_what_one_machine_does_though_a_machine_is_lost(tmp_path, data_dir, workers):
     found = {}
     for name, more in (("here", ["--jobs", "2"]), ("there", ["--ray", workers])):

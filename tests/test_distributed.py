@@ -31,6 +31,7 @@ from train_gpt import GPT, PRESETS, Config, Latents, Optimizer, optimizer_of, ow
 
 TINY = Config(**PRESETS["tiny"])
 MARK = "MARK_OF_A_TEST_RUN"  # an environment variable
+FOUR = pytest.param(4, marks=pytest.mark.rehearsal)  # processes: too many for two cores to be quick
 needs_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc")
 
 
@@ -186,7 +187,7 @@ def resumed(data_dir, tmp_path_factory, killed) -> Callable[[int], Ended]:
     return on
 
 
-@pytest.fixture(params=[2, 4])
+@pytest.fixture(params=[2, FOUR])
 def several(request) -> tuple[int, Ended]:
     """A number of ranks, and a run that they ended: 2 ran all of it, 4 what another two had begun."""
     done = request.getfixturevalue("whole") if request.param == 2 else request.getfixturevalue("resumed")(4)
@@ -269,6 +270,7 @@ def test_a_rank_holds_what_the_plan_counts(several):
         assert held[rank] == sum((counted | {"payload": sum(codes)}).values())
 
 
+@pytest.mark.rehearsal
 @needs_proc
 def test_memory_falls_with_the_number_of_ranks(tiny_run, whole, resumed):
     """Params, gradient sums and received codes are on every rank; all else is on one of them."""
@@ -300,7 +302,7 @@ def test_eight_owners_have_about_the_same_work():
 
 
 @needs_proc
-@pytest.mark.parametrize("ranks", [1, 4])
+@pytest.mark.parametrize("ranks", [1, FOUR])
 def test_what_two_ranks_saved_resumes_on_any_number(resumed, tiny_run, ranks):
     done = resumed(ranks)
     assert not any(done.statuses), done.out + done.err
@@ -332,7 +334,7 @@ def check_one_line(done: Ended) -> None:
 
 
 @needs_proc
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.rehearsal)])
 def test_a_killed_rank_ends_the_run_with_one_line(killed, rank):
     done = killed(rank)
     check_one_line(done)

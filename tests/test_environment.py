@@ -166,6 +166,7 @@ def tiny(data_dir, tmp_path, *more: object, **env: str) -> subprocess.CompletedP
                           text=True, encoding="utf-8")
 
 
+@pytest.mark.rehearsal
 def test_a_compiler_that_fails_costs_speed_and_one_notice(data_dir, tmp_path):
     """As without headers, or with a cache folder full: whatever it is that the compiler meets."""
     fake = tmp_path / "bin" / "g++"

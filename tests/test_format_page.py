@@ -241,6 +241,7 @@ def test_nearly_certain_bits(monkeypatch):
     model_roundtrip(monkeypatch, *tensors)
 
 
+@pytest.mark.rehearsal
 def test_long_arrays(monkeypatch):
     """Steps of more rows than the lanes ask for, stacks cut at 2^18 columns."""
     rng = np.random.default_rng(7)

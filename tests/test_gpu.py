@@ -46,6 +46,7 @@ def whole(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
     return folder / "out", run_gpu(folder / "out", "--seconds", 2 * PATIENCE, "--against", folder / "other.py")
 
 
+@pytest.mark.rehearsal
 def test_every_stage_runs(whole):
     out, done = whole
     results = {stage: result(out, stage) for stage in STAGES}
@@ -58,6 +59,7 @@ def test_every_stage_runs(whole):
     assert len(list(out.iterdir())) == 8  # five results, summary.md, log.txt, results.jsonl
 
 
+@pytest.mark.rehearsal
 def test_what_the_stages_find(whole):
     out, _ = whole
     machine, correct, train, score, runs = (result(out, stage)["figures"] for stage in STAGES)

@@ -53,6 +53,7 @@ def test_a_record_of_before_the_layout_agrees_with_itself():
             assert len(found) == 1 and found[0].endswith(end), begin
 
 
+@pytest.mark.rehearsal
 def test_a_committed_artifact_scores_the_same_by_its_own_program_and_by_ours(data_dir, tmp_path):
     """On other data, as that of the record takes a while to prepare: `records/check.py --data` scores on that."""
     data, corpus = tmp_path / "shards", data_dir.parent / "corpus.jsonl"
@@ -115,6 +116,7 @@ def test_a_record_is_written_and_proved(made, data_dir, tmp_path):
     assert other.returncode == 1 and "holds another run" in other.stderr
 
 
+@pytest.mark.rehearsal
 def test_two_checkouts_turn_about(made, data_dir, tmp_path):
     """A checkout against itself differs by nothing, a variant by something; finished runs are read, others made."""
     def play(*settings, iterations=5):
@@ -144,6 +146,7 @@ def test_two_checkouts_turn_about(made, data_dir, tmp_path):
     assert "give NAME=SETTINGS" in play("--also", "this=--qk-gain 2").stderr
 
 
+@pytest.mark.rehearsal
 def test_a_record_beside_its_rival(made, data_dir, tmp_path):
     """The rival's own program runs in turn, the referee recomputes the pairs, and what is not the rival's is found."""
     rival, folder = made[1], tmp_path / "track_test/2026-01-02_Second"
