@@ -22,7 +22,7 @@ import eval_bpb
 import train_gpt
 from ablations.formats import Codebook
 from ablations.hooks import after, before
-from tern import kernels, metric
+from tern import copying, kernels, metric
 from tern import muon as tern_muon
 from tern.adapt import ScoreFirst
 from tern.groups import decode_scales, join_groups, split_groups
@@ -391,6 +391,45 @@ def document_mask(bos: int = 1) -> None:
         return F.scaled_dot_product_attention(q, k, v, seen, enable_gqa=q.shape[1] != k.shape[1]).to(dtype)
 
     GPT.states, Attention.attend = states, attend
+
+
+@patch(longest=Within(1))
+def matches(longest: int = 3) -> None:
+    """A model that copies knows where tokens are the same: the mass of what followed an earlier position is multiplied
+    by exp(b_1 + .. + b_n), learned from 0, where the n tokens before that, of at most `longest`, are those before the
+    prediction. Contexts of an order, as in PPM (Cleary and Witten, IEEE Trans. Comm. 32, 1984)."""
+    def make(model: GPT, config) -> None:
+        if model.copying is None:
+            raise ConfigError("patch matches is for models that copy: set copy_dim")
+        model.copying.__class__ = Matching
+        model.copying.by_match = nn.Parameter(torch.zeros(longest))
+
+    class Matching(copying.Copying):
+        def gain(self, ids: Tensor, rows: slice, known: int, last: int) -> Tensor:
+            """Factors of masses, of tokens ids [batch, time] but the first, which nothing is known to be like."""
+            same = total = None
+            for n, more in enumerate(self.by_match.float()):
+                keys, queries = (F.pad(ids[:, 1 : ids.shape[1] - n], (n + 1, 0), value=v) for v in (-1, -2))
+                equal = queries[:, -last:][:, rows, None] == keys[:, None, :known]
+                same = equal if same is None else same & equal
+                gained = torch.where(same, more, 0.0)
+                total = gained if total is None else total + gained
+            return total.exp()
+
+        def losses(self, losses: Tensor, states: Tensor, targets: Tensor) -> Tensor:
+            found, ids = [], F.pad(targets[:, :-1], (1, 0))
+            for rows, known, masses in self.tiles(states, states.shape[1]):
+                masses = masses * self.gain(ids, rows, known, ids.shape[1])
+                right = torch.where(targets[:, rows, None] == targets[:, None, :known], masses, 0.0).sum(-1)
+                found.append(masses.sum(-1).log1p() - copying.log(right + (-losses[:, rows]).exp()))
+            return torch.cat(found, 1)
+
+        def with_masses(self, states: Tensor, ids: Tensor, last: int) -> Tensor:
+            found = [self.of_tokens((masses * self.gain(ids, rows, known, last))[..., :-1], ids[:, 1:known])
+                     for rows, known, masses in self.tiles(states, last)]
+            return torch.cat((states[:, -last:], torch.cat(found, 1)), -1)
+
+    after(GPT, "__init__", make)
 
 
 @patch()

@@ -105,6 +105,34 @@ def test_canon_sees_what_is_before_alone_and_the_last_positions_are_those_of_all
 
 
 @pytest.mark.fast
+def test_masses_grow_where_tokens_match():
+    """By hand, one pair of positions at a time; losses and distributions say the same."""
+    patches.apply(["matches=3"])
+    torch.manual_seed(0)
+    model, ids = train_gpt.GPT(replace(SMALL, copy_dim=8)), torch.randint(3, (2, 16))
+    copying, targets = model.copying, torch.cat((ids[:, 1:], ids[:, :1]), 1)
+    with torch.no_grad():
+        copying.by_match.copy_(torch.tensor([0.5, -0.25, 1.0]))
+        states = model.states(ids, 16)
+        ((_, _, plain),) = copying.tiles(states, 16)
+        masses = plain.clone()
+        for b, q, k in np.ndindex(*masses.shape):
+            n = 0
+            while n < min(3, k) and ids[b, q - n] == ids[b, k - n]:  # the window's first token tells nothing
+                n += 1
+            masses[b, q, k] *= math.exp(sum([0.5, -0.25, 1.0][:n]))
+        by_token = torch.stack([torch.where(targets[:, None] == v, masses, 0.0).sum(-1)
+                                for v in range(SMALL.vocab_size)], -1)
+        probabilities = (model.logits(states).softmax(-1) + by_token) / (1 + masses.sum(-1, keepdim=True))
+        expected = -probabilities.gather(-1, targets[..., None])[..., 0].log()
+        found = -model.head(model.hidden(ids)).log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+        assert not torch.allclose(plain, masses)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model(ids, targets), expected.mean(), rtol=1e-4, atol=1e-5)
+        assert torch.allclose(model.hidden_last(ids, 5), model.hidden(ids)[:, -5:], atol=1e-5)
+
+
+@pytest.mark.fast
 @pytest.mark.parametrize("text", ["activation=leaky2", "activation=swiglu", "parallel", "loop=2", "shift=both",
                                   "column_gains", "canon=both,2", "recur=0.4", "document_mask", "factored=16",
                                   "bigram=64,8", "late_loss=8"])
