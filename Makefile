@@ -21,6 +21,7 @@ run: data            ## prepare the data, train three minutes on the CPU, pack, 
 test: lint types     ## all that CI runs: lint, types, every test but the rehearsals
 	$(PYTEST) -m "not rehearsal" tests
 
+# Before a record, a release, and a change of what they rehearse.
 rehearse: $(READY)   ## the long tests: stages of a GPU, a cluster, rival records, four processes
 	$(PYTEST) -m rehearsal tests
 

@@ -526,7 +526,8 @@ def are_weights(kind: str, role: str, shapes: Shapes) -> bool:
 
 
 def encode_stream(symbols: np.ndarray, kind: str, shapes: Shapes, role: str = "codes") -> tuple[str, bytes]:
-    """(codec name, bytes) of the smallest encoding; of equals the first in CODECS, so that a file is reproducible."""
+    """(codec name, bytes) of the smallest encoding that is tried; of equals the first in CODECS, so that a file is
+    reproducible."""
     best = None
     for name, codec in CODECS.items():
         if kind not in codec.kinds or (codec.compressor and not symbols.size) or not codec.suits(shapes, kind):
@@ -1110,7 +1111,8 @@ def verify(path: str | Path, against: str | None = None) -> list[str]:
     lines = [f"sound: {len(data):,} bytes, {len(tensors)} tensors, every checksum, code and scale"]
     same = encode_artifact(tensors, meta) == data
     lines.append("canonical: packing its tensors again gives the same bytes" if same else
-                 "not canonical here: packing its tensors again gives other bytes (another zlib, liblzma or zstandard)")
+                 "not canonical here: packing its tensors again gives other bytes (another packer, zlib, liblzma or "
+                 "zstandard)")
     if against is not None:
         difference = first_difference(tensors, stored_in_checkpoint(against))
         if difference:

@@ -628,41 +628,6 @@ def unrounded_scales() -> None:
     Latents.refresh = refresh
 
 
-@patch(beta2=Within(0, 1))
-def normuon(beta2: float = 0.95) -> None:
-    """NorMuon (arXiv 2510.05491, algorithm 1): rows of Muon's update are divided by the root of a running mean of their
-    squares; here each matrix's update keeps its norm."""
-    update, of_before = Optimizer.update_bank, Optimizer.saved
-
-    def make(self: Optimizer, latents: Latents, config) -> None:
-        if config.muon_wd:
-            raise ConfigError("patch normuon takes what changes a latent for Muon's update: set muon_wd to 0")
-        self.row_squares = [x.new_zeros((*x.shape[:-1], 1)) for x in self.momentum]
-
-    def update_bank(self: Optimizer, latent: Tensor, buffer: Tensor, grad: Tensor, lr_scale: float, momentum: float
-                    ) -> None:
-        before = latent.clone()
-        update(self, latent, buffer, grad, lr_scale, momentum)
-        if lr_scale == 0:  # it only was compiled
-            return
-        change = (latent - before) / lr_scale
-        square = next(s for s, own in zip(self.row_squares, self.momentum, strict=True) if own is buffer)
-        square.lerp_(change.square().mean(-1, keepdim=True), 1 - beta2)
-        even = change / (square.sqrt() + 1e-10)
-        size = change.norm(dim=(-2, -1), keepdim=True) / (even.norm(dim=(-2, -1), keepdim=True) + 1e-10)
-        latent.copy_(before + lr_scale * size * even)
-
-    def saved(self: Optimizer, bank) -> dict[str, Tensor]:
-        out = of_before(self, bank)
-        if bank.optimizer == "muon":
-            mine = [s for s, b in zip(self.row_squares, self.muon, strict=True) if b is bank]
-            out["row_square"] = mine[0] if mine else torch.empty((*bank.grad.shape[:-1], 1), device="meta")
-        return out
-
-    after(Optimizer, "__init__", make)
-    Optimizer.update_bank, Optimizer.saved = update_bank, saved
-
-
 @patch(kind=("polar", "rows"))
 def muon(kind: str) -> None:
     """Muon's orthogonalisation: polar (Polar Express coefficients, arXiv 2505.16932, table 1), or rows (rows of the

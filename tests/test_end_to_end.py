@@ -199,7 +199,8 @@ def test_a_compiler_that_changes_the_model_is_caught_and_nothing_is_lost(data_di
         assert state["step"] == 3 and state["finished"]
 
 
-COMPILED = ["--compile", 1, "--threads", 2, "--warmup-steps", 1, "--iterations", 8, "--eval-stride", 0]
+COMPILED = ["--compile", 1, "--threads", 2, "--warmup-steps", 1, "--iterations", 8, "--eval-stride", 0, "--smear", 1,
+            "--key-offset", 1, "--copy-dim", 16, "--attn-window", 40]
 
 
 @pytest.fixture(scope="module")

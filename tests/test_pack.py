@@ -451,6 +451,22 @@ def test_what_takes_the_model_too_many_steps_goes_to_another_codec(monkeypatch):
     assert pack.encode_stream(zeros, "u16", shapes)[0] == "raw"
 
 
+def test_the_model_is_not_tried_on_matrices_of_floats(monkeypatch):
+    """It takes seconds and is larger (LOG.md, floats); scales and vectors are another thing."""
+    rng, tried, codec = np.random.default_rng(0), [], pack.CODECS["model"]
+
+    def encode(symbols: np.ndarray, kind: str, shapes: pack.Shapes) -> bytes:
+        tried.append(shapes)
+        return codec.encode(symbols, kind, shapes)
+
+    monkeypatch.setitem(pack.CODECS, "model", dataclasses.replace(codec, encode=encode))
+    noise = (rng.standard_normal(4096).astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+    assert pack.encode_stream(noise, "u16", [(64, 64)])[0].endswith("+lzma") and tried == []
+    for shapes, role in (([(64, 64)], "scales"), ([(4096,)], "codes"), ([(2, 2048)], "codes")):
+        pack.encode_stream(noise, "u16", shapes, role)
+        assert tried.pop() == shapes
+
+
 def test_an_array_too_wide_for_the_model_goes_to_another_codec():
     wide = np.random.default_rng(0).choice(np.array([-1, 0, 0, 0, 0, 0, 1], np.int8), 300_000)
     assert pack.encode_stream(wide, "ternary", [(2, 150_000)])[0] == "model"

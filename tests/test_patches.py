@@ -58,7 +58,7 @@ def unpatched() -> Iterator[None]:
 
 TRAINING = ["xsa=1", "bigram=64,8", "factored=16", "activation=leaky2", "activation=swiglu", "parallel", "recur=0.4",
             "loop=2", "document_mask", "orthogonal", "bf16_latents", "ema=0.5", "ema_params=0.5", "swa=0.3",
-            "muon=polar", "normuon", "warmdown=cosine,0.1", "gptq=4", "shift=both", "column_gains", "canon=both,2",
+            "muon=polar", "warmdown=cosine,0.1", "gptq=4", "shift=both", "column_gains", "canon=both,2",
             "hysteresis=0.3", "dampen=0.1", "part_format=attn,bf16", "part_format=blocks,ternary,0"]
 
 
