@@ -115,10 +115,12 @@ def against(s: dict) -> str:
     rows = "\n".join(
         f"| {a['seed']} | {a['val_bpb']:.6f} | {b['val_bpb']:.6f} | {b['difference']:+.6f} | {a['steps']:,} | "
         f"{b['steps']:,} | {a['tokens']:,} | {b['tokens']:,} |" for a, b in zip(ours, rival["seeds"], strict=True))
+    fp32 = (" This CPU\nhas no products of bf16: in its program, as in this one, they were computed in fp32 of the "
+            "same factors\n(`records/fp32_products.py`).") if rival.get("fp32_products") else ""
     return f"""## In turn with {rival['date']}_{rival['name']}
 
 The program of that record ran again, seed by seed in turn with this one, on the same machine in the same hours; its
-logs are `rival_metrics_seed*.jsonl`.
+logs are `rival_metrics_seed*.jsonl`.{fp32}
 
 | seed | sliding val_bpb | {rival['name']} | difference | steps | {rival['name']} | tokens | {rival['name']} |
 |---|---|---|---|---|---|---|---|

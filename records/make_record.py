@@ -4,7 +4,8 @@
         --against records/track_cpu_10min_128kb/2026-11-22_FasterSteps
 
 With --against, the program of that record runs in turn with this one, seed by seed, on the same machine: what ten
-minutes are worth differs between machines by two and between hours by a third, so that only such pairs compare. Each
+minutes are worth differs between machines by two and between hours by a third, so that only such pairs compare; what
+keeps them fair on a CPU without products of bf16 is fp32_products.py. Each
 seed is a whole run of train_gpt.py in a fresh process (data/prepare.py must have been run). Then bundle.py writes
 records/track_<track>/<date>_<name>/, and every stored artifact is scored once more by the folder's own train_gpt.py:
 the folder is kept only if it passes every check and gives the recorded score again, digit for digit. A seed whose run
@@ -19,6 +20,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +28,7 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pack import read_bytes
-from records import bundle
+from records import bundle, fp32_products
 from records.rules import (
     TRACKS,
     Rival,
@@ -38,7 +40,7 @@ from records.rules import (
     read_rival,
     sha256,
 )
-from tern import command, processes, runlog, source
+from tern import command, machine, processes, runlog, source
 
 
 def train(seed: int, args: argparse.Namespace) -> Path:
@@ -78,8 +80,15 @@ class Opponent:
     seeds: list[TrainedBy]
 
 
-def run_again(record: Path, opponent: Opponent, seed: int, args: argparse.Namespace) -> bytes:
-    """The metrics.jsonl of a run of a record's own program, here and now. Raises SubmissionError."""
+def needs_fp32(record: Path) -> bool:
+    """Whether a record's program would take torch's loops for products of bf16, which this CPU does not have."""
+    own = any(b"bf16_products" in read_bytes(path) for path in (record / "source").rglob("*.py"))
+    return not own and not machine.bf16_products()
+
+
+def run_again(record: Path, opponent: Opponent, seed: int, args: argparse.Namespace, fp32: bool) -> bytes:
+    """The metrics.jsonl of a run of a record's own program, here and now; with fp32, see fp32_products. Raises
+    SubmissionError."""
     run_id = f"{args.name}_against_seed{seed}"
     metrics, program = args.out_dir / run_id / "metrics.jsonl", record / "train_gpt.py"
     if not metrics.exists():
@@ -89,7 +98,10 @@ def run_again(record: Path, opponent: Opponent, seed: int, args: argparse.Namesp
         print(f"seed {seed} of {opponent.name}: {shlex.join([*launcher(args.nproc), 'train_gpt.py', *options])}",
               flush=True)
         argv = [*options, "--out-dir", str(args.out_dir), "--run-id", run_id]
-        if subprocess.run([*processes.launcher(args.nproc), str(program.resolve()), *argv]).returncode:
+        with tempfile.TemporaryDirectory() as folder:
+            env = fp32_products.environment(Path(folder)) if fp32 else None
+            done = subprocess.run([*processes.launcher(args.nproc), str(program.resolve()), *argv], env=env)
+        if done.returncode:
             raise SubmissionError(f"seed {seed}: the run of {record} failed; see above")
     data = read_bytes(metrics)
     header, _, _ = read_rival(data, str(metrics))
@@ -118,14 +130,14 @@ def train_in_turn(args: argparse.Namespace) -> tuple[list[Path], Rival | None, d
     opponent = read_json(read_bytes(where), Opponent, str(where))
     if TRACKS.get(opponent.preset) != TRACKS[args.preset] or not opponent.seeds:
         raise SubmissionError(f"{where}: preset {opponent.preset!r} is of another track than {args.preset}")
-    runs, rivals = [], {}
+    runs, rivals, fp32 = [], {}, needs_fp32(args.against)
     for i, seed in enumerate(args.seeds):
         if i % 2 == 0:
             runs.append(train(seed, args))
-        rivals[seed] = run_again(args.against, opponent, seed, args)
+        rivals[seed] = run_again(args.against, opponent, seed, args, fp32)
         if i % 2:
             runs.append(train(seed, args))
-    return runs, Rival(opponent.name, opponent.date), rivals
+    return runs, Rival(opponent.name, opponent.date, fp32), rivals
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -320,6 +320,7 @@ class Rival:
 
     name: str
     date: str
+    fp32_products: bool = False  # its products of bf16 were computed in fp32, as ours on such a CPU (fp32_products.py)
 
 
 @dataclass(frozen=True)
@@ -403,9 +404,10 @@ def compare(runs: list[Run], rivals: Mapping[int, bytes], record: Rival) -> dict
     for run in runs:
         where = RIVAL.format(run.seed)
         header, final, result = read_rival(rivals.get(run.seed, b""), where)
-        ours = run.header
+        ours, cpu = run.header, str(header.machine.get("cpu"))
+        as_ours = {"cpu": cpu + runlog.NO_BF16_PRODUCTS} if record.fp32_products else {}  # it does not say so itself
         for what, mine, theirs in (
-                ("seed", run.seed, header.settings.get("seed")), ("machine", ours.machine, header.machine),
+                ("seed", run.seed, header.settings.get("seed")), ("machine", ours.machine, header.machine | as_ours),
                 ("data_sha256", ours.data_sha256, header.data_sha256),
                 ("seconds", ours.settings["max_wallclock_seconds"], header.settings.get("max_wallclock_seconds"))):
             if mine != theirs:
@@ -417,8 +419,8 @@ def compare(runs: list[Run], rivals: Mapping[int, bytes], record: Rival) -> dict
             "code_sha256": header.source_sha256,
         })
     differences = [row["difference"] for row in rows]
-    return asdict(record) | {"seeds": rows, "difference": statistics.mean(differences),
-                             "difference_std": deviation(differences)}
+    return {key: value for key, value in asdict(record).items() if value} | {
+        "seeds": rows, "difference": statistics.mean(differences), "difference_std": deviation(differences)}
 
 
 def summarize(track: Track, runs: list[Run], program: bytes, sources: Mapping[str, bytes],

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
-from tern import source
+from tern import runlog, source
 from tern.files import folder_identity, sha256_file
 from tern.settings import ConfigError
 
@@ -35,7 +35,7 @@ def bf16_products() -> bool:
 
 def describe() -> dict:
     """Versions and hardware, as a run's header has them."""
-    cpu = torch.backends.cpu.get_cpu_capability() + ("" if bf16_products() else " without bf16 products")
+    cpu = torch.backends.cpu.get_cpu_capability() + ("" if bf16_products() else runlog.NO_BF16_PRODUCTS)
     gpu = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__,

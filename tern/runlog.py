@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TextIO
 
 SCHEMA = 2  # 1: bytes_code of a final record were those of the readable sources
+NO_BF16_PRODUCTS = " without bf16 products"  # what a header says of such a CPU
 
 # ---------------------------------------------------------------------------------------------------------------
 # Records: the lines of metrics.jsonl, each with its "type" (RECORDS)

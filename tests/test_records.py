@@ -7,15 +7,16 @@ import shutil
 import statistics
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
 from conftest import PATIENCE, ROOT, VOCAB, ended, run, started
 from data import prepare
-from records import rules
+from records import fp32_products, rules
 from records.check import CHECKS, check, final_lines
 from records.claim import weigh_claim
-from tern import source
+from tern import runlog, source
 from tern.machine import bf16_products
 from tern.runfolder import lock_folder
 
@@ -61,12 +62,13 @@ def test_a_committed_artifact_scores_the_same_by_its_own_program_and_by_ours(dat
                          "--val-fraction", "0.06"]) == 0
     shutil.copy(FASTER / "train_gpt.py", tmp_path)
     words = [FASTER / "model_seed1337.tern", "--data", data, "--json"]
+    in_fp32 = {} if bf16_products() else {"PYTHONPATH": fp32_products.environment(tmp_path)["PYTHONPATH"]}
     theirs = subprocess.run([sys.executable, "train_gpt.py", "eval_bpb", *map(str, words), "theirs.json"], cwd=tmp_path,
-                            env={"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=PATIENCE)
+                            env={"OMP_NUM_THREADS": "1"} | in_fp32, capture_output=True, text=True, timeout=PATIENCE)
     ours = ended(started(sys.executable, ROOT / "eval_bpb.py", *words, tmp_path / "ours.json", OMP_NUM_THREADS="1"))
     assert theirs.returncode == ours.returncode == 0, theirs.stderr + ours.stderr
     results = [json.loads((tmp_path / f"{who}.json").read_text()) for who in ("theirs", "ours")]
-    same = 0.0 if bf16_products() else 1e-3  # its program has products of bf16 everywhere, by torch's loops
+    same = 0.0 if bf16_products() else 1e-3  # its scores of attention are rounded to bf16
     for kind in ("chunked", "sliding"):
         scores = [result[kind]["val_bpb"] for result in results]
         assert scores[1] == pytest.approx(scores[0], abs=same, rel=0) and scores[0] > 1, kind
@@ -172,6 +174,49 @@ def test_a_record_beside_its_rival(made, data_dir, tmp_path):
         assert failed and any(reason in line for line in lines), lines
     metrics.unlink()
     assert any("rival_metrics_seed1.jsonl is missing" in line for line in check(folder)[0])
+
+
+PRODUCTS = """
+import torch
+from torch.nn import functional as F
+from tern.packed import packed
+
+a, b, c = (torch.randint(-9, 9, (2, 32, 32)).bfloat16() for _ in range(3))  # sums are exact
+exact = a.double() @ b.double()
+for x in (torch.bmm(a, b), a @ b, F.linear(a[0], b[0].mT)):
+    assert x.dtype == torch.bfloat16 and torch.equal(x, (exact if x.dim() == 3 else exact[0]).float().bfloat16()), x
+x = torch.baddbmm(c, a, b, beta=0.5, alpha=2.0)
+assert torch.equal(x, (0.5 * c.double() + 2 * exact).float().bfloat16())
+assert torch.equal(torch.bmm(a.double(), b.double()), exact)
+x = torch.compile(F.linear, backend="eager")(a[0], b[0].mT)
+assert torch.equal(x, exact[0].float().bfloat16())
+w = packed(torch.ones(32, 32, dtype=torch.bfloat16))
+assert w is not None and torch.equal(F.linear(a[0], w)[:, 0], a[0].double().sum(1).float().bfloat16())
+"""
+
+
+def test_programs_of_before_multiply_in_fp32(tmp_path):
+    """In a process that a program starts, too: the sums of bf16 factors, rounded once, whatever the function."""
+    env = fp32_products.environment(tmp_path) | {"OMP_NUM_THREADS": "1"}
+    words = [sys.executable, "-c", "import subprocess, sys; sys.exit(subprocess.run(sys.argv[1:]).returncode)",
+             sys.executable, "-c", PRODUCTS]
+    done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.fast
+def test_a_rival_whose_products_were_in_fp32_is_of_this_machine():
+    """An older program's log does not say that its CPU has none of bf16; the record says how it ran."""
+    run = rules.read_run(lambda name: (FREQUENT / name).read_bytes(), rules.seed_names(1337))
+    rivals = {1337: (FREQUENT / rules.RIVAL.format(1337)).read_bytes()}
+    cpu = {"cpu": run.header.machine["cpu"] + runlog.NO_BF16_PRODUCTS}
+    here = replace(run, header=replace(run.header, machine=run.header.machine | cpu))
+    plain, in_fp32 = rules.Rival("FasterSteps", "2026-11-22"), rules.Rival("FasterSteps", "2026-11-22", True)
+    assert "fp32_products" not in rules.compare([run], rivals, plain)
+    assert rules.compare([here], rivals, in_fp32)["fp32_products"] is True
+    for ours, rival in ((run, in_fp32), (here, plain)):
+        with pytest.raises(rules.SubmissionError, match="machine is"):
+            rules.compare([ours], rivals, rival)
 
 
 @pytest.mark.fast
