@@ -7,6 +7,7 @@ nothing but that. make_record.py --against starts such a record's program, and w
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -18,12 +19,15 @@ from torch.nn import functional as F
 
 def in_fp32(product: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """A product of bf16 tensors, from their fp32 values and rounded once; anything else as before."""
-    def wrapped(*factors, **scalars):
+    @functools.wraps(product)  # Inductor finds torch's functions by their names
+    def wrapped(*factors, **more):
         if not all(isinstance(x, Tensor) for x in factors):
-            return torch.overrides.handle_torch_function(wrapped, factors, *factors, **scalars)
+            return torch.overrides.handle_torch_function(wrapped, factors, *factors, **more)
         if any(x.dtype != torch.bfloat16 for x in factors):
-            return product(*factors, **scalars)
-        return product(*(x.float() for x in factors), **scalars).to(torch.bfloat16)
+            return product(*factors, **more)
+        out = more.pop("out", None)
+        exact = product(*(x.float() for x in factors), **more)
+        return exact.to(torch.bfloat16) if out is None else out.copy_(exact)
 
     return wrapped
 

@@ -188,6 +188,9 @@ for x in (torch.bmm(a, b), a @ b, F.linear(a[0], b[0].mT)):
 x = torch.baddbmm(c, a, b, beta=0.5, alpha=2.0)
 assert torch.equal(x, (0.5 * c.double() + 2 * exact).float().bfloat16())
 assert torch.equal(torch.bmm(a.double(), b.double()), exact)
+import torch._inductor.lowering  # finds these functions by their names, and writes into what it has
+torch.bmm(a, b, out=c)
+assert torch.equal(c, exact.float().bfloat16())
 x = torch.compile(F.linear, backend="eager")(a[0], b[0].mT)
 assert torch.equal(x, exact[0].float().bfloat16())
 w = packed(torch.ones(32, 32, dtype=torch.bfloat16))
