@@ -432,6 +432,58 @@ def matches(longest: int = 3) -> None:
     after(GPT, "__init__", make)
 
 
+@patch(longest=Within(1), recent=Within(1))
+def recent_matches(longest: int = 3, recent: int = 8) -> None:
+    """As matches, where the positions whose n tokens are those before the prediction, n = 1 .. longest, are found by
+    sorting, and no two are compared: of the last `recent` of each n the m-th mass grows by exp(b_nm) times itself."""
+    def make(model: GPT, config) -> None:
+        if model.copying is None:
+            raise ConfigError("patch recent_matches is for models that copy: set copy_dim")
+        model.copying.__class__ = Recalling
+        model.copying.by_match = nn.Parameter(torch.full((longest, recent), -3.0))
+
+    class Recalling(copying.Copying):
+        def recalled(self, ids: Tensor, last: int) -> tuple[Tensor, Tensor]:
+            """(positions [batch, last, longest * recent], whether there is one) of ids [batch, time] but the first."""
+            found, at, context = [], torch.arange(ids.shape[1], device=ids.device), torch.zeros_like(ids)
+            for n in range(1, longest + 1):
+                context = torch.where(at < n, -1 - at, F.pad(context[:, :-1], (1, 0)) * self.vocab_size + ids)
+                values, order = context.sort(stable=True, dim=1)
+                before = F.pad(order, (recent, 0)).unfold(1, recent, 1)[:, :-1]
+                same = F.pad(values, (recent, 0), value=-1 - len(at)).unfold(1, recent, 1)[:, :-1] == values[..., None]
+                place = order.argsort(1)[:, -last:, None].expand(-1, -1, recent)
+                found.append((before.gather(1, place), same.gather(1, place)))
+            positions, there = (torch.cat(x, -1) for x in zip(*found, strict=True))
+            return torch.where(there, positions, 0), there
+
+        def gained(self, masses: Tensor, positions: Tensor, there: Tensor) -> Tensor:
+            """By which each of the masses at some positions grows."""
+            return torch.where(there, masses.gather(2, positions) * self.by_match.float().exp().flatten(), 0.0)
+
+        def losses(self, losses: Tensor, states: Tensor, targets: Tensor) -> Tensor:
+            positions, there = self.recalled(F.pad(targets[:, :-1], (1, 0)), targets.shape[1])
+            following, found = targets.gather(1, positions.flatten(1)).view(positions.shape), []
+            for rows, known, masses in self.tiles(states, states.shape[1]):
+                gained, wanted = self.gained(masses, positions[:, rows], there[:, rows]), targets[:, rows, None]
+                right = (torch.where(wanted == targets[:, None, :known], masses, 0.0).sum(-1)
+                         + torch.where(wanted == following[:, rows], gained, 0.0).sum(-1))
+                found.append((masses.sum(-1) + gained.sum(-1)).log1p()
+                             - copying.log(right + (-losses[:, rows]).exp()))
+            return torch.cat(found, 1)
+
+        def with_masses(self, states: Tensor, ids: Tensor, last: int) -> Tensor:
+            positions, there = self.recalled(ids, last)
+            following = F.pad(ids, (0, 1)).gather(1, positions.flatten(1) + 1).view(positions.shape)
+            found = []
+            for rows, known, masses in self.tiles(states, last):
+                gained = self.gained(masses, positions[:, rows], there[:, rows])
+                found.append(self.of_tokens(masses[..., :-1], ids[:, 1:known])
+                             .scatter_add(2, following[:, rows], gained))
+            return torch.cat((states[:, -last:], torch.cat(found, 1)), -1)
+
+    after(GPT, "__init__", make)
+
+
 @patch()
 def orthogonal() -> None:
     """Block matrices start orthogonal (arXiv 1312.6120), scaled to the norm they had; those that start at zero stay."""

@@ -133,6 +133,34 @@ def test_masses_grow_where_tokens_match():
 
 
 @pytest.mark.fast
+def test_masses_grow_where_the_last_matches_were():
+    """As above; of equal tokens, pairs and triples the last two each, by a number for each."""
+    patches.apply(["recent_matches=3,2"])
+    torch.manual_seed(0)
+    model, ids = train_gpt.GPT(replace(SMALL, copy_dim=8)), torch.randint(3, (2, 24))
+    copying, targets = model.copying, torch.cat((ids[:, 1:], ids[:, :1]), 1)
+    with torch.no_grad():
+        copying.by_match.copy_(torch.randn(3, 2))
+        grows, states = copying.by_match.exp().flip(1), model.states(ids, 24)  # the most recent first
+        ((_, _, plain),) = copying.tiles(states, 24)
+        masses = plain.clone()
+        for b, q, n in np.ndindex(2, 24, 3):
+            alike = [k for k in range(n + 1, q) if ids[b, k - n : k + 1].tolist() == ids[b, q - n : q + 1].tolist()]
+            for m, k in enumerate(alike[::-1][:2]):
+                masses[b, q, k] += plain[b, q, k] * grows[n, m]
+        by_token = torch.stack([torch.where(targets[:, None] == v, masses, 0.0).sum(-1)
+                                for v in range(SMALL.vocab_size)], -1)
+        probabilities = (model.logits(states).softmax(-1) + by_token) / (1 + masses.sum(-1, keepdim=True))
+        expected = -probabilities.gather(-1, targets[..., None])[..., 0].log()
+        found = -model.head(model.hidden(ids)).log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+        assert not torch.allclose(plain, masses)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model(ids, targets), expected.mean(), rtol=1e-4, atol=1e-5)
+        assert torch.allclose(model.hidden_last(ids, 5), model.hidden(ids)[:, -5:], atol=1e-5)
+        assert model.hidden(ids[:, :1]).isfinite().all()
+
+
+@pytest.mark.fast
 @pytest.mark.parametrize("text", ["activation=leaky2", "activation=swiglu", "parallel", "loop=2", "shift=both",
                                   "column_gains", "canon=both,2", "recur=0.4", "document_mask", "factored=16",
                                   "bigram=64,8", "late_loss=8"])
