@@ -8,7 +8,7 @@ bpb = (sum of the scored tokens' negative log-likelihoods in nats / ln 2) / (UTF
 
 Three things can make such a number wrong: bytes, windows and the model. Each is checked on every run: the byte counter
 against the decoded text of every validation document (tern/audits.py), the windows by counting that each token is
-scored once (tern/metric.py), the model by tests for look-ahead, for normalisation and for ternary codes (below). If a
+scored once (tern/metric.py), the model by tests for look-ahead, for finite logits and for ternary codes (below). If a
 check of the score fails, no score is printed.
 """
 
@@ -98,8 +98,9 @@ def audit_ternary(tensors: dict[str, pack.StoredTensor]) -> dict:
 def audit_model(model, tokens: np.ndarray, seq_len: int) -> dict:
     """Three properties that a scorer relies on, tested on the first window of the stream.
 
-    Look-ahead: no change to tokens from position t on may change a loss before t. Normalisation: the probabilities at
-    a position sum to one. Both raise AuditError. Context: does shuffling it change the next prediction? (reported)
+    Look-ahead: no change to tokens from position t on may change a loss before t. Logits: finite, so that their
+    softmax, which gives the losses, sums to one. Both raise AuditError. Context: does shuffling it change the next
+    prediction? (reported)
     """
     device = next(model.parameters()).device
     window = torch.from_numpy(np.asarray(tokens[: seq_len + 1]).astype(np.int64)).to(device)
@@ -124,8 +125,8 @@ def audit_model(model, tokens: np.ndarray, seq_len: int) -> dict:
             )
     logits = model.head(model.hidden(ids)[0, -64:])
     off = (logits.log_softmax(-1).double().exp().sum(-1) - 1).abs().max().item()
-    if not off <= 1e-4:
-        raise AuditError(f"probabilities sum to one only within {off:.3g}; logits are not finite or not logits")
+    if not off <= 1e-4:  # of finite logits it is a rounding error: losses are those of a softmax, whatever the model
+        raise AuditError(f"probabilities sum to one only within {off:.3g}; the model's logits are not finite")
     shuffled = ids.clone()
     shuffled[0, :-1] = ids[0, :-1][torch.randperm(length - 1, generator=generator).to(device)]
     uses_context = not torch.equal(model.head(model.hidden(shuffled)[0, -1:]), model.head(model.hidden(ids)[0, -1:]))
@@ -346,7 +347,7 @@ def score_file(args: argparse.Namespace, device: torch.device) -> tuple[dict, Ca
     seq_len = args.seq_len or model.config.score_len
     # Where attention sees little of a window, it sees as much at all positions but the first, whatever the stride.
     short = 0 < model.config.attn_window <= seq_len // 4
-    args.stride = (seq_len // 4 if short else 64) if args.stride is None else args.stride
+    args.stride = (seq_len // 4 if short else min(64, max(seq_len // 2, 1))) if args.stride is None else args.stride
     args.batch_seqs = (8 if short else 32) if args.batch_seqs is None else args.batch_seqs
     if not 0 <= args.stride <= seq_len or seq_len < 1 or args.batch_seqs < 1:
         raise ValueError(f"--stride {args.stride}, --seq-len {seq_len}, --batch-seqs {args.batch_seqs}: the stride "
@@ -455,7 +456,7 @@ def report(result: dict) -> str:
             lines.append(f"WARNING     {name}: some of it was not made by this tokenizer as it encodes today")
         if origin["controls"]:
             lines.append(f"WARNING     {name}: {origin['controls']:,} control tokens stand for no bytes")
-    lines.append(f"checks      no look-ahead; softmax sums to one within {c['softmax_error']:.1e}; "
+    lines.append(f"checks      no look-ahead; logits are finite (sums of softmax within {c['softmax_error']:.1e}); "
                  + ("context is used" if c["uses_context"] else "WARNING: THE MODEL IGNORES ITS CONTEXT"))
     if result["chunked"]["val_loss"] > c["unigram_loss"]:
         lines.append(f"WARNING     the model is worse than the frequencies of the tokens ({c['unigram_loss']:.4f} "
@@ -593,7 +594,7 @@ def run(args: argparse.Namespace) -> int:
             time.sleep(processes.LET_RANK_0_SPEAK)
         return 1
     except KeyboardInterrupt:
-        command.say_error("stopped; no file was written")
+        command.say_error("stopped; a file is written whole or not at all")
         return 130
     except Exception as e:
         command.say_error(command.describe_unexpected(e))

@@ -49,7 +49,7 @@ import numpy as np
 import zstandard
 
 from tern import base3, checkpoints, entropy, source
-from tern.command import Parser, say_error
+from tern.command import Parser, say_error, steady_streams, write_out
 from tern.errors import Foreseen
 from tern.files import WriteError, write_atomic
 
@@ -408,8 +408,7 @@ def lzma_filters(size: int, literals: dict) -> list[dict]:
 
 
 def lzma_encode(data: bytes) -> bytes:
-    # one setting for large streams, which are codes: a second pass would double the time for nothing
-    filters = [lzma_filters(len(data), literals) for literals in LITERALS[: 1 if len(data) > 2 << 20 else 2]]
+    filters = [lzma_filters(len(data), literals) for literals in LITERALS]
     return min((lzma.compress(data, format=lzma.FORMAT_RAW, filters=f) for f in filters), key=len)
 
 
@@ -902,7 +901,8 @@ def read_bytes(path: str | Path) -> bytes:
     try:
         info = os.stat(path)
         if not stat.S_ISREG(info.st_mode):  # before opening: a pipe would wait for ever
-            raise ArtifactError(f"{path}: not a file; give the artifact itself, as {Path(path) / 'model.tern'}")
+            held = Path(path) / "model.tern"
+            raise ArtifactError(f"{path}: not a file" + (f"; give the artifact in it, {held}" if held.exists() else ""))
         if info.st_size > MAX_FILE:
             raise ArtifactError(f"{path}: {info.st_size} bytes are not an artifact; at most {MAX_FILE} are read")
         return Path(path).read_bytes()
@@ -1190,24 +1190,25 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
+    steady_streams()
+    args, status = parse_args(argv), 0
     try:
         if args.command == "inspect":
             found = with_path(args.file, describe, read_bytes(args.file))
-            print(json.dumps(found, indent=1, sort_keys=True) if args.json else inspect_text(found))
+            lines = [json.dumps(found, indent=1, sort_keys=True) if args.json else inspect_text(found)]
         elif args.command == "verify":
-            print("\n".join(verify(args.file, args.against)))
+            lines = verify(args.file, args.against)
         elif args.command == "export":
             conversions = find_conversions()
             lines = conversions.import_dense(args) if args.source else conversions.export(args, read_sound)
-            print("\n".join(lines))
         else:
             b = budget(args.file, args.code, args.cap, not args.model_only)
             counted = "" if b.count_code else " (not counted)"
-            print(f"bytes_model {b.bytes_model:,}\nbytes_code {b.bytes_code:,}{counted}\nbytes_total {b.total:,}")
-            print(f"cap {b.cap:,}\nmargin {b.margin:,}\n{'FITS' if b.fits else 'OVER'}")
-            return 0 if b.fits else 1
-        return 0
+            lines = [f"bytes_model {b.bytes_model:,}", f"bytes_code {b.bytes_code:,}{counted}",
+                     f"bytes_total {b.total:,}", f"cap {b.cap:,}", f"margin {b.margin:,}", "FITS" if b.fits else "OVER"]
+            status = 0 if b.fits else 1
+        write_out("\n".join(lines) + "\n")
+        return status
     except (ValueError, OSError) as e:  # ArtifactError and CheckpointError are ValueErrors
         say_error(e)
         return 1

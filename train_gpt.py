@@ -186,10 +186,10 @@ class Config:
 
 
 CPU_TRACK = dict(  # an int5 embedding beats a ternary one with a wider MLP at these bytes
-    cap_bytes=128_000, cap_counts_code=False, embed_format="int5", int_step=4.9, rare_step=0.35, fit_cap=0.993,
-    num_layers=3, mlp_hidden=280, smear=True, key_offset=True, copy_dim=64, train_seq_len=512, seq_ramp_start=256,
-    seq_ramp_frac=1.0, train_batch_tokens=8192, val_batch_size=8192, tied_embed_lr=0.01, attn_window=512,
-    eval_seq_len=2048, eval_stride=512, eval_batch_seqs=8,
+    device="cpu", cap_bytes=128_000, cap_counts_code=False, embed_format="int5", int_step=4.9, rare_step=0.35,
+    fit_cap=0.993, num_layers=3, mlp_hidden=280, smear=True, key_offset=True, copy_dim=64, train_seq_len=512,
+    seq_ramp_start=256, seq_ramp_frac=1.0, train_batch_tokens=8192, val_batch_size=8192, tied_embed_lr=0.01,
+    attn_window=512, eval_seq_len=2048, eval_stride=512, eval_batch_seqs=8,
 )
 PR367 = dict(  # run_8xh100.sh and train_bitnet.py of PR 367
     num_layers=12, model_dim=768, num_heads=12, num_kv_heads=6, mlp_mult=3, mlp_hidden=2496, train_seq_len=2048,
@@ -1104,7 +1104,7 @@ class Trainer:
         bad = self.latents.first_non_finite(self.order)
         if int(self.ranks.sum(torch.tensor(int(bad is not None), dtype=torch.int64, device=self.device))):
             what = "the {} of {}".format(*bad) if bad else "what another rank owns"
-            raise TrainingError(f"step {self.step}: {what} is not finite; the last good checkpoint is kept")
+            raise TrainingError(f"step {self.step}: {what} is not finite; {self.folder.what_is_left()}")
         if self.quantized < 1:
             self.latents.refresh()  # for the codes of every rank
         stored = self.latents.pack(self.order)
@@ -1378,7 +1378,7 @@ class Trainer:
         """Every rank must hold the same model: compare sha256 of all params."""
         self.replica_sha256, differ = self.ranks.same_bits(self.model.parameters())
         if differ:
-            raise TrainingError(f"replicas differ: ranks {differ} do not hold the same bits as rank 0")
+            raise TrainingError(f"step {self.step}: ranks {differ} hold other bits than rank 0; train again, report it")
         if self.world > 1:
             self.log.line(f"replicas    {self.world} ranks hold identical params ({self.replica_sha256[:16]})")
 
@@ -1429,9 +1429,9 @@ class Trainer:
                         *runlog.result_lines(final, said, str(artifact))])
         self.log.record(final)
         if not same or gap != 0.0:
-            raise AuditError("the file does not hold the model that was trained")
-        unwritten = self.folder.unsaved or self.log.failed
-        if unwritten:
+            raise AuditError(f"{artifact} is not the model that was trained: gap {gap:+.8f}, logits "
+                             f"{'identical' if same else 'differ'}; keep its folder, report it, and train again")
+        if unwritten := self.folder.unsaved or self.log.failed:
             raise TrainingError(f"{unwritten}; {artifact} and its score are there and whole")
 
     def score_file(self, artifact: Path) -> dict:

@@ -439,6 +439,9 @@ def recent_matches(longest: int = 3, recent: int = 8) -> None:
     def make(model: GPT, config) -> None:
         if model.copying is None:
             raise ConfigError("patch recent_matches is for models that copy: set copy_dim")
+        if config.vocab_size**longest >= 1 << 63:
+            raise ConfigError(f"patch recent_matches: {longest} tokens of {config.vocab_size} pieces have no number "
+                              "of 64 bits")
         model.copying.__class__ = Recalling
         model.copying.by_match = nn.Parameter(torch.full((longest, recent), -3.0))
 

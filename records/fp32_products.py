@@ -23,7 +23,7 @@ def in_fp32(product: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def wrapped(*factors, **more):
         if not all(isinstance(x, Tensor) for x in factors):
             return torch.overrides.handle_torch_function(wrapped, factors, *factors, **more)
-        if any(x.dtype != torch.bfloat16 for x in factors):
+        if any(x.dtype != torch.bfloat16 or x.device.type != "cpu" for x in factors):
             return product(*factors, **more)
         out = more.pop("out", None)
         exact = product(*(x.float() for x in factors), **more)

@@ -41,6 +41,7 @@ from records.rules import (
     sha256,
 )
 from tern import command, machine, processes, runlog, source
+from train_gpt import PRESETS, Config
 
 
 def train(seed: int, args: argparse.Namespace) -> Path:
@@ -80,16 +81,16 @@ class Opponent:
     seeds: list[TrainedBy]
 
 
-def needs_fp32(record: Path) -> bool:
+def needs_fp32(record: Path, preset: str) -> bool:
     """Whether a record's program would take torch's loops for products of bf16, which this CPU does not have."""
     own = any(b"bf16_products" in read_bytes(path) for path in (record / "source").rglob("*.py"))
-    return not own and not machine.bf16_products()
+    return not own and TRACKS[preset].gpus == 0 and not machine.bf16_products()
 
 
 def run_again(record: Path, opponent: Opponent, seed: int, args: argparse.Namespace, fp32: bool) -> bytes:
     """The metrics.jsonl of a run of a record's own program, here and now; with fp32, see fp32_products. Raises
     SubmissionError."""
-    run_id = f"{args.name}_against_seed{seed}"
+    run_id = f"{args.name}_against{'_fp32' if fp32 else ''}_seed{seed}"
     metrics, program = args.out_dir / run_id / "metrics.jsonl", record / "train_gpt.py"
     if not metrics.exists():
         words = shlex.split(opponent.seeds[0].command)
@@ -104,7 +105,10 @@ def run_again(record: Path, opponent: Opponent, seed: int, args: argparse.Namesp
         if done.returncode:
             raise SubmissionError(f"seed {seed}: the run of {record} failed; see above")
     data = read_bytes(metrics)
-    header, _, _ = read_rival(data, str(metrics))
+    try:
+        header, _, _ = read_rival(data, str(metrics))
+    except SubmissionError as e:
+        raise SubmissionError(f"{e}: delete {metrics.parent} before") from None
     if header.source_sha256 != program_of(read_bytes(program)):
         raise SubmissionError(f"{metrics}: not of {program}; delete {metrics.parent}")
     return data
@@ -130,7 +134,7 @@ def train_in_turn(args: argparse.Namespace) -> tuple[list[Path], Rival | None, d
     opponent = read_json(read_bytes(where), Opponent, str(where))
     if TRACKS.get(opponent.preset) != TRACKS[args.preset] or not opponent.seeds:
         raise SubmissionError(f"{where}: preset {opponent.preset!r} is of another track than {args.preset}")
-    runs, rivals, fp32 = [], {}, needs_fp32(args.against)
+    runs, rivals, fp32 = [], {}, needs_fp32(args.against, args.preset)
     for i, seed in enumerate(args.seeds):
         if i % 2 == 0:
             runs.append(train(seed, args))
@@ -147,7 +151,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--preset", choices=TRACKS, default="cpu_10min_128kb")
     p.add_argument("--seeds", type=int, nargs="+", default=[1337, 1338, 1339])
     p.add_argument("--date", default=datetime.date.today().isoformat())
-    p.add_argument("--data", type=Path, default=Path("data/packages"))
+    p.add_argument("--data", type=Path, help="default: the preset's")
     p.add_argument("--out-dir", type=Path, default=Path("runs"))
     p.add_argument("--records", type=Path, default=source.root() / "records")
     p.add_argument("--nproc", type=int, default=1, help="processes per run")
@@ -155,6 +159,7 @@ def main(argv: list[str] | None = None) -> int:
     bundle.add_about(p)
     p.add_argument("extra", nargs="*", help="more options of train_gpt.py, after --")
     args = p.parse_args(argv)
+    args.data = args.data or Path(PRESETS[args.preset].get("data_path", Config.data_path))
     folder = args.records / f"track_{TRACKS[args.preset].name}" / f"{args.date}_{args.name}"
     try:
         if len(set(args.seeds)) != len(args.seeds) or not args.name.isidentifier():

@@ -99,6 +99,16 @@ class Model:
     tokenizer: Path | None = None
 
 
+# Settings that a file says only where they differ from these, the trainer's defaults.
+UNSAID = {"rope_base": 10000.0, "logit_softcap": 30.0, "mlp_mult": 3}
+
+
+def mlp_hidden(config: Mapping) -> object:
+    """Hidden width of the MLPs by a file's configuration, where that has sound numbers; else what it says, or None."""
+    mult, dim = config.get("mlp_mult", UNSAID["mlp_mult"]), config.get("model_dim")
+    return config.get("mlp_hidden") or (mult * dim if type(mult) is type(dim) is int else None)
+
+
 def check_tokenizer_sha256(meta: Mapping, sha256: str, where: str | Path) -> None:
     """Raises ExportError if a model names its tokenizer, and it is another one; older files name none."""
     if meta.get("tokenizer") not in (None, sha256):

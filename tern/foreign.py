@@ -11,7 +11,7 @@ FOREIGN_ENV: dict[str, tuple[tuple[str, ...] | None, str]] = {
     "XSA_LAST_N": (("0",), "exclusive self-attention is not in this trainer (no gain was seen: LOG.md, negatives)"),
     "TIE_EMBEDDINGS": (("1",), "the embedding is always tied to the output head"),
     "CONTROL_TENSOR_NAME_PATTERNS": ((), "storage formats are chosen with matrix_format, embed_format, vector_format"),
-    "TTT_ENABLED": (("0", "1"), "no test-time training: the score is of the model as stored (LOG.md, negatives)"),
+    "TTT_ENABLED": (("0", "1"), "a run's score is of the model as stored; eval_bpb.py --adapt has another"),
     "TTT_LR": (None, "no test-time training"),
     "TTT_EPOCHS": (None, "no test-time training"),
     "TTT_CHUNK_TOKENS": (None, "no test-time training"),

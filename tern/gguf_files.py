@@ -21,7 +21,7 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 from gguf import Keys
 
-from tern.exports import EXACT, ExportError, Model, Stored, bf16_bits, bf16_values, type_table
+from tern.exports import EXACT, UNSAID, ExportError, Model, Stored, bf16_bits, bf16_values, mlp_hidden, type_table
 from tern.tokenizers import open_tokenizer, read_tokenizer_file
 
 ARCHITECTURE = "ternary-golf"
@@ -139,8 +139,9 @@ def notes(changed: Mapping[str, tuple[Blocks, float]], narrow: int, blocked: str
 def describe(writer: gguf.GGUFWriter, model: Model) -> None:
     """Metadata: what the model is, and its tokenizer."""
     config = model.meta.get("config")
-    config = config if isinstance(config, dict) else {}
-    config = config | {"train_seq_len": config.get("eval_seq_len") or config.get("train_seq_len")}  # what it may read
+    config = UNSAID | (config if isinstance(config, dict) else {})
+    config |= {"train_seq_len": config.get("eval_seq_len") or config.get("train_seq_len"),  # what it may read
+               "mlp_hidden": mlp_hidden(config)}
     for names, add, types in ((INTEGERS, writer.add_uint32, (int,)), (FLOATS, writer.add_float32, (int, float))):
         for name, key in names.items():
             if type(config.get(name)) in types and 0 < config[name] < 2**32:

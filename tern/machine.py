@@ -28,8 +28,8 @@ def cores() -> int:
 
 
 def bf16_products() -> bool:
-    """Whether torch has kernels for products of bf16 matrices on this CPU. With AVX2 alone it has none, and takes ten
-    times as long for them as in fp32 (LOG.md)."""
+    """Whether torch has kernels for products of bf16 matrices on this CPU. With AVX2 alone it has none, and takes
+    some twenty times as long for a step (LOG.md, laptops)."""
     return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 

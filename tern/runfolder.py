@@ -46,6 +46,7 @@ def finished_run(folder: Path) -> Finished | None:
     """The finished run whose model the folder holds; None where there is none.
 
     Its log's last record says so; where a log was damaged, the score of the model and the end of the checkpoint do.
+    A file that was found not to be the model that was trained ends no run.
     """
     metrics, model, score = (folder / name for name in ("metrics.jsonl", "model.tern", "score.json"))
     if not model.is_file():  # a link to a device has no end
@@ -53,6 +54,8 @@ def finished_run(folder: Path) -> Finished | None:
     try:
         sha256, final = sha256_file(model), last_record(metrics)
         if final and final["artifact_sha256"] == sha256:
+            if final["roundtrip_gap"] != 0 or not final["logits_identical"]:
+                return None
             header = json.loads(metrics.read_bytes().partition(b"\n")[0])
             return Finished(dict(header["settings"]), int(final["step"]), final["score"], sha256)
         scored, state = json.loads(score.read_bytes()), checkpoints.read_state(folder)
@@ -210,7 +213,7 @@ class RunFolder:
             self.unsaved = ""
         except WriteError as e:
             self.unsaved = str(e)
-            self.log.line(f"notice      step {state['step']}: {e}; training goes on, the last good checkpoint is kept")
+            self.log.line(f"notice      step {state['step']}: {e}; {self.what_is_left()}")
 
     def what_is_left(self) -> str:
         """For a run that cannot go on."""

@@ -23,7 +23,16 @@ from pathlib import Path
 import numpy as np
 import safetensors
 
-from tern.exports import EXACT, ExportError, Model, bf16_bits, bf16_values, check_tokenizer_sha256, type_table
+from tern.exports import (
+    EXACT,
+    ExportError,
+    Model,
+    bf16_bits,
+    bf16_values,
+    check_tokenizer_sha256,
+    mlp_hidden,
+    type_table,
+)
 
 KEY, VERSION = "ternary-golf", 1
 PAGE = "docs/export.md shows what it must hold"
@@ -110,8 +119,7 @@ def expected_shapes(config: Mapping) -> dict[str, tuple[int, ...]]:
     """
     names = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads")
     found = [config.get(name) for name in names]
-    hidden = config.get("mlp_hidden") or config.get("mlp_mult", 3) * config.get("model_dim", 0)
-    copies = config.get("copy_dim") or 1
+    hidden, copies = mlp_hidden(config), config.get("copy_dim") or 1
     for name, value in (*zip(names, found, strict=True), ("mlp_hidden", hidden), ("copy_dim", copies)):
         if type(value) is not int or not 1 <= value < 1 << 24:
             raise ValueError(f"{name} is {str(value)[:40]!a}")

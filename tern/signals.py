@@ -30,12 +30,14 @@ class Signals:
             signal.signal(signum, self._on_signal)
 
     def interrupt(self, what_is_left: str) -> None:
-        """From now on a signal raises Interrupted at once."""
+        """From now on a signal raises Interrupted at once, as one does that came since the loop looked."""
         def stop(signum: int, _frame) -> None:
             raise Interrupted(signum, f"stopped by signal {signum} {what_is_left}")
 
         for signum in self.caught:
             signal.signal(signum, stop)
+        if self.last:
+            stop(self.last, None)
 
     def _on_signal(self, signum: int, _frame) -> None:
         if self.last and time.monotonic() - self.came_at > 2:  # launchers repeat a signal within moments

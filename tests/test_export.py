@@ -364,6 +364,10 @@ def test_blocks_are_as_published_and_give_the_values_back(tmp_path, kind):
     assert fields[f"{ABOUT}.context_length"] == 64 and fields[f"{ABOUT}.attention.sliding_window"] == 16
     assert fields["general.file_type"] == gguf.LlamaFileType[f"MOSTLY_{kind}"]
     assert fields[f"{ABOUT}.artifact"] == "a" * 64
+    assert {name: getattr(Config(), name) for name in exports.UNSAID} == exports.UNSAID
+    assert fields[f"{ABOUT}.rope.freq_base"] == 10000
+    assert fields[f"{ABOUT}.final_logit_softcapping"] == 30
+    assert exports.mlp_hidden({"model_dim": 8}) == 24 and exports.mlp_hidden({"model_dim": "8"}) is None
 
 
 @fast

@@ -30,7 +30,7 @@ from conftest import (
     tiny_trainer,
 )
 from tern.checkpoints import FILE, read_state
-from tern.runfolder import RunExists, lock_folder
+from tern.runfolder import RunExists, finished_run, lock_folder
 
 SHORT = ["--iterations", "4", "--checkpoint-every", "2", "--eval-stride", "0"]
 
@@ -111,6 +111,26 @@ def test_a_damaged_log_does_not_undo_a_finished_run(tiny_run, data_dir, tmp_path
     status, out, _ = resume(capsys, data_dir, tmp_path)
     assert status == 0 and "is finished" in out and refused(*train(capsys, data_dir, tmp_path))
     assert contents(folder) == before
+
+
+def test_a_file_that_is_not_the_model_ends_no_run(tiny_run, data_dir, tmp_path, capsys, monkeypatch):
+    """Found to be another model, it is told; the run is not finished, and is scored again when resumed."""
+    folder = copied(tiny_run, tmp_path)
+    (folder / "metrics.jsonl").write_bytes(b"")
+    (folder / "score.json").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(train_gpt.metric, "same_logits", lambda *_: False)
+        status, _, err = resume(capsys, data_dir, tmp_path)
+    assert status == 1 and err.count("\n") == 1, err
+    assert f"error: {folder / 'model.tern'} is not the model that was trained: gap +0.00000000, logits differ" in err
+    status, out, _ = resume(capsys, data_dir, tmp_path)
+    assert status == 0 and "is finished" not in out
+    final = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    assert final["logits_identical"] and final["roundtrip_gap"] == 0
+    assert "is finished" in resume(capsys, data_dir, tmp_path)[1]
+    text = (folder / "metrics.jsonl").read_text()
+    (folder / "metrics.jsonl").write_text(text.replace('"roundtrip_gap": 0.0', '"roundtrip_gap": 0.25'))
+    assert finished_run(folder) is None
 
 
 def test_a_run_that_finishes_while_another_starts_is_left_alone(tiny_run, data_dir, tmp_path, capsys, monkeypatch):

@@ -659,7 +659,7 @@ def test_what_is_not_finite_is_named(data_dir, tmp_path, what):
     else:
         trainer.after_step = lambda plan: trainer.latents.load(
             latents_of(trainer.latents) | {name: torch.full((80, 32), torch.nan)}, "a test")
-        said = f"step 1: the weights of {name} is not finite; the last good checkpoint is kept"
+        said = f"step 1: the weights of {name} is not finite; no checkpoint was written yet"
     with pytest.raises(TrainingError, match=said):
         trainer.train()
     trainer.folder.close()
