@@ -247,7 +247,7 @@ def read_matrix(path: str | Path) -> Matrix:
         table = msgspec.toml.decode(path.read_bytes(), type=MatrixTable)
     except (OSError, UnicodeDecodeError) as e:
         raise MatrixError(f"{path}: cannot be read ({e}); give a TOML file") from None
-    except msgspec.MsgspecError as e:
+    except (msgspec.MsgspecError, ValueError, RecursionError) as e:  # tomllib's own: a number or a nesting without end
         raise MatrixError(f"{path}: {e}; ablations/matrix.py begins with an example") from None
     rows = []
     for i, row in enumerate(table.row):

@@ -151,8 +151,10 @@ def cells(s: Summary) -> list[str]:
         compared = [difference, interval(c), probability(c.p_t), probability(c.p_flip), probability(c.p_holm),
                     s.verdict, number(c.detectable)]
     gaps = [abs(line.gap) for line in s.ok if line.gap is not None]
-    size = s.mean("bytes_model")
-    return [s.row.name, str(len(s.bpb)), number(s.mean("val_bpb")), number(s.sd()), *compared,
+    size, n = s.mean("bytes_model"), str(len(s.bpb))
+    if c is not None and c.n != len(s.bpb):
+        n += f" ({c.n} pairs)"
+    return [s.row.name, n, number(s.mean("val_bpb")), number(s.sd()), *compared,
             number(max(gaps), 5) if gaps else "", "" if math.isnan(size) else f"{size:,.0f}",
             *(number(s.quantizer(key), 3) for key in ("bits", "error", "zero_frac", "used"))]
 

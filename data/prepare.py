@@ -849,6 +849,9 @@ def build_fineweb(folder: Path, settings: dict, hub: Path | None) -> dict:
             shards.append({"file": name, "sha256": sha256_file(folder / name),
                            "documents": int((tokens == BOS).sum()), "tokens": len(tokens), "bytes": size})
         splits[split] = totals(shards)
+        if not splits[split]["tokens"]:
+            raise DataError(f"{HUB_REPO}: {HUB_ROOT}/manifest.json lists {len(shards)} {split} shards of {dataset}, "
+                            "without a token: give another --hub or --revision")
     entry = {"file": path.name, "sha256": sha256_file(path), "vocab_size": tokenizer.get_piece_size()}
     return {"tokenizer": entry, "splits": splits, "dropped": {}}
 

@@ -15,6 +15,7 @@ line per finding, with file, line, severity and what to do.
 from __future__ import annotations
 
 import ast
+import math
 import os
 import re
 import statistics
@@ -283,6 +284,11 @@ def check_artifact(run: Run, names: Mapping[str, str]) -> Iterator[str]:
     except pack.ArtifactError as e:
         yield f"{names['model.tern']}: {e}"
         return
+    ternary = [tensor.codes for tensor in tensors.values() if tensor.format["kind"] == "ternary"]
+    weights = sum(codes.size for codes in ternary)
+    counts = {"parameters": sum(tensor.codes.size for tensor in tensors.values()), "ternary_weights": weights,
+              "zero_frac": sum(int((codes == 0).sum()) for codes in ternary) / weights if weights else 0.0}
+    yield from differences(counts, {key: run.score["model"][key] for key in counts}, f"{names['score.json']}: model")
     named = {"tokenizer": list(run.header.data_sha256.values()), "data": [run.header.data[:16]]}
     for what, allowed in named.items():  # files of before there were such names have none
         if what in meta and meta[what] not in allowed:
@@ -352,9 +358,11 @@ def check_logs(c: Case) -> Iterator[str]:
         yield from differences(sizes, {key: getattr(final, key) for key in sizes}, f"{metrics}: final")
         if run.score["artifact"]["bytes"] != len(run.artifact):
             yield f"{names['score.json']}: is of an artifact of {run.score['artifact']['bytes']} bytes"
-        scored_on = run.score["data"]["sha256"]
-        data = {name: sha for name, sha in run.header.data_sha256.items() if name in scored_on}
-        yield from differences(data, scored_on, f"{names['score.json']}: data")
+        for what, score in (("memory", rules.typed(final.memory, rules.Score, f"{metrics}: final.memory")),
+                            ("chunked", run.result.chunked), ("sliding", run.result.sliding)):
+            yield from check_sums(score, run.result.chunked, f"{metrics}: {what}")
+        scored_on = {name: sha for name, sha in run.header.data_sha256.items() if "_train_" not in name}
+        yield from differences(scored_on, run.score["data"]["sha256"], f"{names['score.json']}: data")
         identities = {"data": folder_identity(run.header.data_sha256),
                       "source": folder_identity(run.header.source_sha256)}
         yield from differences(identities, {key: getattr(run.header, key) for key in identities}, f"{metrics}: header")
@@ -365,6 +373,16 @@ def check_logs(c: Case) -> Iterator[str]:
         return {key: value for key, value in s.items() if not key.startswith(("bytes_", "cap_"))}
 
     yield from differences(without_bytes(c.summary), without_bytes(said), "submission.json")
+
+
+def check_sums(score: rules.Score, chunked: rules.Score, where: str) -> Iterator[str]:
+    """A score's bits per byte are its nats of all tokens over all bytes; each pass is over the same tokens."""
+    counts, others = (score.tokens, score.bytes), (chunked.tokens, chunked.bytes)
+    if counts != others or not all(0 < n < 1 << 53 for n in counts):
+        yield f"{where}: of (tokens, bytes) {counts}, the chunked score of {others}"
+    elif not math.isclose(score.val_bpb, score.val_loss * score.tokens / score.bytes / math.log(2), rel_tol=1e-9):
+        yield (f"{where}: val_bpb {score.val_bpb} is not val_loss {score.val_loss} x {score.tokens} tokens / "
+               f"{score.bytes} bytes / ln 2")
 
 
 def recorded_code(c: Case, run: Run) -> int:

@@ -66,6 +66,9 @@ def train(seed: int, args: argparse.Namespace) -> Path:
     return folder
 
 
+HOURS_APART = 2.0  # that the two runs of a pair may have ended; the longest run of a track takes half an hour
+
+
 @dataclass(frozen=True)
 class TrainedBy:
     command: str
@@ -92,13 +95,13 @@ def run_again(record: Path, opponent: Opponent, seed: int, args: argparse.Namesp
     SubmissionError."""
     run_id = f"{args.name}_against{'_fp32' if fp32 else ''}_seed{seed}"
     metrics, program = args.out_dir / run_id / "metrics.jsonl", record / "train_gpt.py"
+    words = shlex.split(opponent.seeds[0].command)
+    now = {"--seed": str(seed), "--data-path": str(args.data)}
+    options = replaced(words[words.index("train_gpt.py") + 1 :], now)
+    argv = [*options, "--out-dir", str(args.out_dir), "--run-id", run_id]
     if not metrics.exists():
-        words = shlex.split(opponent.seeds[0].command)
-        now = {"--seed": str(seed), "--data-path": str(args.data)}
-        options = replaced(words[words.index("train_gpt.py") + 1 :], now)
         print(f"seed {seed} of {opponent.name}: {shlex.join([*launcher(args.nproc), 'train_gpt.py', *options])}",
               flush=True)
-        argv = [*options, "--out-dir", str(args.out_dir), "--run-id", run_id]
         with tempfile.TemporaryDirectory() as folder:
             env = fp32_products.environment(Path(folder)) if fp32 else None
             done = subprocess.run([*processes.launcher(args.nproc), str(program.resolve()), *argv], env=env)
@@ -109,8 +112,13 @@ def run_again(record: Path, opponent: Opponent, seed: int, args: argparse.Namesp
         header, _, _ = read_rival(data, str(metrics))
     except SubmissionError as e:
         raise SubmissionError(f"{e}: delete {metrics.parent} before") from None
-    if header.source_sha256 != program_of(read_bytes(program)):
-        raise SubmissionError(f"{metrics}: not of {program}; delete {metrics.parent}")
+    if header.source_sha256 != program_of(read_bytes(program)) or header.argv != argv:
+        raise SubmissionError(f"{metrics}: not of {program} with these options; delete {metrics.parent}")
+    ours = args.out_dir / f"{args.name}_seed{seed}" / "metrics.jsonl"
+    apart = abs(metrics.stat().st_mtime - ours.stat().st_mtime) / 3600 if ours.exists() else 0.0
+    if apart > HOURS_APART:
+        raise SubmissionError(f"{metrics.parent} and {ours.parent} ended {apart:.1f} hours apart, which is no pair: "
+                              "delete both")
     return data
 
 

@@ -479,8 +479,9 @@ class Claim:
             if isinstance(value, dict):
                 rows = [(key, row) for key, row in value.items() if re.fullmatch(r"(seed[_ -]?)?\d{1,10}", key)]
             elif isinstance(value, list):
-                rows = [(str(row["seed"]), row) for row in value
-                        if isinstance(row, dict) and is_number(row.get("seed"))]
+                rows = [(str(int(row["seed"])), row) for row in value
+                        if isinstance(row, dict) and is_number(row.get("seed")) and 0 <= row["seed"] < 10**10
+                        and row["seed"] % 1 == 0]
             for key, row in rows:
                 seed = int(re.sub(r"\D", "", key))
                 if isinstance(row, dict):

@@ -35,7 +35,10 @@ from tern.runfolder import lock_folder
 
 
 def is_finished(metrics: Path) -> bool:
-    return metrics.exists() and isinstance(read_metrics(read_bytes(metrics), str(metrics))[-1], runlog.Final)
+    try:
+        return metrics.exists() and isinstance(read_metrics(read_bytes(metrics), str(metrics))[-1], runlog.Final)
+    except SubmissionError:  # cut off before its header, or in a line
+        return False
 
 
 def run(side: str, checkout: Path, options: list[str], out: Path) -> tuple[runlog.Header, runlog.Final, float]:
@@ -56,7 +59,8 @@ def run(side: str, checkout: Path, options: list[str], out: Path) -> tuple[runlo
             if subprocess.run(words, stdout=lines, stderr=subprocess.STDOUT).returncode:
                 raise SubmissionError(f"{side}, seed {seed}: the run failed; see {lines.name}")
     header, final, result = read_rival(read_bytes(metrics), str(metrics))
-    if header.argv != argv or header.source_sha256["train_gpt.py"] != sha256(read_bytes(checkout / "train_gpt.py")):
+    if header.argv != argv or any(sha256(read_bytes(checkout / name)) != said
+                                  for name, said in header.source_sha256.items()):
         raise SubmissionError(f"{folder} holds a run of another program or of other settings; delete it")
     if final.roundtrip_gap != 0:
         raise SubmissionError(f"{metrics}: a roundtrip gap of {final.roundtrip_gap}")

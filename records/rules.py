@@ -382,8 +382,9 @@ def read_rival(data: bytes, where: str) -> tuple[runlog.Header, runlog.Final, Re
     """Header, last record and score of a rival's finished run from its metrics.jsonl. Raises SubmissionError."""
     records = read_metrics(data, where)
     header, final = records[0], records[-1]
-    if not isinstance(header, runlog.Header) or not isinstance(final, runlog.Final):
-        raise SubmissionError(f"{where}: not a finished run; run it again")
+    whole = isinstance(header, runlog.Header) and isinstance(final, runlog.Final)
+    if not whole or sum(isinstance(record, runlog.Header | runlog.Final) for record in records) != 2:
+        raise SubmissionError(f"{where}: not one uninterrupted, finished run; run it again")
     result = typed(final.score, Result, f"{where}: final.score")
     if result.sliding is None:
         raise SubmissionError(f"{where}: no sliding-window score")
@@ -409,6 +410,7 @@ def compare(runs: list[Run], rivals: Mapping[int, bytes], record: Rival) -> dict
         for what, mine, theirs in (
                 ("seed", run.seed, header.settings.get("seed")), ("machine", ours.machine, header.machine | as_ours),
                 ("data_sha256", ours.data_sha256, header.data_sha256),
+                ("world_size", ours.world_size, header.world_size),
                 ("seconds", ours.settings["max_wallclock_seconds"], header.settings.get("max_wallclock_seconds"))):
             if mine != theirs:
                 raise SubmissionError(f"{where}: {what} is {theirs}, in the run beside it {mine}: they do not compare")

@@ -20,6 +20,9 @@ from tern.source import MAX_SOURCE, MAX_SOURCES
 NETWORK = {"socket", "ssl", "urllib", "http", "requests", "huggingface_hub", "ftplib", "smtplib", "httpx", "aiohttp"}
 PICKLE = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"}
 DYNAMIC = {"importlib", "imp", "runpy"}
+# Our own programs have no use for these; those of others may.
+SPEAKING = NETWORK | {"asyncio", "socketserver", "telnetlib", "urllib3", "websockets", "xmlrpc"}
+ELSEWHERE = "torch.hub", "multiprocessing.connection"
 PICKLE_CALLS = {"torch.load", "torch.save", "pandas.read_pickle", "torch.hub.load", "pd.read_pickle"}
 DYNAMIC_CALLS = {"__import__", "exec", "eval", "compile"}
 
@@ -34,6 +37,8 @@ def dotted(node: ast.expr) -> str:
 
 def forbidden(tree: ast.AST) -> Iterator[str]:
     """What a module imports or calls for network, pickle or code from elsewhere; what it builds up is not found."""
+    for node in fetching_commands(tree):
+        yield f"line {node.lineno} starts a command that fetches"
     for node in ast.walk(tree):
         imported = []
         if isinstance(node, ast.Import):
@@ -42,7 +47,7 @@ def forbidden(tree: ast.AST) -> Iterator[str]:
             imported = [f"{node.module}.{alias.name}" for alias in node.names]
         for name in imported:
             root = name.split(".")[0]
-            if root in NETWORK | PICKLE | DYNAMIC or name in PICKLE_CALLS or name.startswith("torch.hub"):
+            if root in SPEAKING | PICKLE | DYNAMIC or name in PICKLE_CALLS or name.startswith(ELSEWHERE):
                 yield f"line {node.lineno} imports {name}"
         if isinstance(node, ast.Call):
             name = dotted(node.func)
@@ -231,12 +236,15 @@ def network_uses(tree: ast.AST) -> Iterator[ast.AST]:
         root = module.split(".")[0]
         if root in NETWORK - PORTS_ONLY and module not in ("urllib.parse", "http.HTTPStatus"):
             yield node
+    yield from fetching_commands(tree)
+
+
+def fetching_commands(tree: ast.AST) -> Iterator[ast.Call]:
+    """Calls that start a program which fetches, as far as its words are in the call."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and dotted(node.func).startswith(("subprocess.", "os.system", "os.popen")):
-            words = " ".join(part.value for part in ast.walk(node)
-                             if isinstance(part, ast.Constant) and isinstance(part.value, str))
-            if FETCHES.search(words):
-                yield node
+        starts = isinstance(node, ast.Call) and dotted(node.func).startswith(("subprocess.", "os.system", "os.popen"))
+        if starts and FETCHES.search(constants(node)):
+            yield node
 
 
 def pickle_uses(tree: ast.AST) -> Iterator[ast.AST]:
