@@ -37,7 +37,7 @@ import train_gpt
 from tern import audits, command, machine, metric, processes, spread
 from tern.adapt import Adapter
 from tern.copying import Copying
-from tern.files import sha256_file, write_atomic
+from tern.files import WriteError, sha256_file, write_atomic
 from tern.metric import Score, evaluate, position_losses, sliding_windows
 from tern.packed import pack_matrices
 from tern.processes import LaunchError, Place
@@ -304,7 +304,10 @@ def check_vocabulary(model: train_gpt.GPT, counter: ByteCounter, tokenizer: Path
 
 
 def check_json_target(option: str, path: str, keys: set[str]) -> None:
-    """Raises ValueError where an option would overwrite anything but an older JSON of this program, with such keys."""
+    """Raises ValueError where an option would overwrite anything but an older JSON of this program, with such keys, or
+    names a folder that is not there."""
+    if not os.path.isdir(os.path.dirname(path) or "."):
+        raise ValueError(f"{option} {path}: there is no folder {os.path.dirname(path)}; make it or change the name")
     if not os.path.isfile(path):
         return  # new, a device, or an error of writing that names it
     try:
@@ -482,6 +485,8 @@ def score(args: argparse.Namespace, place: Place) -> None:
                                ("--details", args.details, {"artifact", "inspection"})):
         if path:
             check_json_target(option, path, keys)
+    if args.json and args.details and os.path.realpath(args.json) == os.path.realpath(args.details):
+        raise ValueError(f"--json and --details are both {args.json}: they hold different things; give two names")
     if args.adapt and place.world > 1:
         raise LaunchError("--adapt: takes one process, which scores in order; start it without torchrun, and unset "
                           "WORLD_SIZE")
@@ -491,13 +496,15 @@ def score(args: argparse.Namespace, place: Place) -> None:
         processes.join_group(place, "nccl" if device.type == "cuda" else "gloo")
     result, details = score_file(args, device)
     if place.rank == 0:
-        if args.json:  # first: a terminal may be gone
-            write_json(args.json, result)
-        command.write_out(report(result) + "\n")
+        try:
+            if args.json:  # first: a terminal may be gone
+                write_json(args.json, result)
+        finally:  # a score of minutes is shown, whatever the disk says
+            command.write_out(report(result) + "\n")
         if args.details:
             try:
                 write_json(args.details, details())
-            except (AuditError, MemoryError) as e:  # the score holds without them
+            except (AuditError, WriteError, OSError, MemoryError) as e:  # the score holds without them
                 print(f"notice      {args.details} was not written: {e or 'no memory'}", file=sys.stderr)
 
 
@@ -583,6 +590,8 @@ def run(args: argparse.Namespace) -> int:
         for notice in machine.writable_compiler_cache() if place.rank == 0 else []:
             print(f"notice      {notice}", file=sys.stderr)
         args.work(args, place)
+        if dist.is_initialized():
+            dist.destroy_process_group()
         return 0
     except LaunchError as e:  # every process that meets one says so: it may be the only one
         command.say_error(e)
@@ -600,8 +609,7 @@ def run(args: argparse.Namespace) -> int:
         command.say_error(command.describe_unexpected(e))
         return 1
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        processes.leave_group()
 
 
 if __name__ == "__main__":

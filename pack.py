@@ -39,6 +39,7 @@ import re
 import stat
 import struct
 import sys
+import unicodedata
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -68,6 +69,7 @@ MAX_DIMS, MAX_FORMATS, MAX_NAME, MAX_DEPTH, MAX_TENSORS = 8, 32, 256, 32, 1 << 1
 # stream. The writer obeys the same rule: it drops a candidate that compresses further than that.
 FREE_EXPANSION, MAX_EXPANSION = 4 << 20, 64
 FREE_STEPS = 4096  # and take so many steps of the adaptive model, of about a millisecond, plus one per byte
+FREE_STEPS_IN_ALL = 4 * FREE_STEPS  # of a file's streams together, likewise
 
 
 class ArtifactError(Foreseen):
@@ -230,10 +232,15 @@ def check_format(format) -> None:
         )
 
 
+def is_printable(name: str) -> bool:
+    """Names go to terminals: no escape sequences, no half surrogates. By Unicode 3.2, which every Python has: a file
+    that one writes is not to be refused by another."""
+    return all(c == " " or unicodedata.ucd_3_2_0.category(c)[0] not in "CZ" for c in name)
+
+
 def check_name_and_shape(name, shape) -> None:
     """Raises ArtifactError unless name and shape (a tuple or list) can stand in a header."""
-    # Printable, because names go to terminals: no escape sequences, no half surrogates.
-    if not (isinstance(name, str) and 0 < len(name) <= MAX_NAME and name.isprintable()):
+    if not (isinstance(name, str) and 0 < len(name) <= MAX_NAME and is_printable(name)):
         raise ArtifactError(f"tensor name {str(name)[:40]!a} must be 1 to {MAX_NAME} printable characters: rename it")
     ok = len(shape) <= MAX_DIMS and all(is_int(d, 0, MAX_NUMEL) for d in shape)
     if not ok or math.prod(max(d, 1) for d in shape) > MAX_NUMEL:
@@ -348,7 +355,10 @@ def unpack_raw(data, count: int, kind: str) -> np.ndarray:
     dtype = np.dtype(SYMBOLS[kind])
     symbols = as_bytes(data, count * dtype.itemsize, f"raw of {count} {kind} symbols").view(dtype)
     symbols = symbols.astype(dtype.newbyteorder("="))  # a copy: writable, in this machine's byte order
-    return flat_codes(symbols, kind) if dtype.itemsize == 1 else symbols
+    low, high = range_of(kind) if dtype.itemsize == 1 else (0, 0)
+    if dtype.itemsize == 1 and symbols.size and (symbols.min() < low or symbols.max() > high):
+        raise damaged(f"codes must be integers in {low}..{high}")
+    return symbols
 
 
 def pack_planes(symbols: np.ndarray, kind: str) -> bytes:
@@ -517,6 +527,13 @@ def expands_too_far(codec: Codec, shapes: Shapes, kind: str, stored_bytes: int) 
             or codec.steps(shapes, kind) > FREE_STEPS + stored_bytes)
 
 
+def check_steps(steps: int, stored_bytes: int) -> None:
+    """Raises ArtifactError on a file whose many small streams together would take minutes."""
+    if steps > FREE_STEPS_IN_ALL + stored_bytes:
+        raise ArtifactError(f"its streams take {steps:,} steps of decoding, at most {FREE_STEPS_IN_ALL:,} plus one per "
+                            "byte are taken; use fewer formats")
+
+
 def are_weights(kind: str, role: str, shapes: Shapes) -> bool:
     """Whether a stream is mostly matrices of 16-bit floats. Their low bits are noise, and lzma takes 3% to 9% less for
     them than the model, which needs seconds (LOG.md, floats)."""
@@ -653,7 +670,7 @@ def check_tensor(name: str, t: StoredTensor) -> None:
         raise ArtifactError(f"tensor {name!a}: shape must be a tuple, not {t.shape!r}")
     check_name_and_shape(name, t.shape)
     check_format(t.format)
-    check_json(t.format, f"the format of tensor {name!a}")
+    check_json(t.format, f"the format of tensor {name!a}", depth=2)  # as in the header
     roles = layout(t.format, t.shape)
     for role, array in (("codes", t.codes), ("scales", t.scales)):
         if role not in roles:
@@ -748,15 +765,20 @@ def encode_artifact(tensors: dict[str, StoredTensor], meta: dict) -> bytes:
         rows.append((name, t.shape, index))
     if not isinstance(meta, dict):
         raise ArtifactError(f"meta must be a dict, not {type(meta).__name__}")
-    check_json(meta, "meta")
+    check_json(meta, "meta", depth=1)
     format_list = [format for _, format in formats.values()]
-    table, streams = [], []
+    table, streams, steps = [], [], 0
     for (index, role), (kind, shapes) in stream_table(format_list, rows).items():
         parts = [getattr(tensors[name], role).reshape(-1) for name, _, i in rows if i == index]
         codec, data = encode_stream(np.concatenate(parts), kind, shapes, role)
         table.append([codec, len(data), zlib.crc32(data)])
         streams.append(data)
-    return b"".join([encode_header(format_list, meta, table, rows), *streams])
+        steps += CODECS[codec].steps(shapes, kind)
+    check_steps(steps, sum(map(len, streams)))
+    file = b"".join([encode_header(format_list, meta, table, rows), *streams])
+    if len(file) > MAX_FILE:
+        raise ArtifactError(f"a file of {len(file):,} bytes: at most {MAX_FILE:,} are read; make the model smaller")
+    return file
 
 
 def encode_header(formats: list[dict], meta: dict, table: list, rows: list[Row]) -> bytes:
@@ -862,6 +884,7 @@ def parse_header(data) -> Header:
         offset += size
     if offset != len(data):
         raise damaged(f"{len(data) - offset} bytes after the last stream, at offset {offset}")
+    check_steps(sum(CODECS[s.codec].steps(s.shapes, s.kind) for s in streams), sum(s.bytes for s in streams))
     return Header(header["meta"], formats, tensors, streams, header_bytes)
 
 
@@ -904,7 +927,7 @@ def read_bytes(path: str | Path) -> bytes:
             held = Path(path) / "model.tern"
             raise ArtifactError(f"{path}: not a file" + (f"; give the artifact in it, {held}" if held.exists() else ""))
         if info.st_size > MAX_FILE:
-            raise ArtifactError(f"{path}: {info.st_size} bytes are not an artifact; at most {MAX_FILE} are read")
+            raise ArtifactError(f"{path}: has {info.st_size:,} bytes; files of at most {MAX_FILE:,} are read")
         return Path(path).read_bytes()
     except ArtifactError:
         raise
@@ -1054,18 +1077,23 @@ def check_values(name: str, t: StoredTensor) -> None:
     if t.scales is not None:
         floats, mask, what = t.scales, SCALE_EXPONENT.get(scale_dtype(t.format), 0), "scale"
     if mask:
-        bad = np.argwhere((floats & mask) == mask)
-        if len(bad):
-            raise ArtifactError(f"tensor {name!a}: {what} {bad[0].tolist()} is not finite: pack a run that did not "
-                                "diverge")
+        at = first_of((floats & mask) == mask)
+        if at is not None:
+            raise ArtifactError(f"tensor {name!a}: {what} {at} is not finite: pack a run that did not diverge")
     if not (kind.has_scale and kind.has_zero and t.codes.size):
         return
     rows, groups = t.scales.shape
     live = (t.codes != 0).reshape(rows, -1)
     live = np.logical_or.reduceat(live, np.arange(groups) * (t.format["group_size"] or live.shape[1]), axis=1)
-    bad = np.argwhere(live & ((t.scales & (0x7FFF if mask else 0xFF)) == 0))
-    if len(bad):
-        raise ArtifactError(f"tensor {name!a}: group {bad[0].tolist()} has codes but the scale 0: quantize it again")
+    at = first_of(live & ((t.scales & (0x7FFF if mask else 0xFF)) == 0))
+    if at is not None:
+        raise ArtifactError(f"tensor {name!a}: group {at} has codes but the scale 0: quantize it again")
+
+
+def first_of(true: np.ndarray) -> list[int] | None:
+    """Where an array of booleans is true first; None if it never is. Lists no others: a file may have millions."""
+    at = int(true.argmax()) if true.size else 0
+    return [int(i) for i in np.unravel_index(at, true.shape)] if true.size and true.flat[at] else None
 
 
 def first_difference(ours: dict[str, StoredTensor], theirs: dict[str, StoredTensor]) -> str | None:
@@ -1082,10 +1110,10 @@ def first_difference(ours: dict[str, StoredTensor], theirs: dict[str, StoredTens
                 continue
             if x is None or y is None or x.shape != y.shape or x.dtype != y.dtype:
                 return f"tensor {name!a}: {role} of the checkpoint have another shape or type"
-            bad = np.argwhere(x != y)
-            if len(bad):
-                at = tuple(bad[0])
-                return f"tensor {name!a}: {role}{bad[0].tolist()} is {x[at]} in the file, {y[at]} in the checkpoint"
+            at = first_of(x != y)
+            if at is not None:
+                here, there = x[tuple(at)], y[tuple(at)]
+                return f"tensor {name!a}: {role}{at} is {here} in the file, {there} in the checkpoint"
     return None
 
 
@@ -1131,6 +1159,8 @@ def find_conversions():
     try:
         from tern import conversions
     except ImportError as e:
+        if e.name and not e.name.startswith("tern"):
+            raise ArtifactError(f"{e}: install {e.name}, as requirements.txt has it") from e
         raise ArtifactError(f"{e}: a submission's one file has it not; use pack.py of its source") from e
     return conversions
 
@@ -1211,6 +1241,9 @@ def main(argv: list[str] | None = None) -> int:
         return status
     except (ValueError, OSError) as e:  # ArtifactError and CheckpointError are ValueErrors
         say_error(e)
+        return 1
+    except MemoryError:
+        say_error(f"{args.file}: needs more memory than there is; use a larger machine")
         return 1
 
 

@@ -1027,7 +1027,8 @@ class Trainer:
         self.folder = RunFolder(Path(config.out_dir) / config.run_id, config.resume == "auto", config)
         self.signals = Signals()
         self.seconds: dict[str, float] = {}  # phase -> seconds
-        self.step, self.elapsed, self.step_seconds, self.tokens_seen, self.finished = 0, 0.0, 0.0, 0, False
+        self.step, self.elapsed, self.tokens_seen, self.finished = 0, 0.0, 0, False
+        self.step_seconds = self.step_before = 0.0  # of the last step, and of the one before it
         self.quantized = schedule(config, 0, 0.0).quantized  # how far the params are from the latents
         self.ahead = int(self.device.type == "cuda")  # steps that the host may be ahead, so that a GPU need not wait
         self.asked: list[tuple[int, int, machine.Fetch]] = []  # (step, its sequence length, its loss on the way)
@@ -1057,13 +1058,14 @@ class Trainer:
             audits.audit_before_training(self.data, self.counter)))
         self.log = self.folder.log
         loaded = load_checkpoint(self.folder.checkpoint) if self.folder.resumes else None
+        seen = hashlib.sha256(repr(loaded and loaded[1]).encode()).digest()
+        if self.world > 1 and self.ranks.differing(seen, self.device):
+            raise CheckpointError(f"{self.folder.checkpoint}: the ranks do not see the same checkpoint; share the "
+                                  "folder between the machines")
         self.loader = TokenLoader(self.data.train, c.vocab_size, c.train_seq_len if c.shuffle else 0, c.seed)
         torch.manual_seed(c.seed)
         self.model = GPT(c).to(self.device)
         self.order = [name for name, _ in self.model.named_parameters()]
-        if self.world > 1:  # in the loop a rank that is silent for this long is lost; setting up may take longer
-            self.ranks.call(dist.barrier)  # rank 0 has audited the validation text meanwhile
-            self.ranks.group = self.ranks.call(dist.new_group, timeout=SILENCE)
         self.latents = Latents(self.model, c, self.ranks)
         if c.init_from and not loaded:
             self.latents.load(load_latents(c.init_from, self.data, c), f"init_from={c.init_from}")
@@ -1074,9 +1076,6 @@ class Trainer:
         self.compiled: Callable[[Tensor, Tensor], Tensor] = self.model
         if loaded:
             self.restore(*loaded)
-        if self.world > 1 and self.ranks.differing(self.step.to_bytes(8), self.device):
-            raise CheckpointError(f"{self.folder.checkpoint}: the ranks do not see the same checkpoint; share the "
-                                  "folder between the machines")
         self.seconds["load"] = time.perf_counter() - began
 
     def preflight(self, origin: dict[str, str], notices: list[str]) -> None:
@@ -1166,9 +1165,11 @@ class Trainer:
                 last = time.perf_counter() - start
         if self.world > 1:  # wait for the slowest compiler, then open the connections
             self.ranks.call(dist.barrier)
+            self.ranks.be_impatient(SILENCE)
             self.latents.reduce()
             self.latents.refresh(self.quantized)
             self.latents.flat_grad.zero_()
+            self.optimizer.state()  # what checkpoints gather
             self.ranks.sent = dict.fromkeys(self.ranks.sent, 0)
         self.seconds["compile"] = time.perf_counter() - began
         expect = f"{c.iterations:,}"
@@ -1227,8 +1228,10 @@ class Trainer:
             zero_frac, churn = self.latents.refresh(self.quantized, measure=logged)
             self.after_step(plan)
             self.count_step(micro_batches * self.world * self.micro_tokens)
-            if self.rate and self.quantized == 1:  # may wait for the packer: not a step's time, by which a run ends
-                self.log.lines(self.rate.follow(progress, warmdown_share(c, self.step, progress)))
+            follows = self.rate and self.quantized == 1  # may wait for the packer: no step's time, by which a run ends
+            if follows and (lines := self.rate.follow(progress, warmdown_share(c, self.step, progress))):
+                self.log.lines(lines)
+                self.latents.refresh(self.quantized)  # where the step of the embedding changes, its codes do
             self.report_step(plan, progress, loss, zero_frac, churn, logged)
             if c.val_loss_every > 0 and self.step % c.val_loss_every == 0:
                 self.validate_in_training()
@@ -1256,15 +1259,12 @@ class Trainer:
         self.elapsed = time.perf_counter() - self.began
         by_count = self.step / c.iterations if c.iterations else 0.0
         by_clock = self.elapsed / cap if cap else 0.0
-        # The next step, after those that a GPU has not done yet, would end after the cap.
-        too_late = cap > 0 and self.elapsed + (1 + self.ahead) * self.step_seconds > cap
+        # The next step, after those that a GPU has not done yet, would end after the cap; the last may be a launch.
+        longest = max(self.step_seconds, self.ahead * self.step_before)
+        too_late = cap > 0 and self.elapsed + (1 + self.ahead) * longest > cap
         progress, over = min(max(by_count, by_clock), 1.0), too_late or by_count >= 1
-        if self.world == 1:
-            return progress, over, self.signals.last
         mine = [progress, float(over), self.signals.last] if self.rank == 0 else [0.0, 0.0, self.signals.last]
-        word = torch.tensor(mine, dtype=torch.float64, device=self.device)
-        self.ranks.call(dist.all_reduce, word, op=dist.ReduceOp.MAX, group=self.ranks.group)
-        progress, over, signum = word.tolist()
+        progress, over, signum = self.ranks.largest(mine)
         return progress, bool(over), int(signum)
 
     def interrupted(self, signum: int) -> Exception:
@@ -1302,7 +1302,7 @@ class Trainer:
         self.loader.position += tokens
         self.tokens_seen += tokens
         now = time.perf_counter() - self.began
-        self.step_seconds, self.elapsed = now - self.elapsed, now
+        self.step_before, self.step_seconds, self.elapsed = self.step_seconds, now - self.elapsed, now
 
     def after_step(self, plan: StepPlan) -> None:
         """Nothing: the hook for techniques that act on latents once the params are refreshed (ablations/patches.py)."""
@@ -1492,8 +1492,7 @@ def run(argv: list[str]) -> int:
     finally:
         if trainer is not None:
             trainer.folder.close()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        processes.leave_group()
 
 
 if __name__ == "__main__":

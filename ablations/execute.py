@@ -22,7 +22,7 @@ from pathlib import Path
 import pack
 import train_gpt
 from ablations import diagnose, patches, program
-from ablations.matrix import ROOT, Job, Matrix
+from ablations.matrix import ROOT, Job, Matrix, code_identity
 from ablations.results import Line, line_of
 from tern import machine, processes
 from tern.foreign import FOREIGN_ENV
@@ -171,7 +171,7 @@ def describe(job: Job, matrix: Matrix) -> dict:
     return {
         "id": job.id, "matrix": matrix.name, "row": job.row.name, "seed": job.seed, "settings": job.settings,
         "patches": list(job.row.patches), "score_patches": list(job.row.score_patches),
-        "parent": job.parent.id if job.parent else "", "source": job.source, "data": job.data,
+        "parent": job.parent.id if job.parent else "", "source": job.source, "code": code_identity(), "data": job.data,
         "machine": machine.describe(), "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 

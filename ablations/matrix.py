@@ -416,6 +416,12 @@ def solved_with_patches(config: train_gpt.Config, name: str, size: int, patches:
     return solved(config, name, size)
 
 
+def code_identity() -> str:
+    """Hash of the programs without comments: what all rows run."""
+    texts = [stripped((ROOT / name).read_bytes(), name) for name in source.code_files()]
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()
+
+
 def source_identity(row: Row, data_identity: str) -> str:
     """Hash of the programs without comments, of what of this folder a row needs, and of the data."""
     names = [*source.code_files()]

@@ -14,7 +14,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from ablations import stats
-from ablations.matrix import Job, Matrix, Row
+from ablations.matrix import Job, Matrix, Row, uses_what_lost
 from ablations.results import Line, what_of_lines
 from tern import pages
 from tern.files import write_atomic
@@ -207,9 +207,11 @@ def introduction(matrix: Matrix, rows: Sequence[Summary]) -> str:
     if matrix.equal_bytes:
         said += f" Widths are solved for model files of {matrix.equal_bytes:,} bytes{unequal(matrix, rows)}."
     lines = [line for s in rows for line in s.ok]
-    patched = [line for line in lines if line.patches or line.score_patches]
-    plain = [line for line in lines if not line.patches and not line.score_patches]
+    older = [line for s in rows if not uses_what_lost(s.row) for line in s.ok if not line.code]
+    patched = [line for s in rows if not uses_what_lost(s.row) for line in s.ok if line.patches or line.score_patches]
+    plain = [line for line in older if not line.patches and not line.score_patches]
     for who, what, found in (
+            ("Runs", "versions of code", {line.code for line in lines if line.code}),
             ("Runs", "versions of code or data", {line.source for line in plain}),
             ("Patched runs", "versions of code, patches or data", {line.source for line in patched}),
             ("Runs", "versions of data", {line.data for line in lines if line.data}),

@@ -37,6 +37,7 @@ class Line(msgspec.Struct, frozen=True, omit_defaults=True):
     parent: str  # id of the run that it starts from, or ""
     matrix: str = ""
     source: str = ""  # identity of code and data
+    code: str = ""  # of the programs alone, without patches; older lines do not say
     data: str = ""  # of the data alone
     machine: dict = {}
     threads: int = 0

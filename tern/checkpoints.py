@@ -27,7 +27,7 @@ class CheckpointError(Foreseen):
 
 def write_checkpoint(path: Path, arrays: Mapping[str, np.ndarray], state: dict) -> None:
     """Replace the file, all or nothing. Raises WriteError."""
-    contiguous = {name: np.ascontiguousarray(x) for name, x in arrays.items()}
+    contiguous = {name: np.asarray(x, order="C") for name, x in arrays.items()}
     write_atomic(path, safetensors.numpy.save(contiguous, {"state": json.dumps(state, sort_keys=True)}))
 
 
@@ -72,5 +72,5 @@ def _read(path: Path, with_arrays: bool) -> tuple[dict[str, np.ndarray], dict]:
                 raise ValueError("its state is not a JSON object")
             names = list(f.keys()) if with_arrays else []
             return {name: f.get_tensor(name) for name in names}, state
-    except (OSError, safetensors.SafetensorError, KeyError, ValueError, TypeError) as e:
+    except (OSError, safetensors.SafetensorError, KeyError, ValueError, TypeError, RecursionError) as e:
         raise CheckpointError(f"{path}: not a checkpoint of this trainer ({e!r}); delete it and train again") from None

@@ -77,9 +77,12 @@ def report_end(e: BaseException, place: Place, folder: RunFolder | None) -> int:
     if log is not None:
         log.line(f"error: {text}", console=False)
     if place.rank == 0:
+        processes.first_to_speak("failed")
         command.say_error(text)
     elif place.local_rank == 0 and not shared:  # another machine's own trouble
         command.say_error(f"rank {place.rank}: {text}")
     else:
         time.sleep(processes.LET_RANK_0_SPEAK)
+        if not isinstance(e, Foreseen | OSError | KeyboardInterrupt) and processes.first_to_speak("failed"):
+            command.say_error(f"rank {place.rank}: {text}")  # maybe this rank's alone, as of memory
     return status

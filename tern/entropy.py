@@ -119,7 +119,7 @@ class Weights:
                 for shape in {x.shape for x in inputs}}
         for i, x in enumerate(inputs):
             e, n = sums[x.shape]
-            x = x.ravel().astype(np.float64)  # sums of at most 2^19 products below 2^31: exact, in any order
+            x = x.ravel().astype(np.float64)  # sums of products below 2^31, far below 2^53: exact, in any order
             self.curvature[i] += int((x * n) @ x) >> 2  # variance of a bit: at most 1/4
             step = (int(x @ e) << 14) // self.curvature[i]
             self.weights[i] = min(max(self.weights[i] + step, -2 * WEIGHT), 4 * WEIGHT)

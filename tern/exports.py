@@ -70,8 +70,16 @@ def float_values(kind: str, patterns: np.ndarray) -> np.ndarray:
 def bf16_bits(t: Stored) -> np.ndarray:
     """The model's param of a stored tensor: bf16 bit patterns, uint16 in its shape.
 
-    The same bits as the trainer's `dequantize` gives: codes times scales in fp32, rounded once.
+    The same bits as the trainer's `dequantize` gives: codes times scales in fp32, rounded once. Raises ExportError
+    where finite ones give a value that is none.
     """
+    bits = rounded_param(t)
+    if (bits & 0x7F80 == 0x7F80).any():
+        raise ExportError("a value is beyond the range of bf16, in which models compute: nothing is exported")
+    return bits
+
+
+def rounded_param(t: Stored) -> np.ndarray:
     if t.scales is None:
         return t.codes if t.format["kind"] == "bf16" else round_to_bf16(float_values(t.format["kind"], t.codes))
     if not t.codes.size:

@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -126,7 +127,7 @@ def notes(changed: Mapping[str, tuple[Blocks, float]], narrow: int, blocked: str
     weights = sum(squares for _, squares in changed.values()) or 1
     total = math.sqrt(sum(b.squares for b, _ in changed.values()) / weights)
     if not inexact:
-        return [*lines, f"bf16        {len(changed)} ternary tensors with several scales in a block of {BLOCK}",
+        return [*lines, f"bf16        {len(changed)} ternary tensors whose blocks of {BLOCK} have no one fp16 scale",
                 f"            --reblock stores them as {blocked}, with errors of {total:.4f} of their rms", EXACT]
     wide = max(map(len, [*changed, "all of these"]))
     lines.append(f"{'re-blocked':<{wide}}{'rms error/rms':>15}{'largest error':>15}")
@@ -138,8 +139,8 @@ def notes(changed: Mapping[str, tuple[Blocks, float]], narrow: int, blocked: str
 
 def describe(writer: gguf.GGUFWriter, model: Model) -> None:
     """Metadata: what the model is, and its tokenizer."""
-    config = model.meta.get("config")
-    config = UNSAID | (config if isinstance(config, dict) else {})
+    said = model.meta.get("config")
+    config: dict[str, Any] = {**UNSAID, **(said if isinstance(said, dict) else {})}
     config |= {"train_seq_len": config.get("eval_seq_len") or config.get("train_seq_len"),  # what it may read
                "mlp_hidden": mlp_hidden(config)}
     for names, add, types in ((INTEGERS, writer.add_uint32, (int,)), (FLOATS, writer.add_float32, (int, float))):

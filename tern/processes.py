@@ -8,7 +8,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -85,6 +85,7 @@ def join_group(place: Place, backend: str) -> None:
             if store.add(f"here/{place.rank}", 1) > 1:
                 raise ValueError(f"RANK={place.rank} was started twice")
             store.wait([f"here/{rank}" for rank in range(place.world)], patience)
+            store.set_timeout(SETTING_UP)  # NCCL's ranks find each other through it at their first collective
             dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world, timeout=SETTING_UP)
     except (RuntimeError, ValueError, OSError) as e:  # torch's errors of connection are RuntimeErrors
         if "EADDRINUSE" in str(e):
@@ -112,13 +113,20 @@ def environment_alone(env: Mapping[str, str]) -> dict[str, str]:
             if name not in group and not name.startswith("TORCHELASTIC_")}
 
 
-def first_to_speak() -> bool:
+def leave_group() -> None:
+    """For a process that ends with an error. NCCL's shutdown waits for all ranks, and they wait for this one: there
+    the process just ends, by end_process."""
+    if dist.is_initialized() and dist.get_backend() != "nccl":
+        dist.destroy_process_group()
+
+
+def first_to_speak(of: str = "lost") -> bool:
     """Whether this is the first process that asks, of a group that has lost one; True where nobody can say."""
-    store = dist.distributed_c10d._get_default_store()
     try:
+        store = dist.distributed_c10d._get_default_store()
         store.set_timeout(timedelta(seconds=5))
-        return store.add("lost", 1) == 1
-    except RuntimeError:  # the store went with the lost process
+        return store.add(of, 1) == 1
+    except (RuntimeError, ValueError):  # the store went with the lost process; or there is no group
         return True
 
 
@@ -196,8 +204,10 @@ def share_out(costs: Mapping[str, int], world: int) -> dict[str, int]:
 class Ranks:
     """The processes of a run and all that they say to each other. With one process nothing is said."""
 
-    def __init__(self, rank: int = 0, world: int = 1, group: dist.ProcessGroup | None = None):
-        self.rank, self.world, self.group = rank, world, group
+    def __init__(self, rank: int = 0, world: int = 1):
+        self.rank, self.world = rank, world
+        self.group: dist.ProcessGroup | None = None  # None: the group of all, which is patient
+        self.host: dist.ProcessGroup | None = None
         self.sent = {"gradients": 0, "codes": 0}  # bytes that this rank gave away; of a broadcast, once
 
     @contextlib.contextmanager
@@ -209,6 +219,14 @@ class Ranks:
             if self.world == 1 or isinstance(e, torch.OutOfMemoryError | torch.AcceleratorError):
                 raise
             raise RankLost(re.sub(r"^\[[^ ]*\] |\. This is .*|\n.*", "", str(e), flags=re.S)) from e
+
+    def be_impatient(self, silence: timedelta) -> None:
+        """From now on a rank that does not answer for so long is lost. Collective.
+
+        What the hosts say to each other goes beside NCCL: on its stream it would wait for all that the GPUs still do.
+        """
+        self.group = self.call(dist.new_group, timeout=silence)
+        self.host = self.call(dist.new_group, timeout=silence, backend="gloo")
 
     def call(self, function: Callable, *args, **kwargs):
         """function(*args), or None with one process."""
@@ -231,10 +249,16 @@ class Ranks:
             device = x.device
         return digest.hexdigest(), self.differing(digest.digest(), device) if self.world > 1 else []
 
-    def sum(self, x: Tensor) -> Tensor:
-        """x <- sum over all ranks, on all ranks."""
-        self.call(dist.all_reduce, x, group=self.group)
+    def sum(self, x: Tensor, patient: bool = False) -> Tensor:
+        """x <- sum over all ranks, on all ranks. patient: one of them may come late."""
+        self.call(dist.all_reduce, x, group=None if patient else self.group)
         return x
+
+    def largest(self, numbers: Sequence[float]) -> list[float]:
+        """Of each number the largest of all ranks, from host to host."""
+        word = torch.tensor(numbers, dtype=torch.float64)
+        self.call(dist.all_reduce, word, op=dist.ReduceOp.MAX, group=self.host)
+        return word.tolist()
 
     def reduce(self, x: Tensor, owner: int) -> dist.Work | None:
         """Begin: x <- sum over all ranks, on the owner only; elsewhere x becomes undefined."""

@@ -103,7 +103,8 @@ class RateControl:
 
     def agree(self, size: int) -> int:
         """Rank 0's number, on all ranks."""
-        return int(self.ranks.sum(torch.tensor(0 if self.ranks.rank else size, device=self.steps.device)))
+        size_of_0 = torch.tensor(0 if self.ranks.rank else size, device=self.steps.device)
+        return int(self.ranks.sum(size_of_0, patient=True))  # it packs meanwhile, which may take a while
 
     def state(self) -> dict:
         """What a checkpoint has of it; of rank 0."""

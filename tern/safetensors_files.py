@@ -43,7 +43,7 @@ def encode(model: Model) -> tuple[bytes, list[str]]:
     """(The file, lines on what is in it.) The same bytes for the same model."""
     if "__metadata__" in model.tensors:
         raise ExportError("a tensor is called __metadata__, which is safetensors' own name: rename it")
-    dense = {name: np.ascontiguousarray(bf16_bits(t)) for name, t in model.tensors.items()}  # held: specs point at it
+    dense = {name: np.asarray(bf16_bits(t), order="C") for name, t in model.tensors.items()}  # held: specs point at it
     about = {"version": VERSION, "meta": model.meta, "artifact": model.sha256}
     if model.tokenizer:
         about["tokenizer"] = base64.b64encode(model.tokenizer.read_bytes()).decode()

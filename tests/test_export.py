@@ -375,7 +375,7 @@ def test_matrices_stay_exact_unless_they_are_to_be_reblocked_and_the_error_is_st
     config = replace(WIDE, group_size=128)
     params = {name: p.float().numpy() for name, p in random_model(config)[0].state_dict().items()}
     out, lines = as_gguf(tmp_path, config, "TQ1_0", False)
-    assert "14 ternary tensors with several scales in a block" in lines[-3] and "every value" in lines[-1]
+    assert "14 ternary tensors whose blocks of 256 have no one fp16 scale" in lines[-3] and "every value" in lines[-1]
     for name, (type_, values) in read_gguf(out).items():
         assert type_.name == "BF16" and (values == params[name]).all()
     would_be = lines[-2].split("errors of ")[1].split()[0]

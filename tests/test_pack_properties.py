@@ -67,7 +67,7 @@ def stored_tensors(draw) -> StoredTensor:
 
 NUMBERED = st.builds("{}{}{}".format, st.sampled_from(["", "w", "h.", "h.0", "x1."]), st.integers(0, 12),
                      st.sampled_from(["", ".w", ".b", "0", ".1"]))
-NAMES = st.text(min_size=1, max_size=20).filter(str.isprintable) | NUMBERED
+NAMES = st.text(min_size=1, max_size=20).filter(pack.is_printable) | NUMBERED
 JSON = st.recursive(
     st.none()
     | st.booleans()
