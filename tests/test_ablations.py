@@ -187,7 +187,8 @@ def test_a_bad_matrix_is_one_clear_error(tmp_path):
             ("budget = {seconds = -1}", "> 0.0"), ("budget = {seconds = 1, tokens = 1}", "length <= 1"),
             ('name = "../x"', "matching regex"), ("threads = -1", ">= 0 - at `$.threads`"),
             ('data = {a = "x"}', "Expected `array`, got `str`"), ("equivalence = 'x'", "at `$.equivalence`"),
-            ("equivalence = nan", "at `$.equivalence`"), ("timeout = 0", ">= 1"), ("[", "matrix.toml: ")):
+            ("equivalence = nan", "at `$.equivalence`"), ("timeout = 0", ">= 1"), ("[", "matrix.toml: "),
+            (f"x = {'1' * 5000}", "matrix.toml: "), (f"x = {'[' * 3000}", "matrix.toml: ")):
         kept = [line for line in top.splitlines() if line.partition(" ")[0] != bad.partition(" ")[0]]
         said = refusal(tmp_path, "\n".join([bad, *kept, "[settings]"]) + rest)
         assert message in said, (bad, said)

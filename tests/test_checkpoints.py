@@ -49,8 +49,9 @@ def test_the_last_good_one_is_kept_where_a_new_one_cannot_be_written(tmp_path, m
     (lambda data: b"", "delete it"),
     (lambda data: safetensors.numpy.save({"x": np.zeros(1)}), "'state'"),
     (lambda data: safetensors.numpy.save({"x": np.zeros(1)}, {"state": "[1]"}), "not a JSON object"),
+    (lambda data: safetensors.numpy.save({"x": np.zeros(1)}, {"state": "[" * 100_000}), "delete it"),
     (lambda data: None, "no such checkpoint"),
-], ids=["truncated", "a pickle's head", "empty", "no state", "another state", "missing"])
+], ids=["truncated", "a pickle's head", "empty", "no state", "another state", "a nesting", "missing"])
 def test_a_bad_checkpoint_is_one_clear_error(tmp_path, damage, said):
     path = tmp_path / FILE
     write_checkpoint(path, ARRAYS, STATE)

@@ -21,7 +21,7 @@ import train_gpt
 from conftest import ROOT, VOCAB, ended, is_one_error, run, small_corpus, started
 from eval_bpb import audit_model, audit_ternary, load_artifact
 from tern.audits import audit_bytes
-from tern.files import folder_identity
+from tern.files import WriteError, folder_identity
 from tern.metric import evaluate, sliding_windows
 from tern.processes import end_process
 from tern.shards import AuditError, DataError, open_data, read_shard
@@ -353,9 +353,25 @@ def test_command_scores_a_file_and_says_what_is_wrong(tiny_run, data_dir, tmp_pa
     broken = tmp_path / "broken.tern"
     broken.write_bytes(artifact.read_bytes()[:-7])
     for argv in ([broken, "--data", data_dir], [artifact, "--data", tmp_path / "no"],
-                 [artifact, "--data", data_dir, "--stride", 9999]):
+                 [artifact, "--data", data_dir, "--stride", 9999],
+                 [artifact, "--data", data_dir, "--json", tmp_path / "no/x.json"],
+                 [artifact, "--data", data_dir, "--json", tmp_path / "x", "--details", tmp_path / "x"]):
         assert is_one_error(eval_bpb.main([str(x) for x in argv]), (said := capsys.readouterr()).err)
         assert "val_bpb" not in said.out
+
+
+def test_a_score_that_cannot_be_written_is_still_said(tiny_run, data_dir, tmp_path, capsys, monkeypatch):
+    def full(path: str, result: dict) -> None:
+        raise WriteError(f"cannot write {path}: No space left on device")
+
+    monkeypatch.setattr(eval_bpb, "write_json", full)
+    argv = [str(x) for x in (tiny_run[0] / "model.tern", "--data", data_dir, "--stride", 0)]
+    assert eval_bpb.main([*argv, "--json", str(tmp_path / "x")]) == 1
+    said = capsys.readouterr()
+    assert "chunked     val_loss:" in said.out and is_one_error(1, said.err)
+    assert eval_bpb.main([*argv, "--details", str(tmp_path / "x")]) == 0
+    said = capsys.readouterr()
+    assert "chunked     val_loss:" in said.out and f"{tmp_path / 'x'} was not written: cannot write" in said.err
 
 
 def test_one_of_several_processes_ends_without_the_interpreter_s_end(monkeypatch):

@@ -142,11 +142,11 @@ def test_every_pattern_of_a_float_and_every_tie_is_rounded_as_torch_rounds_it():
         patterns = np.arange(count).astype(f"u{2 if count > 256 else 1}")
         param = groups.from_patterns(patterns, kind).bfloat16()
         finite = torch.isfinite(param).numpy()
-        assert (exports.bf16_bits(pack.StoredTensor((count,), {"kind": kind}, patterns, None))[finite] ==
+        assert (exports.rounded_param(pack.StoredTensor((count,), {"kind": kind}, patterns, None))[finite] ==
                 param.view(torch.uint16).numpy()[finite]).all()
     near = np.arange(0x3F7F0000, 0x3F820000, 0x1000, np.uint32)[:, None] + np.arange(-2, 3)  # 1 and its neighbours
     patterns = np.concatenate((near.ravel(), near.ravel() | 0x80000000, [0x7F7FFFFF, 1, 0x80000000])).astype(np.uint32)
-    bits = exports.bf16_bits(pack.StoredTensor(patterns.shape, {"kind": "fp32"}, patterns, None))
+    bits = exports.rounded_param(pack.StoredTensor(patterns.shape, {"kind": "fp32"}, patterns, None))
     assert (bits == torch.from_numpy(patterns.view(np.float32)).bfloat16().view(torch.uint16).numpy()).all()
 
 
@@ -368,6 +368,19 @@ def test_blocks_are_as_published_and_give_the_values_back(tmp_path, kind):
     assert fields[f"{ABOUT}.rope.freq_base"] == 10000
     assert fields[f"{ABOUT}.final_logit_softcapping"] == 30
     assert exports.mlp_hidden({"model_dim": 8}) == 24 and exports.mlp_hidden({"model_dim": "8"}) is None
+
+
+@fast
+def test_a_number_alone_keeps_its_shape_and_what_is_beyond_bf16_is_refused(tmp_path):
+    def model(value: float) -> exports.Model:
+        bits = np.array(value, np.float32).view(np.uint32)
+        return exports.Model({"x": pack.StoredTensor((), {"kind": "fp32"}, bits, None)}, {"config": {}}, "a" * 64)
+
+    (tmp_path / "x.safetensors").write_bytes(safetensors_files.encode(model(0.5))[0])
+    assert safetensors_files.read(tmp_path / "x.safetensors")[0]["x"].shape == ()
+    for encode in (safetensors_files.encode, functools.partial(gguf_files.encode, blocked="TQ1_0", inexact=False)):
+        with pytest.raises(ExportError, match="beyond the range of bf16"):
+            encode(model(3.4e38))
 
 
 @fast

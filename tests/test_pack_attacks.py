@@ -300,6 +300,56 @@ def test_deep_nesting_that_the_parser_survives():
     refused(build(GOOD, meta={"a": deep}), "nesting")
 
 
+def test_what_is_written_is_not_too_deep_for_the_reader():
+    def nested(levels: int) -> dict:
+        deep: object = 0
+        for _ in range(levels):
+            deep = [deep]
+        return {"a": deep}
+
+    tensors = {"w": StoredTensor((2,), BF16, np.zeros(2, np.uint16), None)}
+    meta = nested(pack.MAX_DEPTH - 2)
+    assert pack.decode_artifact(pack.encode_artifact(tensors, meta))[1] == meta
+    with pytest.raises(ArtifactError, match="nesting"):
+        pack.encode_artifact(tensors, nested(pack.MAX_DEPTH - 1))
+
+
+def test_what_is_written_is_not_too_long_for_the_reader(monkeypatch):
+    tensors = {"w": StoredTensor((200,), BF16, np.arange(200, dtype=np.uint16), None)}
+    monkeypatch.setattr(pack, "MAX_FILE", len(pack.encode_artifact(tensors, {})) - 1)
+    with pytest.raises(ArtifactError, match="make the model smaller"):
+        pack.encode_artifact(tensors, {})
+
+
+def test_many_streams_of_few_bytes_and_many_steps(monkeypatch):
+    """Each within what a stream may take; both sides refuse them together."""
+    codes = np.random.default_rng(0).choice([-1, 0, 0, 0, 0, 1], (64, 64)).astype(np.int8)
+    scales = np.full((1, 1), 0x3F80, np.uint16)
+    tensors = {f"w{n}": StoredTensor((64, 64), TERNARY | {"n": n}, codes, scales) for n in range(3)}
+    file = pack.encode_artifact(tensors, {})
+    assert {s.codec for s in pack.parse_header(file).streams} & {"model", "widths"}
+    monkeypatch.setattr(pack, "FREE_STEPS_IN_ALL", -len(file))
+    with pytest.raises(ArtifactError, match="steps of decoding"):
+        pack.parse_header(file)
+    with pytest.raises(ArtifactError, match="steps of decoding"):
+        pack.encode_artifact(tensors, {})
+
+
+def test_a_million_faults_are_not_listed():
+    """The first is told; a list of them, of eight numbers each, would be of 64 MB."""
+    t = StoredTensor((2,) * 7 + (1 << 13,), FP8, np.full((2,) * 7 + (1 << 13,), 0x7F, np.uint8), None)
+    tracemalloc.start()
+    with pytest.raises(ArtifactError, match=r"value \[0, 0, 0, 0, 0, 0, 0, 0\] is not finite"):
+        pack.check_values("w", t)
+    assert tracemalloc.get_traced_memory()[1] < 16 << 20
+    tracemalloc.stop()
+
+
+def test_names_are_the_same_in_every_python():
+    assert all(pack.is_printable(name) for name in ("w", "a b", "\u00e4", "\u0661"))
+    assert not any(pack.is_printable(name) for name in ("\x1b[2J", "\u202e", "\u00a0", "\ud800", "\U0001fae8"))
+
+
 @pytest.mark.parametrize(("number", "message"), [
     (b"NaN", "finite"), (b"-Infinity", "finite"), (b"1e999", "finite"), (b"9" * 5000, "bad header"),
     (b"18446744073709551616", "bad header")], ids=["NaN", "-Infinity", "1e999", "5000 digits", "2^64"])

@@ -5,6 +5,7 @@ import hashlib
 import json
 import lzma
 import random
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -722,6 +723,7 @@ def test_fineweb_offline_is_one_clear_error(tmp_path, monkeypatch, capsys):
     ("too many", "--train-shards is 9"),
     ("variant", "has no fineweb10B_sp77"),
     ("layout", "not laid out as expected"),
+    ("no validation", "lists 0 val shards of fineweb10B_sp1024, without a token"),
 ])
 def test_fineweb_faults_leave_no_folder(tmp_path, hub, capsys, fault, message):
     shard = hub / "datasets" / "datasets" / "fineweb10B_sp1024" / "fineweb_train_000001.bin"
@@ -737,6 +739,9 @@ def test_fineweb_faults_leave_no_folder(tmp_path, hub, capsys, fault, message):
         shard.write_bytes(prepare.header(len(other)) + other.tobytes())
     elif fault == "layout":
         (hub / "datasets" / "manifest.json").write_text("{}")
+    elif fault == "no validation":
+        index = hub / "datasets" / "manifest.json"
+        index.write_text(re.sub(r'"files_val": \d+', '"files_val": 0', index.read_text()))
     options = {"too many": ["--train-shards", 9], "variant": ["--variant", "sp77"]}.get(fault, ["--train-shards", 2])
     assert run(tmp_path / "out", "--source", "fineweb", "--hub", hub, *options) == 1
     assert message in capsys.readouterr().err

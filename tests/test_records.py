@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import statistics
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from conftest import PATIENCE, ROOT, VOCAB, ended, run, started
 from data import prepare
-from records import fp32_products, rules
+from records import fp32_products, make_record, rules
 from records.check import CHECKS, check, final_lines
 from records.claim import weigh_claim
 from tern import runlog, source
@@ -128,10 +130,10 @@ def test_two_checkouts_turn_about(made, data_dir, tmp_path):
 
     (tmp_path / "this_seed3").mkdir()
     cut = (made[0] / "runs/First_seed1/metrics.jsonl").read_text().splitlines(keepends=True)[:-1]
-    (tmp_path / "this_seed3/metrics.jsonl").write_text("".join(cut))
+    (tmp_path / "this_seed3/metrics.jsonl").write_text("".join(cut) + '{"type": "fin')
     with lock_folder(tmp_path / "this_seed3"):
         assert "this_seed3: another run is at work in it" in play().stderr
-    assert len((tmp_path / "this_seed3/metrics.jsonl").read_text()) == len("".join(cut))
+    assert (tmp_path / "this_seed3/metrics.jsonl").read_text().startswith("".join(cut))
     done = play("--also", "wider=--mlp-hidden 96")
     made_now = [line.partition(":")[0] for line in done.stdout.splitlines() if "train_gpt.py" in line]
     assert made_now == ["this, seed 3", "wider, seed 3"], done.stdout + done.stderr  # the other was made before
@@ -163,6 +165,15 @@ def test_a_record_beside_its_rival(made, data_dir, tmp_path):
         assert f"{theirs['difference']:+.6f}" in (folder / "README.md").read_text()
     lines, failed = check(folder, against=str(rival))
     assert not failed and any("2 pairs" in line for line in lines), lines
+
+    kept = tmp_path / "runs/Second_against_seed1"
+    os.utime(kept / "metrics.jsonl", (0, 0))
+    args = SimpleNamespace(name="Second", out_dir=tmp_path / "runs", nproc=1, data=data_dir)
+    opponent = rules.read_json((rival / "submission.json").read_bytes(), make_record.Opponent, "rival")
+    for data, said in ((data_dir, "hours apart, which is no pair"), (tmp_path, "with these options; delete")):
+        args.data = data
+        with pytest.raises(rules.SubmissionError, match=said):
+            make_record.run_again(rival, opponent, 1, args, False)
 
     metrics = folder / "rival_metrics_seed1.jsonl"
     text = metrics.read_text()

@@ -422,6 +422,15 @@ def score_of_another_file(folder: Path) -> None:
     forge(folder)
 
 
+def in_the_score(change: Callable) -> Callable:
+    """A change of what was scored, wherever it stands but in the log."""
+    def tamper(folder: Path) -> None:
+        edit(folder / SCORE, change)
+        edit(folder / METRICS, lambda final: change(final["score"]), -1)
+        forge(folder)
+    return tamper
+
+
 def one_seed_twice(folder: Path) -> None:
     edit(folder / "submission.json", lambda s: s["seeds"].append(s["seeds"][0]))
     forge(folder)
@@ -479,6 +488,14 @@ TAMPERED = {  # name -> (what is done, check -> reasons of each check that fails
     "texts": (other_texts, {"program": ["requirements.txt: not the lines of"],
                             "sources": ["does not hold source/tern/wire.py as what ran"]}),
     "score of another": (score_of_another_file, {"logs": ["is of an artifact of 1 bytes", f"{SCORE}: data.text_val"]}),
+    "nats": (in_the_score(lambda s: s["sliding"].update(val_loss=1000 * s["sliding"]["val_loss"])), {
+        "logs": [f"{METRICS}: sliding: val_bpb .* is not val_loss"]}),
+    "tokens": (in_the_score(lambda s: s["sliding"].update(tokens=s["sliding"]["tokens"] - 1)), {
+        "logs": [f"{METRICS}: sliding: of .tokens, bytes."]}),
+    "half the text": (in_the_score(lambda s: s["data"]["sha256"].pop("text_val_000000.bin")), {
+        "logs": [f"{SCORE}: data"]}),
+    "counts": (in_the_score(lambda s: s["model"].update(ternary_weights=1)), {
+        "sources": [f"{SCORE}: model.ternary_weights is 1, not"]}),
     "score": (edit_the_score, {"logs": [f"{SCORE}.sliding.val_bpb is 1.0, not"]}),
 }
 
@@ -641,3 +658,6 @@ def test_forbidden_calls_and_imports():
     assert found("torch.load(x); model.load(x); re.compile(x); m.eval()") == ["torch.load"]
     assert found("np.load(x, allow_pickle=True); np.load(x, allow_pickle=False)") == ["np.load with allow_pickle"]
     assert found("__import__('socket'); exec(x)") == ["__import__", "exec"]
+    assert found("import asyncio, math\nfrom multiprocessing import connection, Pool") == [
+        "asyncio", "multiprocessing.connection"]
+    assert found("subprocess.run(['curl', '-O', x]); subprocess.run(['ls', x])") == ["a command that fetches"]
