@@ -1104,8 +1104,8 @@ class Trainer:
         if int(self.ranks.sum(torch.tensor(int(bad is not None), dtype=torch.int64, device=self.device))):
             what = "the {} of {}".format(*bad) if bad else "what another rank owns"
             raise TrainingError(f"step {self.step}: {what} is not finite; {self.folder.what_is_left()}")
-        if self.quantized < 1:
-            self.latents.refresh()  # for the codes of every rank
+        if self.quantized < 1 or self.rate:
+            self.latents.refresh()  # for the codes of every rank, and by the embedding's step of now
         stored = self.latents.pack(self.order)
         if self.quantized < 1:
             self.latents.refresh(self.quantized)
@@ -1228,10 +1228,8 @@ class Trainer:
             zero_frac, churn = self.latents.refresh(self.quantized, measure=logged)
             self.after_step(plan)
             self.count_step(micro_batches * self.world * self.micro_tokens)
-            follows = self.rate and self.quantized == 1  # may wait for the packer: no step's time, by which a run ends
-            if follows and (lines := self.rate.follow(progress, warmdown_share(c, self.step, progress))):
-                self.log.lines(lines)
-                self.latents.refresh(self.quantized)  # where the step of the embedding changes, its codes do
+            if self.rate and self.quantized == 1:  # may wait for the packer: not a step's time, by which a run ends
+                self.log.lines(self.rate.follow(progress, warmdown_share(c, self.step, progress)))
             self.report_step(plan, progress, loss, zero_frac, churn, logged)
             if c.val_loss_every > 0 and self.step % c.val_loss_every == 0:
                 self.validate_in_training()
