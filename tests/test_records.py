@@ -27,7 +27,8 @@ FASTER = ROOT / "records/track_cpu_10min_128kb/2026-11-22_FasterSteps"
 FIRST = ROOT / "records/history/2026-11-22_FirstTernary"
 FREQUENT = FASTER.with_name("2026-11-26_FrequentTokens")
 # A record -> what it was tested against: the mean of the one before, or the record that ran beside it
-BEATEN = {FASTER.name: "1.489313", FREQUENT.name: str(FASTER), "2026-11-27_WideMLPs": str(FASTER)}
+BEATEN = {FASTER.name: "1.489313", FREQUENT.name: str(FASTER), "2026-11-27_WideMLPs": str(FASTER),
+          "2026-11-28_CopyWords": str(FASTER)}
 
 
 @pytest.mark.parametrize("folder", RECORDS, ids=lambda folder: folder.name)
