@@ -1104,8 +1104,8 @@ class Trainer:
         if int(self.ranks.sum(torch.tensor(int(bad is not None), dtype=torch.int64, device=self.device))):
             what = "the {} of {}".format(*bad) if bad else "what another rank owns"
             raise TrainingError(f"step {self.step}: {what} is not finite; {self.folder.what_is_left()}")
-        if self.quantized < 1 or self.rate:
-            self.latents.refresh()  # for the codes of every rank, and by the embedding's step of now
+        if self.quantized < 1:
+            self.latents.refresh()  # for the codes of every rank
         stored = self.latents.pack(self.order)
         if self.quantized < 1:
             self.latents.refresh(self.quantized)
@@ -1428,7 +1428,7 @@ class Trainer:
         self.log.record(final)
         if not same or gap != 0.0:
             raise AuditError(f"{artifact} is not the model that was trained: gap {gap:+.8f}, logits "
-                             f"{'identical' if same else 'differ'}; keep its folder, report it, and train again")
+                             f"{'identical' if same else 'differ'}; copy its folder, report it, and train again")
         if unwritten := self.folder.unsaved or self.log.failed:
             raise TrainingError(f"{unwritten}; {artifact} and its score are there and whole")
 

@@ -178,8 +178,6 @@ def in_words_of_today(settings: Mapping, patches: Sequence[str]) -> tuple[dict, 
     for name, now in REMOVED.items():
         if today.get(name) == now:  # with another value the line is of something that cannot be asked for any more
             del today[name]
-    if today.get("device") == "auto":  # of before CPU presets named the CPU; what ran on a GPU was asked to
-        today["device"] = "cpu"
     if today.get("ternary_rule") == "elastic":
         today["ternary_rule"] = "absmean"
         for name in ("matrix_format", "embed_format"):

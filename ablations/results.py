@@ -105,13 +105,19 @@ def read_results(path: Path) -> list[Line]:
     return list(lines.values())
 
 
+def settings_of(line: Line) -> dict:
+    """What its run was asked for. Before lines said their code CPU presets left the device open; none ran on a GPU."""
+    left_open = not line.code and line.settings.get("device") == "auto"
+    return line.settings | ({"device": "cpu"} if left_open else {})
+
+
 def what_of_lines(lines: Sequence[Line]) -> dict[str, str]:
     """Id of a line -> hash of what its run was of, as Job.what. A line whose parent is not there before it has none:
     what it started from is part of what it is."""
     what: dict[str, str] = {}
     for line in lines:
         if not line.parent or line.parent in what:
-            what[line.id] = what_of(line.settings, line.patches, line.score_patches, what.get(line.parent, ""))
+            what[line.id] = what_of(settings_of(line), line.patches, line.score_patches, what.get(line.parent, ""))
     return what
 
 

@@ -24,6 +24,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
+from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
 
@@ -361,7 +362,7 @@ def check_logs(c: Case) -> Iterator[str]:
         for what, score in (("memory", rules.typed(final.memory, rules.Score, f"{metrics}: final.memory")),
                             ("chunked", run.result.chunked), ("sliding", run.result.sliding)):
             yield from check_sums(score, run.result.chunked, f"{metrics}: {what}")
-        scored_on = {name: sha for name, sha in run.header.data_sha256.items() if "_train_" not in name}
+        scored_on = {name: sha for name, sha in run.header.data_sha256.items() if not fnmatch(name, "*_train_*.bin")}
         yield from differences(scored_on, run.score["data"]["sha256"], f"{names['score.json']}: data")
         identities = {"data": folder_identity(run.header.data_sha256),
                       "source": folder_identity(run.header.source_sha256)}

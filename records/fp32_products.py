@@ -21,9 +21,9 @@ def in_fp32(product: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """A product of bf16 tensors, from their fp32 values and rounded once; anything else as before."""
     @functools.wraps(product)  # Inductor finds torch's functions by their names
     def wrapped(*factors, **more):
-        if not all(isinstance(x, Tensor) for x in factors):
+        if torch.overrides.has_torch_function(factors):
             return torch.overrides.handle_torch_function(wrapped, factors, *factors, **more)
-        if any(x.dtype != torch.bfloat16 or x.device.type != "cpu" for x in factors):
+        if not all(isinstance(x, Tensor) and x.dtype == torch.bfloat16 and x.device.type == "cpu" for x in factors):
             return product(*factors, **more)
         out = more.pop("out", None)
         exact = product(*(x.float() for x in factors), **more)

@@ -90,20 +90,24 @@ def needs_fp32(record: Path, preset: str) -> bool:
     return not own and TRACKS[preset].gpus == 0 and not machine.bf16_products()
 
 
+def rival_folder(seed: int, args: argparse.Namespace, fp32: bool) -> Path:
+    return args.out_dir / f"{args.name}_against{'_fp32' if fp32 else ''}_seed{seed}"
+
+
 def run_again(record: Path, opponent: Opponent, seed: int, args: argparse.Namespace, fp32: bool) -> bytes:
     """The metrics.jsonl of a run of a record's own program, here and now; with fp32, see fp32_products. Raises
     SubmissionError."""
-    run_id = f"{args.name}_against{'_fp32' if fp32 else ''}_seed{seed}"
-    metrics, program = args.out_dir / run_id / "metrics.jsonl", record / "train_gpt.py"
+    folder = rival_folder(seed, args, fp32)
+    metrics, program = folder / "metrics.jsonl", record / "train_gpt.py"
     words = shlex.split(opponent.seeds[0].command)
     now = {"--seed": str(seed), "--data-path": str(args.data)}
     options = replaced(words[words.index("train_gpt.py") + 1 :], now)
-    argv = [*options, "--out-dir", str(args.out_dir), "--run-id", run_id]
+    argv = [*options, "--out-dir", str(args.out_dir), "--run-id", folder.name]
     if not metrics.exists():
         print(f"seed {seed} of {opponent.name}: {shlex.join([*launcher(args.nproc), 'train_gpt.py', *options])}",
               flush=True)
-        with tempfile.TemporaryDirectory() as folder:
-            env = fp32_products.environment(Path(folder)) if fp32 else None
+        with tempfile.TemporaryDirectory() as beside:
+            env = fp32_products.environment(Path(beside)) if fp32 else None
             done = subprocess.run([*processes.launcher(args.nproc), str(program.resolve()), *argv], env=env)
         if done.returncode:
             raise SubmissionError(f"seed {seed}: the run of {record} failed; see above")
@@ -114,12 +118,15 @@ def run_again(record: Path, opponent: Opponent, seed: int, args: argparse.Namesp
         raise SubmissionError(f"{e}: delete {metrics.parent} before") from None
     if header.source_sha256 != program_of(read_bytes(program)) or header.argv != argv:
         raise SubmissionError(f"{metrics}: not of {program} with these options; delete {metrics.parent}")
-    ours = args.out_dir / f"{args.name}_seed{seed}" / "metrics.jsonl"
-    apart = abs(metrics.stat().st_mtime - ours.stat().st_mtime) / 3600 if ours.exists() else 0.0
-    if apart > HOURS_APART:
-        raise SubmissionError(f"{metrics.parent} and {ours.parent} ended {apart:.1f} hours apart, which is no pair: "
-                              "delete both")
     return data
+
+
+def check_pair(ours: Path, theirs: Path) -> None:
+    """Raises SubmissionError where two runs that are there did not end in the same hours."""
+    ends = [(folder / "metrics.jsonl").stat().st_mtime for folder in (ours, theirs)]
+    apart = abs(ends[0] - ends[1]) / 3600
+    if apart > HOURS_APART:
+        raise SubmissionError(f"{ours} and {theirs} ended {apart:.1f} hours apart, which is no pair: delete both")
 
 
 def replaced(words: list[str], values: dict[str, str]) -> list[str]:
@@ -149,6 +156,7 @@ def train_in_turn(args: argparse.Namespace) -> tuple[list[Path], Rival | None, d
         rivals[seed] = run_again(args.against, opponent, seed, args, fp32)
         if i % 2:
             runs.append(train(seed, args))
+        check_pair(runs[-1], rival_folder(seed, args, fp32))
     return runs, Rival(opponent.name, opponent.date, fp32), rivals
 
 

@@ -83,6 +83,6 @@ def report_end(e: BaseException, place: Place, folder: RunFolder | None) -> int:
         command.say_error(f"rank {place.rank}: {text}")
     else:
         time.sleep(processes.LET_RANK_0_SPEAK)
-        if not isinstance(e, Foreseen | OSError | KeyboardInterrupt) and processes.first_to_speak("failed"):
+        if not isinstance(e, Foreseen | OSError | KeyboardInterrupt) and processes.first_to_speak("failed", False):
             command.say_error(f"rank {place.rank}: {text}")  # maybe this rank's alone, as of memory
     return status

@@ -120,14 +120,14 @@ def leave_group() -> None:
         dist.destroy_process_group()
 
 
-def first_to_speak(of: str = "lost") -> bool:
-    """Whether this is the first process that asks, of a group that has lost one; True where nobody can say."""
+def first_to_speak(of: str = "lost", alone: bool = True) -> bool:
+    """Whether this is the first process that asks, of a group that has lost one; `alone` where nobody can say."""
     try:
         store = dist.distributed_c10d._get_default_store()
         store.set_timeout(timedelta(seconds=5))
         return store.add(of, 1) == 1
     except (RuntimeError, ValueError):  # the store went with the lost process; or there is no group
-        return True
+        return alone
 
 
 LET_RANK_0_SPEAK = 2.0  # seconds: torchrun stops all processes, rank 0 too, when the first one ends with an error

@@ -213,7 +213,8 @@ class RunFolder:
             self.unsaved = ""
         except WriteError as e:
             self.unsaved = str(e)
-            self.log.line(f"notice      step {state['step']}: {e}; {self.what_is_left()}")
+            goes_on = "" if state.get("finished") else "training goes on; "
+            self.log.line(f"notice      step {state['step']}: {e}; {goes_on}{self.what_is_left()}")
 
     def what_is_left(self) -> str:
         """For a run that cannot go on."""

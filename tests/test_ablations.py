@@ -777,7 +777,7 @@ def test_committed_reports_are_those_of_their_lines(folder):
         assert report.markdown(m, rows, with_chart=len(m.rows) > 1) == (folder / "report.md").read_text()
         return
     # Solving widths takes most of a minute: the settings that are not solved have to agree.
-    asked = [matrix.in_words_of_today(line.settings, line.patches)[0] for line in lines]
+    asked = [matrix.in_words_of_today(results.settings_of(line), line.patches)[0] for line in lines]
     for job in jobs(replace(m, equal_bytes=0)):
         solved = {job.row.solve: 0}
         assert any(one | solved == job.settings | solved for one in asked), job.row.name

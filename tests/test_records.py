@@ -167,14 +167,15 @@ def test_a_record_beside_its_rival(made, data_dir, tmp_path):
     lines, failed = check(folder, against=str(rival))
     assert not failed and any("2 pairs" in line for line in lines), lines
 
-    kept = tmp_path / "runs/Second_against_seed1"
-    os.utime(kept / "metrics.jsonl", (0, 0))
-    args = SimpleNamespace(name="Second", out_dir=tmp_path / "runs", nproc=1, data=data_dir)
+    args = SimpleNamespace(name="Second", out_dir=tmp_path / "runs", nproc=1, data=tmp_path)
     opponent = rules.read_json((rival / "submission.json").read_bytes(), make_record.Opponent, "rival")
-    for data, said in ((data_dir, "hours apart, which is no pair"), (tmp_path, "with these options; delete")):
-        args.data = data
-        with pytest.raises(rules.SubmissionError, match=said):
-            make_record.run_again(rival, opponent, 1, args, False)
+    with pytest.raises(rules.SubmissionError, match="with these options; delete"):
+        make_record.run_again(rival, opponent, 1, args, False)
+    os.utime(tmp_path / "runs/Second_against_seed2/metrics.jsonl", (0, 0))
+    shutil.rmtree(tmp_path / "runs/Second_seed2")
+    shutil.rmtree(folder)
+    done = run(*words_of(data_dir, tmp_path, "Second", "--against", rival)[:-1], 7, program="records/make_record.py")
+    assert done.returncode == 1 and "hours apart, which is no pair" in done.stderr and not folder.exists()
 
     metrics = folder / "rival_metrics_seed1.jsonl"
     text = metrics.read_text()
