@@ -167,16 +167,6 @@ def test_a_record_beside_its_rival(made, data_dir, tmp_path):
     lines, failed = check(folder, against=str(rival))
     assert not failed and any("2 pairs" in line for line in lines), lines
 
-    args = SimpleNamespace(name="Second", out_dir=tmp_path / "runs", nproc=1, data=tmp_path)
-    opponent = rules.read_json((rival / "submission.json").read_bytes(), make_record.Opponent, "rival")
-    with pytest.raises(rules.SubmissionError, match="with these options; delete"):
-        make_record.run_again(rival, opponent, 1, args, False)
-    os.utime(tmp_path / "runs/Second_against_seed2/metrics.jsonl", (0, 0))
-    shutil.rmtree(tmp_path / "runs/Second_seed2")
-    shutil.rmtree(folder)
-    done = run(*words_of(data_dir, tmp_path, "Second", "--against", rival)[:-1], 7, program="records/make_record.py")
-    assert done.returncode == 1 and "hours apart, which is no pair" in done.stderr and not folder.exists()
-
     metrics = folder / "rival_metrics_seed1.jsonl"
     text = metrics.read_text()
     for old, new, reason in (('"val_bpb": ', '"val_bpb": 1', "submission.json.rival"),
@@ -187,6 +177,16 @@ def test_a_record_beside_its_rival(made, data_dir, tmp_path):
         assert failed and any(reason in line for line in lines), lines
     metrics.unlink()
     assert any("rival_metrics_seed1.jsonl is missing" in line for line in check(folder)[0])
+
+    args = SimpleNamespace(name="Second", out_dir=tmp_path / "runs", nproc=1, data=tmp_path)
+    opponent = rules.read_json((rival / "submission.json").read_bytes(), make_record.Opponent, "rival")
+    with pytest.raises(rules.SubmissionError, match="with these options; delete"):
+        make_record.run_again(rival, opponent, 1, args, False)
+    os.utime(tmp_path / "runs/Second_against_seed2/metrics.jsonl", (0, 0))
+    shutil.rmtree(tmp_path / "runs/Second_seed2")
+    shutil.rmtree(folder)
+    done = run(*words_of(data_dir, tmp_path, "Second", "--against", rival)[:-1], 7, program="records/make_record.py")
+    assert done.returncode == 1 and "hours apart, which is no pair" in done.stderr and not folder.exists()
 
 
 PRODUCTS = """
